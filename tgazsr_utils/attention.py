@@ -1,0 +1,125 @@
+"""Text-guided attention: where an image encoder finds a prompt, and how far that moves under attack."""
+
+from typing import Literal
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .models import ImageTokens
+
+Variant = Literal["reference", "cosine"]
+Metric = Literal["l2", "l1", "cos"]
+
+
+def text_guided_attention(
+    tokens: ImageTokens,
+    text: Tensor,
+    variant: Variant = "reference",
+    size: int | tuple[int, int] | None = None,
+    grid: tuple[int, int] | None = None,
+) -> Tensor:
+    """Attention maps ``[B,h,w]`` in [0,1]: each patch token dotted with the prompt, min-max scaled per image.
+
+    ``tokens``: pooled ``[B,D]`` and patches ``[B,P,D]``; ``text``: unit-norm embeddings ``[B,D]``, or ``[D]`` for all.
+    ``variant``: how tokens are normalised first. ``reference`` divides each channel by its l2 norm over the 1+P tokens
+    (class token included), as the released code does; ``cosine`` divides each token by its norm over the D channels,
+    as the paper's formula reads. ``size``: bilinear resize (align_corners=False) to this side or (height, width);
+    None keeps the patch grid. ``grid``: (rows, columns) of patches, needed only if it is not square.
+    A constant map gives zeros, with finite gradients. Raises ValueError for an unknown variant or a non-square grid.
+    """
+    maps = min_max(_patch_scores(tokens, text, variant)).unflatten(1, grid or _square_grid(tokens.patches.shape[1]))
+    return maps if size is None else resize(maps, size)
+
+
+def _patch_scores(tokens: ImageTokens, text: Tensor, variant: str) -> Tensor:
+    if variant == "reference":
+        norm = (tokens.pooled.square() + tokens.patches.square().sum(1)).sqrt()  # [B,D], over class and patch tokens
+        return torch.einsum("bpd,bd->bp", tokens.patches, text / norm.clamp(min=1e-12))
+    if variant == "cosine":
+        return torch.einsum("bpd,bd->bp", F.normalize(tokens.patches, dim=-1), text.expand_as(tokens.pooled))
+    raise ValueError(f"attention variant {variant!r} is unknown; choose 'reference' or 'cosine'")
+
+
+def _square_grid(patches: int) -> tuple[int, int]:
+    side = round(patches**0.5)
+    if side * side != patches:
+        raise ValueError(f"{patches} patches form no square grid; pass grid=(rows, columns)")
+    return side, side
+
+
+def min_max(scores: Tensor) -> Tensor:
+    """Scales each row of ``[B,P]`` to [0,1]; rows that are constant up to rounding become zeros."""
+    low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
+    spread = high - low
+    constant = spread <= 16 * torch.finfo(scores.dtype).eps * torch.maximum(low.abs(), high.abs())
+    return torch.where(constant, (scores - low) * 0, (scores - low) / torch.where(constant, 1, spread))
+
+
+def resize(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Bilinear resize (align_corners=False) of maps ``[B,h,w]`` to a side or (height, width)."""
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def attention_distance(a: Tensor, b: Tensor, metric: Metric = "l2", size: int | None = 224) -> Tensor:
+    """Distance ``[B]`` of maps ``[B,h,w]``, each resized to ``size`` x ``size`` (None: as given) and taken as a vector.
+
+    ``l2``: Euclidean norm of the difference; it grows with ``size``, and Alpha and Beta are meant for 224. ``l1``: mean
+    absolute difference. ``cos``: 1 - cosine (eps 1e-8). Raises ValueError for an unknown metric.
+    """
+    if size is not None:
+        a, b = resize(a, size), resize(b, size)
+    a, b = a.flatten(1), b.flatten(1)
+    if metric == "l2":
+        return torch.linalg.vector_norm(a - b, dim=1)
+    if metric == "l1":
+        return (a - b).abs().mean(1)
+    if metric == "cos":
+        return 1 - F.cosine_similarity(a, b, dim=1, eps=1e-8)
+    raise ValueError(f"distance metric {metric!r} is unknown; choose 'l2', 'l1' or 'cos'")
+
+
+@torch.no_grad()
+def attention_shift(clean: Tensor, adv: Tensor, mask: Tensor | None = None) -> pd.DataFrame:
+    """How far attention moved, one row an image, from maps ``[B,h,w]`` on the patch grid.
+
+    Columns: ``l2`` and ``cosine`` (similarity) of the maps as given; ``iou_top20``: overlap of the fifths of the area
+    with most attention; ``centre_move``: distance of the centres of mass, in patches; with ``mask`` ``[B,H,W]`` (bool,
+    any size that is at least the grid's) also ``energy_clean`` and ``energy_adv``: the share of attention inside it,
+    in [0,1], and ``energy_uniform``, the mask's share of the area, which attention spread evenly would reach.
+    """
+    columns = {
+        "l2": attention_distance(clean, adv, "l2", size=None),
+        "cosine": 1 - attention_distance(clean, adv, "cos", size=None),
+        "iou_top20": _top_iou(clean, adv, fraction=0.2),
+        "centre_move": torch.linalg.vector_norm(centre_of_mass(clean) - centre_of_mass(adv), dim=1),
+    }
+    if mask is not None:
+        share = F.adaptive_avg_pool2d(mask[:, None].to(clean.dtype), clean.shape[-2:])[:, 0]
+        columns["energy_clean"] = energy_inside(clean, share)
+        columns["energy_adv"] = energy_inside(adv, share)
+        columns["energy_uniform"] = share.mean((1, 2))
+    return pd.DataFrame({name: values.float().cpu().numpy() for name, values in columns.items()})
+
+
+def _top_iou(a: Tensor, b: Tensor, fraction: float) -> Tensor:
+    k = max(1, round(fraction * a[0].numel()))
+    top = [torch.zeros_like(m.flatten(1)).scatter_(1, m.flatten(1).topk(k, dim=1).indices, 1) for m in (a, b)]
+    both = (top[0] * top[1]).sum(1)
+    return both / (2 * k - both)
+
+
+def centre_of_mass(maps: Tensor) -> Tensor:
+    """(row, column) ``[B,2]`` of each map's centre of mass, in patches; the middle for an all-zero map."""
+    rows, columns = (torch.arange(n, dtype=maps.dtype, device=maps.device) for n in maps.shape[-2:])
+    total = maps.sum((1, 2))
+    middle = torch.stack([rows.mean(), columns.mean()])
+    moments = torch.stack([(maps.sum(2) * rows).sum(1), (maps.sum(1) * columns).sum(1)], dim=1)
+    return torch.where(total[:, None] > 0, moments / total.clamp(min=1e-12)[:, None], middle)
+
+
+def energy_inside(maps: Tensor, share: Tensor) -> Tensor:
+    """The part ``[B]`` of each map's sum that lies inside; ``share`` ``[B,h,w]``: how much of each patch is inside."""
+    return (maps * share).sum((1, 2)) / maps.sum((1, 2)).clamp(min=1e-12)

@@ -1,0 +1,171 @@
+"""Zero-shot accuracy, clean and under attack, as Records with counts and intervals."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from .attacks import pgd
+from .attention import Variant, attention_shift, text_guided_attention
+from .datasets import ImageSet
+from .files import code_version, digest
+from .models import Clip
+from .settings import AttackSettings, Settings
+
+MODULES = ("models", "attacks", "evaluation", "datasets", "miniworld")  # the source a record depends on
+Protocol = Literal["last"]
+
+
+def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of a proportion, in [0,1]; z = 1.96 for 95 %."""
+    if n == 0:
+        return 0.0, 1.0
+    p, factor = correct / n, 1 + z * z / n
+    middle = (p + z * z / (2 * n)) / factor
+    half = z / factor * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def attacked_batches(
+    clip: Clip, data: ImageSet, attack: AttackSettings | None, seed: int = 0, batch_size: int = 128
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(clean images, attacked images, labels) in batches; the same images twice for ``attack=None``."""
+    text = clip.encode_text(data.prompts)
+    for start, images, labels in data.batches(batch_size, clip.device):
+        attacked = images
+        if attack is not None:
+            generator = torch.Generator().manual_seed(int(digest("evaluation", data.key, seed, start), 16))
+            eps, step_size = attack.test_eps / 255, attack.test_stepsize / 255
+            attacked = pgd(clip, images, labels, text, eps, step_size, attack.test_numsteps, generator=generator)
+        yield images, attacked, labels
+
+
+@torch.no_grad()
+def predict(clip: Clip, data: ImageSet, attack: AttackSettings | None, seed: int = 0, bar=None) -> Tensor:
+    """Predicted classes ``[N]`` on clean images (``attack=None``) or on those the attack makes against ``clip``."""
+    text = clip.encode_text(data.prompts)
+    predictions = []
+    for _, attacked, _ in attacked_batches(clip, data, attack, seed):
+        predictions.append(clip.logits(attacked, text).argmax(1).cpu())
+        if bar is not None:
+            bar.update(len(attacked))
+    return torch.cat(predictions)
+
+
+@dataclass(frozen=True)
+class AttentionUnderAttack:
+    """What an attack did to each image of a set: pixels and maps on the CPU, and a row of measures an image."""
+
+    images: Tensor  # [N,3,H,W]
+    adversarial: Tensor  # [N,3,H,W]
+    clean_maps: Tensor  # [N,h,w], guided by the true class
+    attacked_maps: Tensor  # [N,h,w]
+    frame: pd.DataFrame  # attention_shift's columns, label, predictions, clean_correct, flipped
+
+
+@torch.no_grad()
+def attention_under_attack(
+    clip: Clip, data: ImageSet, attack: AttackSettings, variant: Variant = "reference", seed: int = 0
+) -> AttentionUnderAttack:
+    """Attacks every image and measures how far the attention guided by its true class moves (``attention_shift``).
+
+    ``flipped``: right when clean, wrong when attacked.
+    """
+    text = clip.encode_text(data.prompts)
+    parts = []
+    for images, attacked, labels in attacked_batches(clip, data, attack, seed):
+        tokens = clip.encode_image(images), clip.encode_image(attacked)
+        maps = [text_guided_attention(t, text[labels], variant, grid=clip.grid) for t in tokens]
+        guesses = [clip.similarity(t.pooled, text).argmax(1) for t in tokens]
+        parts.append([images.cpu(), attacked.cpu(), *(t.cpu() for t in (*maps, *guesses))])
+    images, attacked, clean_maps, attacked_maps, clean_guess, attacked_guess = map(torch.cat, zip(*parts))
+    frame = attention_shift(clean_maps, attacked_maps, data.masks)
+    frame["label"], frame["clean_prediction"] = data.labels.numpy(), clean_guess.numpy()
+    frame["attacked_prediction"] = attacked_guess.numpy()
+    frame["clean_correct"] = frame.clean_prediction == frame.label
+    frame["flipped"] = frame.clean_correct & (frame.attacked_prediction != frame.label)
+    return AttentionUnderAttack(images, attacked, clean_maps, attacked_maps, frame)
+
+
+class Record(Settings):
+    """One measurement: a method's model on one set under one attack. Counts, not only rates; never edited."""
+
+    key: str  # names all that the outcome depends on
+    method: str
+    model: str  # fingerprint of the weights
+    arch: str
+    world: str
+    dataset: str
+    data: str  # fingerprint of the images, labels and prompts
+    attack: str  # "none" or attack-steps
+    eps_255: float
+    protocol: Protocol
+    seed: int
+    n: int
+    correct: int
+    hits: str  # one bit an image, packed, as hex: what paired comparisons need
+    settings: dict[str, Any]  # of the attack
+    code: str
+    device: str
+    seconds: float
+    time: str  # UTC, ISO 8601
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100 * self.correct / self.n
+
+
+def record_key(
+    clip: Clip, data: ImageSet, attack: AttackSettings | None, protocol: Protocol, method: str, seed: int
+) -> str:
+    settings = {} if attack is None else attack.model_dump()
+    return digest(
+        method, clip.fingerprint(), data.fingerprint(), settings, protocol, seed, str(clip.device), code_version(MODULES)
+    )
+
+
+def evaluate(
+    clip: Clip,
+    data: ImageSet,
+    attack: AttackSettings | None,
+    protocol: Protocol = "last",
+    *,
+    method: str,
+    seed: int = 0,
+    bar=None,
+) -> Record:
+    """Top-1 zero-shot accuracy of ``clip`` on one set; ``attack=None`` for clean images.
+
+    ``protocol`` "last": accuracy at the attack's last iterate, as published. ``bar`` is updated by images.
+    """
+    started = time.perf_counter()
+    hits = (predict(clip, data, attack, seed, bar=bar) == data.labels).numpy()
+    return Record(
+        key=record_key(clip, data, attack, protocol, method, seed),
+        method=method,
+        model=clip.fingerprint(),
+        arch=clip.arch,
+        world=data.world,
+        dataset=data.key,
+        data=data.fingerprint(),
+        attack="none" if attack is None else f"{attack.attack}-{attack.test_numsteps}",
+        eps_255=0.0 if attack is None else attack.test_eps,
+        protocol=protocol,
+        seed=seed,
+        n=len(hits),
+        correct=int(hits.sum()),
+        hits=np.packbits(hits).tobytes().hex(),
+        settings={} if attack is None else attack.model_dump(),
+        code=code_version(MODULES),
+        device=str(clip.device),
+        seconds=round(time.perf_counter() - started, 3),
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )

@@ -1,0 +1,54 @@
+"""Files that are either whole or not there, and fingerprints of what a result depends on."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PACKAGE = Path(__file__).parent
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> Path:
+    """Lets ``write`` fill a temporary file beside ``path`` and then puts it in place in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    return write_atomic(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def digest(*parts: Any) -> str:
+    """Twelve hex digits that name JSON-able values, tensors and file contents (given as Path)."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            sha.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            sha.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(part, Path):
+            sha.update(part.read_bytes())
+        else:
+            sha.update(json.dumps(part, sort_keys=True, default=str).encode())
+        sha.update(b"\0")
+    return sha.hexdigest()[:12]
+
+
+def code_version(modules: Iterable[str] = ()) -> str:
+    """Names the source of some of the package's modules (default: all); changes whenever they do."""
+    paths = [PACKAGE / f"{name}.py" for name in modules] or sorted(PACKAGE.rglob("*.py"))
+    return digest(*paths)

@@ -1,0 +1,159 @@
+"""CLIP as the rest of the package sees it: pixels in [0,1] in, projected class and patch tokens out."""
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from . import DATA
+from .files import digest, write_atomic
+from .settings import resolve
+
+MINI_ARCH = "mini-clip"
+SHIPPED = {"mini": DATA / "mini_clip.safetensors", "mini-tga-zsr": DATA / "mini_tga_zsr.safetensors"}
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+for _config in (Path(__file__).parent / "model_configs").glob("*.json"):
+    open_clip.add_model_config(_config)
+
+
+class ImageTokens(NamedTuple):
+    """One forward of the image encoder, both parts in the joint space and not normalised."""
+
+    pooled: Tensor  # [B, D], from the class token
+    patches: Tensor  # [B, P, D], row by row over the patch grid
+
+
+class Clip(nn.Module):
+    """An open_clip ViT CLIP with its normalisation inside and its prompt embeddings kept.
+
+    ``model`` is the open_clip model; only ``model.visual`` is ever tuned. Its text tower and logit scale stay frozen
+    unless the workbook pre-trains it.
+    """
+
+    def __init__(self, model: nn.Module, arch: str):
+        super().__init__()
+        visual = model.visual
+        if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.pool_type != "tok":
+            raise ValueError(
+                f"arch {arch!r} has no class token with patch tokens beside it, which text-guided attention needs; "
+                "use a ViT with a class token such as ViT-B-32-quickgelu"
+            )
+        visual.output_tokens = True
+        self.model, self.arch = model, arch
+        self.tokenizer = open_clip.get_tokenizer(arch)
+        self.grid: tuple[int, int] = visual.grid_size
+        self.image_size: tuple[int, int] = visual.image_size
+        self.register_buffer("mean", torch.tensor(open_clip.get_model_preprocess_cfg(model)["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(open_clip.get_model_preprocess_cfg(model)["std"]).view(3, 1, 1))
+        self._prompts: dict[str, Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    @property
+    def visual(self) -> nn.Module:
+        return self.model.visual
+
+    def encode_image(self, pixels: Tensor) -> ImageTokens:
+        """Tokens of images ``[B,3,H,W]`` in [0,1]; one forward of the image encoder."""
+        pooled, tokens = self.visual(((pixels - self.mean) / self.std).to(self.visual.proj.dtype))
+        if self.visual.final_ln_after_pool:
+            tokens = self.visual.ln_post(tokens)
+        return ImageTokens(pooled, tokens @ self.visual.proj)
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str] | tuple[str, ...]) -> Tensor:
+        """Unit-norm embeddings ``[C,D]`` of prompts; each prompt is encoded once and kept."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
+        for chunk in (missing[i : i + 512] for i in range(0, len(missing), 512)):
+            embeddings = self.model.encode_text(self.tokenizer(chunk).to(self.device), normalize=True)
+            self._prompts.update(zip(chunk, embeddings))
+        return torch.stack([self._prompts[p] for p in prompts])
+
+    def similarity(self, pooled: Tensor, text: Tensor) -> Tensor:
+        """``exp(logit_scale) * cosine``: logits ``[B,C]`` of pooled tokens ``[B,D]`` and text ``[C,D]``."""
+        scale = self.model.logit_scale.detach().exp().clamp(max=100.0)
+        return scale * F.normalize(pooled.float(), dim=-1) @ text.float().T
+
+    def logits(self, pixels: Tensor, text: Tensor) -> Tensor:
+        """Zero-shot logits ``[B,C]`` of images ``[B,3,H,W]`` in [0,1] against unit-norm text ``[C,D]``."""
+        return self.similarity(self.encode_image(pixels).pooled, text)
+
+    def frozen_copy(self) -> "Clip":
+        """The same model with an image encoder of its own, in eval mode and without gradients; text is shared."""
+        clone = copy.copy(self)
+        clone._modules = dict(self._modules)
+        clone.model = copy.copy(self.model)
+        clone.model._modules = {**self.model._modules, "visual": copy.deepcopy(self.visual)}
+        return clone.eval().requires_grad_(False)
+
+    def fingerprint(self) -> str:
+        """Names the weights and the architecture: equal for equal models."""
+        return digest(self.arch, *self.model.state_dict().values())
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of a name; "auto" is CUDA where there is one. Raises ValueError for one that is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def load_clip(
+    arch: str = MINI_ARCH, pretrained: str | Path | None = "mini", device: str = "auto", precision: str = "fp32"
+) -> Clip:
+    """A CLIP in eval mode, through open_clip.
+
+    ``arch``: any open_clip ViT, or "mini-clip". ``pretrained``: an open_clip tag ("openai", "laion2b_s34b_b79k", ...,
+    downloaded when first used), a weights file, "mini" or "mini-tga-zsr" (shipped, for "mini-clip"), or None for random
+    weights. ``precision``: "fp32", "fp16" or "bf16". Raises ValueError for an unknown name or an unreadable file.
+    """
+    if arch not in open_clip.list_models():
+        raise ValueError(f"arch {arch!r} is unknown to open_clip; the workbook's own is {MINI_ARCH!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    target = pick_device(device)
+    source = None if pretrained is None else SHIPPED.get(str(pretrained), pretrained)
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    if source is not None and source not in tags:
+        source = resolve(source)
+        if not source.is_file():
+            named = ", ".join([*tags, *(SHIPPED if arch == MINI_ARCH else [])]) or "none"
+            raise ValueError(f"pretrained {str(pretrained)!r} is neither a file nor a name known for {arch} ({named})")
+    try:
+        if source is None:
+            logging.disable(logging.WARNING)  # open_clip warns of random weights, which are asked for here
+        model = open_clip.create_model(arch, pretrained=source and str(source), precision=precision, device=target)
+    except (SafetensorError, RuntimeError, KeyError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"pretrained {str(pretrained)!r} cannot be loaded into {arch}: {reason}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+    return Clip(model, arch).to(target).eval()
+
+
+def save_clip(clip: Clip, path: Path, precision: str = "fp32", **metadata: Any) -> Path:
+    """Writes all weights as safetensors that plain open_clip loads too, with JSON-able ``metadata``; in one step."""
+    weights = {k: v.detach().to(PRECISIONS[precision]).contiguous() for k, v in clip.model.state_dict().items()}
+    header = {k: json.dumps(v) for k, v in {"arch": clip.arch, **metadata}.items()}
+    return write_atomic(path, lambda temporary: safetensors.torch.save_file(weights, temporary, header))
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What ``save_clip`` wrote beside the weights."""
+    with safe_open(path, "pt") as file:
+        return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}

@@ -1,0 +1,244 @@
+"""The workbook's figures. Each function takes plain frames or arrays and returns a matplotlib Figure."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_auc_score, roc_curve
+from torch import Tensor
+
+from .files import write_atomic
+from .attention import resize
+
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "h")
+
+sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", rc={"figure.dpi": 100, "svg.hashsalt": "tgazsr"})
+
+
+def save(figure: Figure, folder: Path, name: str) -> Figure:
+    """Writes ``<folder>/figures/<name>.png`` and ``.svg``; gives the figure back for display."""
+    for suffix in ("png", "svg"):
+        path = folder / "figures" / f"{name}.{suffix}"
+        write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, bbox_inches="tight"))
+    plt.close(figure)
+    return figure
+
+
+def attention_panels(
+    images: Tensor, clean: Tensor, adversarial: Tensor, attacked: Tensor, captions: Sequence[tuple[str, str]], title: str
+) -> Figure:
+    """One row an image: image, clean attention, perturbation (amplified), attacked attention.
+
+    ``images`` and ``adversarial`` ``[N,3,H,W]`` in [0,1]; ``clean`` and ``attacked`` maps ``[N,h,w]`` in [0,1];
+    ``captions``: a label for the clean and for the attacked side of each row.
+    """
+    size = tuple(images.shape[-2:])
+    delta = adversarial - images
+    factor = max(1, round(0.5 / max(float(delta.abs().max()), 1e-6)))
+    n = len(images)
+    figure, axes = plt.subplots(n, 4, figsize=(9.2, 2.35 * n + 0.6), squeeze=False, layout="constrained")
+    clean, attacked = resize(clean, size), resize(attacked, size)
+    heads = ("image", "attention, clean", f"perturbation x{factor}", "attention, attacked")
+    for row, (before, after) in enumerate(captions):
+        picture = images[row].permute(1, 2, 0).cpu().numpy()
+        axes[row, 0].imshow(picture)
+        _overlay(axes[row, 1], picture, clean[row])
+        axes[row, 2].imshow((0.5 + factor * delta[row]).clamp(0, 1).permute(1, 2, 0).cpu().numpy())
+        heat = _overlay(axes[row, 3], adversarial[row].permute(1, 2, 0).cpu().numpy(), attacked[row])
+        axes[row, 0].set_xlabel(before, fontsize=9)
+        axes[row, 3].set_xlabel(after, fontsize=9)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
+    for axis, head in zip(axes[0], heads):
+        axis.set_title(head, fontsize=10)
+    figure.colorbar(heat, ax=axes[:, 3], shrink=min(1.0, 2.0 / n), label="attention (0 to 1)")
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def _overlay(axis, picture: np.ndarray, attention: Tensor):
+    axis.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=1)
+    return axis.imshow(attention.cpu().numpy(), cmap="viridis", alpha=0.65, vmin=0, vmax=1)
+
+
+def captioned_images(images: Tensor, captions: Sequence[str], title: str, columns: int = 6) -> Figure:
+    """A grid of images ``[N,3,H,W]`` (uint8) with their captions."""
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, 2.5 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, caption in zip(axes.flat, images, captions):
+        axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+        axis.set_title("\n".join(textwrap.wrap(caption, 24)), fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+def pretraining_curve(history: pd.DataFrame, title: str) -> Figure:
+    """Contrastive loss against the step, as measured and as a running mean of 50 steps."""
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    axis.plot(history.step, history.loss, alpha=0.3, lw=0.8, label="each step")
+    axis.plot(history.step, history.loss.rolling(50, min_periods=1).mean(), label="mean of 50")
+    axis.set(xlabel="step", ylabel="contrastive loss (nats)", title=title)
+    axis.legend()
+    return figure
+
+
+def fragility(table: pd.DataFrame, title: str) -> Figure:
+    """Accuracy against epsilon, a thin line a set and a thick one for the mean; columns "clean" and "eps E"."""
+    eps = [0.0, *(float(c.removeprefix("eps ")) for c in table.columns[1:])]
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for key, row in table.iterrows():
+        style = {"color": "black", "lw": 3, "marker": "o", "label": "mean"} if key == "MEAN" else {"lw": 1, "alpha": 0.5}
+        axis.plot(eps, row.to_numpy(), **style)
+    axis.axhline(table.loc["MEAN", "clean"] / 4, color="grey", ls=":", label="a quarter of the clean mean")
+    axis.set(xlabel="epsilon (1/255)", ylabel="top-1 accuracy (%)", ylim=(0, 100), title=title)
+    axis.legend()
+    return figure
+
+
+_SHIFT_LABELS = {
+    "l2": "l2 distance of the maps",
+    "cosine": "cosine similarity of the maps",
+    "iou_top20": "overlap (IoU) of the top fifth",
+    "centre_move": "centre-of-mass move (patches)",
+}
+
+
+def shift_against_eps(frame: pd.DataFrame, title: str) -> Figure:
+    """Mean of each shift measure against epsilon, one line a model; bars are 95 % bootstrap intervals over images."""
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
+    for axis, (column, label) in zip(axes, _SHIFT_LABELS.items()):
+        sns.lineplot(
+            frame, x="eps_255", y=column, hue="model", style="model", markers=True, dashes=False, err_style="bars",
+            seed=0, ax=axis, legend="auto" if axis is axes[0] else False,
+        )  # fmt: skip
+        axis.set(xlabel="epsilon (1/255)", ylabel=label, xticks=sorted(frame.eps_255.unique()))
+    figure.suptitle(title)
+    return figure
+
+
+def auc_interval(flipped: np.ndarray, score: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:
+    """ROC AUC of ``score`` for ``flipped`` (bool), with its 95 % bootstrap interval; NaN if one class is missing."""
+    if flipped.all() or not flipped.any():
+        return float("nan"), float("nan"), float("nan")
+    rng = np.random.default_rng(0)
+    values = []
+    while len(values) < draws:
+        rows = rng.integers(len(flipped), size=len(flipped))
+        if 0 < flipped[rows].sum() < len(rows):
+            values.append(roc_auc_score(flipped[rows], score[rows]))
+    return float(roc_auc_score(flipped, score)), *map(float, np.quantile(values, [0.025, 0.975]))
+
+
+def flip_roc(frame: pd.DataFrame, title: str) -> Figure:
+    """ROC of "attention moved by more than t" as a sign that the prediction flipped, among images right when clean."""
+    figure, axis = plt.subplots(figsize=(5.4, 5), layout="constrained")
+    for style, (model, part) in zip(("-", "--", "-.", ":"), frame[frame.clean_correct].groupby("model", sort=False)):
+        auc, low, high = auc_interval(part.flipped.to_numpy(), part.l2.to_numpy())
+        if np.isnan(auc):
+            axis.plot([], [], style, label=f"{model}: all alike, no AUC")
+            continue
+        false_rate, true_rate, _ = roc_curve(part.flipped, part.l2)
+        axis.plot(false_rate, true_rate, style, lw=2, label=f"{model}: AUC {auc:.2f} [{low:.2f}, {high:.2f}]")
+    axis.plot([0, 1], [0, 1], color="grey", lw=1)
+    axis.set(xlabel="false positive rate", ylabel="true positive rate", title=title, aspect="equal")
+    axis.legend(title="shift predicts the flip", loc="lower right", fontsize=9)
+    return figure
+
+
+def energy_inside(frame: pd.DataFrame, title: str) -> Figure:
+    """Share of attention inside the object, clean and attacked, one pair of boxes a model; the line is chance."""
+    sides = {"energy_clean": "clean", "energy_adv": "attacked"}
+    tall = frame.rename(columns=sides).melt(["model"], list(sides.values()), "images", "energy")
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    sns.boxplot(tall, x="model", y="energy", hue="images", ax=axis, fliersize=2, gap=0.1)
+    for patch, hatch in zip(axis.patches, [""] * frame.model.nunique() + ["//"] * frame.model.nunique()):
+        patch.set_hatch(hatch)
+    axis.axhline(frame.energy_uniform.mean(), color="black", ls=":", label="spread evenly")
+    axis.set(xlabel="", ylabel="share of attention inside the object", title=title, ylim=(0, None))
+    axis.legend(title="", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def loss_terms(histories: dict[str, pd.DataFrame], title: str) -> Figure:
+    """Unweighted loss terms and batch accuracy under attack against the step, a method a line, running means of 10."""
+    names = list(dict.fromkeys(c for h in histories.values() for c in h if c == "CE" or c.startswith("L_")))
+    labels = {"CE": "cross-entropy, attacked", "L_AR": "L_AR (l2 at 224)", "L_AMC": "L_AMC (l2 at 224)"}
+    figure, axes = plt.subplots(1, len(names) + 1, figsize=(3.6 * (len(names) + 1), 3.6), layout="constrained")
+    for style, (method, history) in zip(("-", "--", "-.", ":"), histories.items()):
+        smooth = history.rolling(10, min_periods=1).mean()
+        for axis, name in zip(axes, names):
+            if name in history:
+                axis.plot(history.step, smooth[name], style, label=method)
+        axes[-1].plot(history.step, 100 * smooth.robust_batch_accuracy, style, label=method)
+    for axis, name in zip(axes, [*(labels.get(n, n) for n in names), "batch accuracy under attack (%)"]):
+        axis.set(xlabel="step", ylabel=name)
+    axes[0].legend()
+    figure.suptitle(title)
+    return figure
+
+
+def accuracy_bars(frame: pd.DataFrame, title: str) -> Figure:
+    """Clean and robust accuracy of each method on one set, with Wilson intervals; ``frame``: results.to_frame."""
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    methods = list(dict.fromkeys(frame.method))
+    for shift, (kind, hatch) in zip((-0.2, 0.2), (("clean", ""), ("robust", "//"))):
+        part = frame[frame.kind == kind].set_index("method").loc[methods]
+        error = [part.accuracy - part.low, part.high - part.accuracy]
+        axis.bar(np.arange(len(methods)) + shift, part.accuracy, 0.38, yerr=error, hatch=hatch, label=kind, capsize=3)
+    axis.set(xticks=range(len(methods)), xticklabels=methods, ylabel="top-1 accuracy (%)", ylim=(0, 100), title=title)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def accuracy_heatmap(frame: pd.DataFrame, title: str) -> Figure:
+    """Accuracy by method and set, robust above clean, mean over seeds; ``frame``: results.to_frame."""
+    methods, sets = list(dict.fromkeys(frame.method)), list(dict.fromkeys(frame.dataset))
+    figure, axes = plt.subplots(2, 1, figsize=(0.72 * len(sets) + 3, 0.5 * len(methods) * 2 + 3), layout="constrained")
+    for axis, kind in zip(axes, ("robust", "clean")):
+        table = frame[frame.kind == kind].pivot_table(index="method", columns="dataset", values="accuracy")
+        table = table.loc[methods, sets].assign(MEAN=lambda t: t.mean(axis=1))
+        sns.heatmap(table, annot=True, fmt=".0f", cmap="viridis", vmin=0, vmax=100, ax=axis, annot_kws={"size": 9},
+                    cbar_kws={"label": "top-1 (%)"}, linewidths=0.5)  # fmt: skip
+        axis.set(title=f"{kind} accuracy (%)", xlabel="", ylabel="")
+    axes[0].set_xticklabels([])
+    plt.setp(axes[1].get_xticklabels(), rotation=35, ha="right")
+    figure.suptitle(title)
+    return figure
+
+
+def trade_off(table: pd.DataFrame, title: str, reference: pd.DataFrame | None = None) -> Figure:
+    """Robust against clean accuracy, a point a method, error bars over seeds; grey lines join equal averages.
+
+    ``table``: results.leaderboard. ``reference``: published rows to show in grey, for runs that may be compared.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
+    for marker, (method, row) in zip(MARKERS, table.iterrows()):
+        axis.errorbar(row.clean, row.robust, xerr=_or_none(row.clean_sd), yerr=_or_none(row.robust_sd), fmt=marker, ms=11,
+                      capsize=3, label=f"{method} (average {row.average:.1f})")  # fmt: skip
+    if reference is not None:
+        axis.scatter(reference.clean, reference.robust, color="grey", marker="x", label="published")
+        for method, row in reference.iterrows():
+            axis.annotate(method, (row.clean, row.robust), color="grey", fontsize=8, xytext=(4, 4), textcoords="offset points")
+    shown = table if reference is None else pd.concat([table, reference])
+    x_limits = shown.clean.min() - 6, min(100, shown.clean.max() + 6)
+    y_limits = max(0, shown.robust.min() - 6), shown.robust.max() + 6
+    for average in range(5, 100, 5):
+        axis.plot(x_limits, [2 * average - x for x in x_limits], color="grey", lw=0.7, alpha=0.5, zorder=0)
+        y = 2 * average - x_limits[1]
+        if y_limits[0] < y < y_limits[1]:
+            axis.text(x_limits[1], y, f" {average}", color="grey", fontsize=8, va="center")
+    axis.set(xlim=x_limits, ylim=y_limits, xlabel="clean accuracy (%)", ylabel="robust accuracy (%)", title=title)
+    axis.legend(loc="best", fontsize=9)
+    return figure
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else value

@@ -1,0 +1,28 @@
+"""Progress bars: widgets in JupyterLab; in a headless run one plain line every few seconds, live in the log."""
+
+import os
+import sys
+
+from tqdm.auto import tqdm as auto_tqdm
+from tqdm.std import tqdm as plain_tqdm
+
+HEADLESS = "TGAZSR_HEADLESS"  # set by the runner
+
+
+class _Lines:
+    """A stream on which each redraw of a bar is a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip("\r\n "):
+            sys.stdout.write(text + "\n")
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+
+def progress(iterable=None, **options):
+    """``tqdm(iterable, **options)`` in the form that suits where it runs."""
+    if not os.environ.get(HEADLESS):
+        return auto_tqdm(iterable, **options)
+    bar = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    return plain_tqdm(iterable, **{"file": _Lines(), "mininterval": 10, "bar_format": bar, **options})

@@ -1,0 +1,155 @@
+"""The append-only store of Records, and the tables made from them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from pydantic import ValidationError
+
+from . import DATA
+from .datasets import ImageSet
+from .evaluation import Record, evaluate, record_key, wilson
+from .files import write_atomic
+from .models import Clip
+from .progress import progress
+from .settings import AttackSettings
+
+PUBLISHED_SETS = 16
+PUBLISHED_WORLD = "published sets"
+
+
+class RecordStore:
+    """A folder with one JSON file a Record, written in one step and never changed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def get(self, key: str) -> Record | None:
+        path = self.folder / f"{key}.json"
+        return _read(path) if path.exists() else None
+
+    def add(self, record: Record) -> Record:
+        text = record.model_dump_json(indent=1) + "\n"
+        write_atomic(self.folder / f"{record.key}.json", lambda temporary: temporary.write_text(text))
+        return record
+
+    def all(self) -> list[Record]:
+        return sorted((_read(path) for path in self.folder.glob("[!.]*.json")), key=lambda r: (r.time, r.key))
+
+
+def _read(path: Path) -> Record:
+    try:
+        return Record.model_validate_json(path.read_text())
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise ValueError(f"record {path} is damaged ({str(error).splitlines()[0]}); remove it to measure again") from None
+
+
+def evaluate_all(
+    clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings, *, method: str, seed: int = 0, store: RecordStore
+) -> list[Record]:
+    """Two records a set, clean and attacked, each stored when done; what the store has is not measured again."""
+    records = []
+    with progress(total=2 * sum(map(len, sets)), desc=f"evaluate {method} seed {seed}", unit="image") as bar:
+        for data in sets:
+            bar.set_postfix(set=data.key, refresh=False)
+            for kind in (None, attack):
+                record = store.get(record_key(clip, data, kind, "last", method, seed))
+                if record is None:
+                    record = store.add(evaluate(clip, data, kind, method=method, seed=seed, bar=bar))
+                else:
+                    bar.update(len(data))
+                records.append(record)
+    return records
+
+
+def to_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a record: the columns a table or figure needs, accuracy and its 95 % Wilson interval in percent."""
+    rows = []
+    for r in records:
+        low, high = wilson(r.correct, r.n)
+        kind = "clean" if r.attack == "none" else "robust"
+        row = r.model_dump(include={"method", "world", "dataset", "attack", "eps_255", "protocol", "seed", "n", "correct"})
+        rows.append(row | {"kind": kind, "accuracy": r.accuracy, "low": 100 * low, "high": 100 * high})
+    return pd.DataFrame(rows)
+
+
+def leaderboard(records: Sequence[Record], sets_in_all: int = PUBLISHED_SETS) -> pd.DataFrame:
+    """One row a method: mean robust and clean accuracy over its sets, their mean, in percent, best average first.
+
+    A mean over sets is taken for each seed; ``robust_sd`` and so on are the standard deviation over seeds (NaN for one
+    seed). ``sets`` says "n of 16" when some are missing. Raises ValueError for records of several worlds, attacks or
+    protocols, or methods measured on different sets, which no one table may mix.
+    """
+    frame = to_frame(records)
+    _refuse_mixture(frame)
+    means = frame.pivot_table(index=["method", "seed"], columns="kind", values="accuracy", aggfunc="mean")
+    means = means.reindex(columns=["robust", "clean"])
+    means["average"] = means.mean(axis=1, skipna=False)
+    table = means.groupby("method").mean()
+    spread = means.groupby("method").std()
+    for column in table.columns:
+        spread = spread.rename(columns={column: f"{column}_sd"})
+    table = table.join(spread)
+    counts = frame.groupby("method")["dataset"].nunique()
+    table["seeds"] = frame.groupby("method")["seed"].nunique()
+    table["sets"] = [f"{n}" if n == sets_in_all else f"{n} of {sets_in_all}" for n in counts.reindex(table.index)]
+    return table.sort_values("average", ascending=False)
+
+
+def _refuse_mixture(frame: pd.DataFrame) -> None:
+    attacked = frame[frame.kind == "robust"]
+    for part, column in ((frame, "world"), (attacked, "attack"), (attacked, "eps_255"), (frame, "protocol")):
+        if part[column].nunique() > 1:
+            values = ", ".join(map(str, sorted(part[column].unique())))
+            raise ValueError(f"records differ in {column} ({values}); one table holds one {column}")
+    sets = frame.groupby(["method", "seed", "kind"])["dataset"].agg(frozenset)
+    if sets.nunique() > 1:
+        raise ValueError("methods or seeds were measured on different sets; their means cannot be compared")
+
+
+def published() -> pd.DataFrame:
+    """The published table (ViT-B/32, Tiny-ImageNet, PGD-100, eps 1/255): method -> venue, robust, clean, average."""
+    return pd.read_csv(DATA / "published_table.csv", index_col="method")
+
+
+def beside_published(table: pd.DataFrame, world: str) -> pd.DataFrame:
+    """The published table with our rows and the difference beside it, for records of the published sets only.
+
+    For any other world our columns stay away: numbers of the mini-world say nothing about the published ones.
+    """
+    reference = published()
+    if world != PUBLISHED_WORLD:
+        return reference
+    ours = table[["robust", "clean", "average"]]
+    both = reference.join(ours.add_prefix("ours_"), how="left")
+    for column in ours.columns:
+        both[f"difference_{column}"] = both[f"ours_{column}"] - both[column]
+    both["ours_sets"] = table["sets"].reindex(both.index)
+    return both
+
+
+def paired_difference(a: Sequence[Record], b: Sequence[Record], z: float = 1.96) -> tuple[float, float, float]:
+    """Mean over sets of accuracy(a) - accuracy(b) in percentage points, with its 95 % interval, on the same images.
+
+    Raises ValueError if the two were not measured on the same images, attack and seeds.
+    """
+    match = {(r.data, r.attack, r.seed): r for r in b}
+    if {(r.data, r.attack, r.seed) for r in a} != set(match) or len(a) != len(match):
+        raise ValueError("a paired difference needs both methods measured on the same images, attack and seeds")
+    means, variances = [], []
+    for r in a:
+        difference = _bits(r).astype(float) - _bits(match[r.data, r.attack, r.seed])
+        means.append(difference.mean())
+        variances.append(difference.var() / r.n)
+    mean, half = 100 * np.mean(means), 100 * z * np.sqrt(np.sum(variances)) / len(means)
+    return float(mean), float(mean - half), float(mean + half)
+
+
+def _bits(record: Record) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(bytes.fromhex(record.hits), np.uint8))[: record.n]
+
+
+def save_table(table: pd.DataFrame, folder: Path, name: str) -> Path:
+    """Writes ``<folder>/tables/<name>.csv``."""
+    return write_atomic(folder / "tables" / f"{name}.csv", lambda temporary: table.to_csv(temporary))

@@ -1,0 +1,243 @@
+"""Runs the workbook headlessly: ``python -m tgazsr_utils.runner`` (called by run_all.sh).
+
+Executes a profile's notebooks with papermill, in order, with their progress live; skips what is done and unchanged;
+leaves executed copies, HTML, figures, records and a manifest in the output folder.
+"""
+
+import argparse
+import ast
+import os
+import platform
+import sys
+import time
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import papermill
+import torch
+import yaml
+from nbconvert import HTMLExporter
+from papermill.exceptions import PapermillExecutionError
+
+from . import DATA, ROOT
+from .files import code_version, digest, write_atomic, write_json
+from .models import pick_device
+from .progress import HEADLESS
+from .settings import NOTEBOOKS, Settings, SettingsError, resolve, unknown_parameter, validate
+
+FOLDER = ROOT / "notebooks"
+PROFILES = FOLDER / "profiles"
+_PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pandas", "seaborn", "papermill", "jupyterlab", "ipywidgets")
+
+
+class Profile(Settings):
+    """A whole run: which notebooks, and their parameters where these differ from the notebooks' own."""
+
+    description: str
+    notebooks: list[str]
+    parameters: dict[str, Any] = {}  # for every notebook that knows the name
+    by_notebook: dict[str, dict[str, Any]] = {}
+
+
+def load_profile(name: str) -> Profile:
+    path = PROFILES / f"{name}.yaml"
+    if not path.exists():
+        there = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
+        raise SettingsError(f"profile {name!r} is unknown; there are: {there}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise SettingsError(f"profile {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"profile {path} must hold names and values")
+    return validate(Profile, values)
+
+
+def select(profile: Profile, numbers: list[str]) -> list[str]:
+    """Names of the notebooks to run: the profile's own, or those with the given numbers."""
+    if not numbers:
+        return profile.notebooks
+    by_number = {name[:2]: name for name in NOTEBOOKS}
+    for number in numbers:
+        if number.zfill(2) not in by_number:
+            raise SettingsError(f"notebook {number!r} is unknown; there are: {', '.join(by_number)}")
+    return [by_number[number.zfill(2)] for number in numbers]
+
+
+def default_parameters(notebook: str) -> dict[str, Any]:
+    """What a notebook's cell tagged ``parameters`` assigns."""
+    book = nbformat.read(FOLDER / f"{notebook}.ipynb", as_version=4)
+    (cell,) = [c for c in book.cells if "parameters" in c.metadata.get("tags", [])]
+    return {s.targets[0].id: ast.literal_eval(s.value) for s in ast.parse(cell.source).body}
+
+
+def parameters_of(notebook: str, profile: Profile, output: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Checked parameters of one notebook: its own defaults, then the profile's, then those given."""
+    known = NOTEBOOKS[notebook].model_fields
+    values = default_parameters(notebook) | {"output": output}
+    for layer in (profile.parameters, profile.by_notebook.get(notebook, {}), given):
+        values |= {name: value for name, value in layer.items() if name in known}
+    return validate(NOTEBOOKS[notebook], values).model_dump(include=set(values))
+
+
+def check_names(profile: Profile, given: dict[str, Any], notebooks: list[str]) -> None:
+    """Every parameter must be known to a notebook that will run; in a profile, to any notebook."""
+    everywhere = {name: None for model in NOTEBOOKS.values() for name in model.model_fields}
+    here = {name: None for notebook in notebooks for name in NOTEBOOKS[notebook].model_fields}
+    for names, known in ((profile.parameters, everywhere), (given, here)):
+        for name in names:
+            if name not in known:
+                raise SettingsError(unknown_parameter(name, known))
+    for notebook, values in profile.by_notebook.items():
+        for name in values:
+            if name not in NOTEBOOKS[notebook].model_fields:
+                raise SettingsError(f"{notebook}: {unknown_parameter(name, NOTEBOOKS[notebook].model_fields)}")
+
+
+def fingerprint(notebook: str, parameters: dict[str, Any], before: str) -> str:
+    """Names a notebook's inputs: itself, its parameters and the files they name, the code, what runs before it."""
+    named = [resolve(v) for v in parameters.values() if isinstance(v, str) and v and v != parameters["output"]]
+    contents = [path for path in named if path.is_file()]
+    listings = [
+        [f"{p.relative_to(path)} {p.stat().st_size}" for p in sorted(path.rglob("*"))] for path in named if path.is_dir()
+    ]
+    shipped = sorted(DATA.glob("*.safetensors"))
+    book = FOLDER / f"{notebook}.ipynb"
+    return digest(book, parameters, *contents, listings, *shipped, code_version(), before)
+
+
+def execute(notebook: str, parameters: dict[str, Any], folder: Path) -> Path:
+    """Runs one notebook with papermill into ``folder``, its output echoed live, and exports it to HTML."""
+    executed = folder / "notebooks" / f"{notebook}.ipynb"
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            FOLDER / f"{notebook}.ipynb",
+            executed,
+            parameters,
+            kernel_name="python3",
+            cwd=ROOT,
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+        )
+    finally:
+        if executed.exists():
+            html, _ = HTMLExporter().from_filename(str(executed))
+            write_atomic(folder / "html" / f"{notebook}.html", lambda temporary: temporary.write_text(html))
+    return executed
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a result may depend on beyond its parameters."""
+    target = pick_device(device)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "device": torch.cuda.get_device_name(target) if target.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "code": code_version(),
+        "note": "other versions, devices or thread counts may change results by rounding",
+    }
+
+
+def load_manifest(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {"notebooks": {}}
+    try:
+        return yaml.safe_load(path.read_text()) | {}  # JSON is YAML; one parser, one kind of error
+    except (yaml.YAMLError, TypeError):
+        raise SettingsError(f"manifest {path} is damaged; remove it to run everything again") from None
+
+
+def run(profile_name: str, numbers: list[str], given: dict[str, Any], fresh: bool) -> int:
+    """Runs a profile; 0, or 1 after a notebook failed. Raises SettingsError before anything starts."""
+    profile = load_profile(profile_name)
+    chosen = select(profile, numbers)
+    check_names(profile, given, chosen)
+    output = str(given.get("output", profile.parameters.get("output", f"runs/{profile_name}")))
+    folder = resolve(output)
+    in_order = list(dict.fromkeys([*profile.notebooks, *chosen]))
+    parameters = {name: parameters_of(name, profile, output, given) for name in in_order}
+    if fresh and folder.exists():
+        aside = folder.with_name(f"{folder.name}-before-{datetime.now():%Y%m%d-%H%M%S}")
+        folder.rename(aside)
+        print(f"earlier results were moved to {aside.name}")
+    manifest_path = folder / "manifest.json"
+    manifest = load_manifest(manifest_path)
+    manifest |= {"profile": profile_name, "environment": environment(next(iter(parameters.values()))["device"])}
+    print(f"{profile_name}: {profile.description.strip()}\nresults go to {output}", flush=True)
+    before = ""
+    for name in in_order:
+        inputs = before = fingerprint(name, parameters[name], before)
+        if name not in chosen:
+            continue
+        entry = manifest["notebooks"].get(name, {})
+        done = entry.get("status") == "finished" and entry.get("inputs") == inputs
+        if done and (folder / "notebooks" / f"{name}.ipynb").exists():
+            print(f"{name}: done already with the same inputs (--fresh starts over)", flush=True)
+            continue
+        print(f"\n=== {name}", flush=True)
+        started = time.time()
+        entry = {"status": "running", "inputs": inputs, "parameters": parameters[name]}
+        entry["started"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        manifest["notebooks"][name] = entry
+        write_json(manifest_path, manifest)
+        failure = None
+        try:
+            execute(name, parameters[name], folder)
+        except PapermillExecutionError as error:
+            failure = f"cell {error.exec_count}: {error.ename}: {error.evalue}"
+        except KeyboardInterrupt:
+            failure = "interrupted; the same command goes on from here"
+        entry |= {"status": "failed" if failure else "finished", "seconds": round(time.time() - started, 1)}
+        if failure:
+            entry["error"] = failure
+        write_json(manifest_path, manifest)
+        if failure:
+            print(f"\n{name} stopped in {failure}\nexecuted copy: {folder / 'notebooks' / name}.ipynb", file=sys.stderr)
+            return 1
+        print(f"{name}: {entry['seconds']:.0f} s", flush=True)
+    show(folder)
+    return 0
+
+
+def show(folder: Path) -> None:
+    """Prints the leaderboard, if there is one, and where the figures are."""
+    table = folder / "tables" / "leaderboard.csv"
+    if table.exists():
+        print("\n" + pd.read_csv(table, index_col=0).to_string(float_format="%.1f", na_rep="-"))
+    figures = sorted(folder.glob("figures/*.png"))
+    print("\nfigures:" if figures else "\nno figures", *(f"\n  {os.path.relpath(p)}" for p in figures), sep="")
+    print(f"notebooks as HTML: {os.path.relpath(folder / 'html')}/")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="./run_all.sh", description="Run the workbook's notebooks headlessly.")
+    parser.add_argument("profile", nargs="?", default="mini", help="a file of notebooks/profiles (default: mini)")
+    parser.add_argument("numbers", nargs="*", help="notebooks to run, such as 01 04 (default: the profile's)")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    parser.add_argument("--fresh", action="store_true", help="start over; earlier results are moved aside")
+    options = parser.parse_args(arguments)
+    profile, numbers = options.profile, options.numbers
+    if profile.isdigit():
+        profile, numbers = "mini", [profile, *numbers]
+    os.environ[HEADLESS] = "1"
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not one of the same name in the home folder
+    try:
+        given = {name: yaml.safe_load(value) for name, value in options.p}
+        return run(profile, numbers, given, options.fresh)
+    except yaml.YAMLError as error:
+        print(f"error: -p: {' '.join(str(error).split())}", file=sys.stderr)
+    except (SettingsError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Typed, frozen settings of the notebooks: names, units, ranges. Whatever papermill injects is checked here first."""
+
+import ast
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from . import ROOT
+
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Eps255 = Annotated[float, Field(ge=0, le=255, description="1/255 of the pixel range")]
+
+
+class SettingsError(ValueError):
+    """One line that names the value and says what is allowed."""
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def only(self, model: "type[AnySettings]", **changes: Any) -> "AnySettings":
+        """The part of these settings that ``model`` knows, perhaps with changes."""
+        return validate(model, {name: getattr(self, name) for name in model.model_fields} | changes)
+
+
+class ObjectiveSettings(Settings):
+    """What the loss terms need (REFERENCE of the method: Alpha 0.08, Beta 0.05, l2 at 224)."""
+
+    Alpha: NonNegative  # weight of L_AR
+    Beta: NonNegative  # weight of L_AMC
+    Distance_metric: Literal["l2", "l1", "cos"]
+    attention_variant: Literal["reference", "cosine"]
+    distance_size: Count = 224  # side in pixels at which maps are compared; Alpha and Beta belong to 224
+
+
+class FinetuneSettings(ObjectiveSettings):
+    """One fine-tuning run, but for the method's name."""
+
+    epochs: Count
+    batch_size: Count
+    lr: Annotated[float, Field(gt=0)] | None  # None: the one the method was published with
+    warmup_steps: Annotated[int, Field(ge=0)]
+    train_eps: Eps255
+    train_stepsize: Eps255
+    train_numsteps: Annotated[int, Field(ge=0)]
+    last_num_ft: Annotated[int, Field(ge=0)] = 0  # 0: the whole image encoder; k: its last k parameter tensors
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 0.0
+    seed: Annotated[int, Field(ge=0)]
+
+
+class AttackSettings(Settings):
+    """The attack that robust accuracy is measured with."""
+
+    attack: Literal["pgd"] = "pgd"
+    test_eps: Eps255
+    test_stepsize: Eps255
+    test_numsteps: Count
+
+
+class WorkbookSettings(Settings):
+    """What every notebook knows."""
+
+    arch: str  # an open_clip architecture with patch tokens
+    pretrained: str  # "mini", an open_clip tag, or a file
+    data_root: str | None  # folder of image sets; None: the rendered mini-world
+    output: str  # folder for models, records, figures and tables
+    device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
+    seed: Annotated[int, Field(ge=0)]
+
+    @field_validator("data_root")
+    @classmethod
+    def _is_there(cls, value: str | None) -> str | None:
+        if value is not None and not resolve(value).is_dir():
+            raise ValueError("there is no such folder")
+        return value
+
+    @property
+    def output_path(self) -> Path:
+        return resolve(self.output)
+
+
+class PretrainNotebook(WorkbookSettings):
+    """00_pretrain_mini_clip"""
+
+    sets: list[str] | None  # image sets under data_root to learn from; None: all (or the mini-world)
+    steps: Count
+    batch_size: Count
+    lr: Annotated[float, Field(gt=0)]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    weight_decay: NonNegative
+    test_images: Count  # a set
+    weights: str  # file to write
+    precision: Literal["fp32", "fp16"]  # of the written file
+    eps_candidates: list[Eps255]
+    test_numsteps: Count
+
+
+class AttentionShiftNotebook(WorkbookSettings, AttackSettings):
+    """01_attention_shift"""
+
+    dataset: str
+    tuned: str  # model to compare with: "mini-tga-zsr", a file, or "latest:METHOD" in the output folder
+    test_images: Count
+    shown_images: Annotated[int, Field(ge=1, le=12)]
+    eps_list: list[Eps255]
+    attention_variant: Literal["reference", "cosine"]
+
+
+class TrainNotebook(WorkbookSettings, FinetuneSettings, AttackSettings):
+    """02_train_tga_zsr"""
+
+    dataset: str
+    train_images: Count | None  # None: all
+    test_images: Count | None
+    methods: list[str]
+
+
+class EvaluateNotebook(TrainNotebook):
+    """04_evaluate_16_datasets"""
+
+    testdata: list[str] | None  # None: all sets there are
+    seeds: list[Annotated[int, Field(ge=0)]]
+
+
+NOTEBOOKS: dict[str, type[WorkbookSettings]] = {
+    "00_pretrain_mini_clip": PretrainNotebook,
+    "01_attention_shift": AttentionShiftNotebook,
+    "02_train_tga_zsr": TrainNotebook,
+    "04_evaluate_16_datasets": EvaluateNotebook,
+}
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def validate(model: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
+    """Settings from plain values. Raises SettingsError, one line, for an unknown name or a value out of range."""
+    unknown = sorted(set(values) - set(model.model_fields))
+    if unknown:
+        raise SettingsError(unknown_parameter(unknown[0], model.model_fields))
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        problem = first["msg"][0].lower() + first["msg"][1:]
+        given = "" if first["type"] == "missing" else f" = {first['input']!r}"
+        raise SettingsError(f"parameter {name}{given}: {problem}") from None
+
+
+def unknown_parameter(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"unknown parameter {name!r}: {hint}known are {', '.join(sorted(known))}"
+
+
+def from_notebook(model: type[AnySettings], namespace: Mapping[str, Any]) -> AnySettings:
+    """Settings from a notebook's parameters cell, and papermill's injected one below it; call it in the next cell.
+
+    ``namespace`` is the notebook's ``globals()``. Also finds names that those cells set and no setting has.
+    """
+    values = {name: namespace[name] for name in model.model_fields if name in namespace}
+    for source in reversed(namespace.get("In", [])[:-1]):
+        names = _assigned_constants(source)
+        if names is None:
+            break
+        values.update({name: namespace[name] for name in names})
+    return validate(model, values)
+
+
+def _assigned_constants(source: str) -> list[str] | None:
+    """Names a parameters cell sets; None if the cell is anything but ``name = constant`` lines."""
+    try:
+        body = ast.parse(source).body
+        for statement in body:
+            ast.literal_eval(statement.value)
+        return [target.id for statement in body for target in statement.targets]
+    except (SyntaxError, ValueError, AttributeError):
+        return None
+
+
+def resolve(path: str | Path) -> Path:
+    """A path as given if absolute, else under the workbook's folder, whatever the working directory is."""
+    return (ROOT / Path(path).expanduser()).resolve()
