@@ -70,8 +70,7 @@ def list_datasets(root: str | Path | None) -> list[str]:
     """Keys of all image sets: the mini-world's tasks for ``root=None``, else the folders below ``root``."""
     if root is None:
         return list(miniworld.TASKS)
-    folder = _existing_root(root)
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [folder.name for folder in _folders(_existing_root(root))]
 
 
 def load_dataset(
@@ -145,9 +144,9 @@ def clean_name(name: str) -> str:
 
 
 def _class_folders(folder: Path, split: Split, seed: int) -> tuple[list[Path], list[int], list[str]]:
-    while not _images(folder) and len(inner := [p for p in folder.iterdir() if p.is_dir()]) == 1:
+    while len(inner := _folders(folder)) == 1 and _folders(inner[0]):
         folder = inner[0]
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and p.name != "BACKGROUND_Google")
+    classes = [p for p in inner if p.name != "BACKGROUND_Google"]
     files: list[Path] = []
     labels: list[int] = []
     for label, directory in enumerate(classes):
@@ -158,6 +157,10 @@ def _class_folders(folder: Path, split: Split, seed: int) -> tuple[list[Path], l
         files += [paths[i] for i in sorted(chosen)]
         labels += [label] * len(chosen)
     return files, labels, [clean_name(p.name) for p in classes]
+
+
+def _folders(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _images(directory: Path) -> list[Path]:

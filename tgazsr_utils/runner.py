@@ -22,10 +22,11 @@ import torch
 import yaml
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
-from . import DATA, ROOT
+from . import ROOT
 from .files import code_version, digest, write_atomic, write_json
-from .models import pick_device
+from .models import SHIPPED, pick_device
 from .progress import HEADLESS
 from .settings import NOTEBOOKS, Settings, SettingsError, resolve, unknown_parameter, validate
 
@@ -98,16 +99,18 @@ def check_names(profile: Profile, given: dict[str, Any], notebooks: list[str]) -
                 raise SettingsError(f"{notebook}: {unknown_parameter(name, NOTEBOOKS[notebook].model_fields)}")
 
 
+_OUTPUTS = {"output", "weights"}  # parameters that name what a notebook writes, not what it reads
+
+
 def fingerprint(notebook: str, parameters: dict[str, Any], before: str) -> str:
     """Names a notebook's inputs: itself, its parameters and the files they name, the code, what runs before it."""
-    named = [resolve(v) for v in parameters.values() if isinstance(v, str) and v and v != parameters["output"]]
-    contents = [path for path in named if path.is_file()]
+    values = [v for name, v in parameters.items() if name not in _OUTPUTS and isinstance(v, str)]
+    paths = [Path(SHIPPED.get(value) or resolve(value)) for value in values]
+    contents = [path for path in paths if path.is_file()]
     listings = [
-        [f"{p.relative_to(path)} {p.stat().st_size}" for p in sorted(path.rglob("*"))] for path in named if path.is_dir()
+        [f"{p.relative_to(path)} {p.stat().st_size}" for p in sorted(path.rglob("*"))] for path in paths if path.is_dir()
     ]
-    shipped = sorted(DATA.glob("*.safetensors"))
-    book = FOLDER / f"{notebook}.ipynb"
-    return digest(book, parameters, *contents, listings, *shipped, code_version(), before)
+    return digest(FOLDER / f"{notebook}.ipynb", parameters, *contents, listings, code_version(), before)
 
 
 def execute(notebook: str, parameters: dict[str, Any], folder: Path) -> Path:
@@ -124,6 +127,7 @@ def execute(notebook: str, parameters: dict[str, Any], folder: Path) -> Path:
             progress_bar=False,
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
+            config=Config({"KernelManager": {"transport": "ipc"}}),  # no open port, encrypted or not
         )
     finally:
         if executed.exists():

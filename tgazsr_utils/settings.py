@@ -145,7 +145,8 @@ def validate(model: type[AnySettings], values: Mapping[str, Any]) -> AnySettings
     try:
         return model(**values)
     except ValidationError as error:
-        first = error.errors()[0]
+        errors = error.errors()
+        first = next((e for e in errors if e["type"] != "missing"), errors[0])
         name = ".".join(map(str, first["loc"]))
         problem = first["msg"][0].lower() + first["msg"][1:]
         given = "" if first["type"] == "missing" else f" = {first['input']!r}"

@@ -114,7 +114,7 @@ def finetune(
             state["step"] = step + 1
             bar.update()
             bar.set_postfix({name: f"{row[name]:.3f}" for name in ["loss", *(term.name for term in terms)]}, refresh=False)
-            wanted = interrupted() or stop()
+            wanted = stop() or interrupted()
             if wanted or state["step"] % per_epoch == 0:
                 save_checkpoint(checkpoint, state, tuned.visual, optimizer)
             if wanted:

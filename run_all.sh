@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Sets up what the workbook needs and runs it headlessly; see --help.
+set -euo pipefail
+
+# The pair the workbook is tested with. A package index's default build is taken, which on Linux brings CUDA.
+TORCH=(torch==2.13.0 torchvision==0.28.0)
+
+usage() {
+    cat <<'EOF'
+Usage: ./run_all.sh [profile] [notebook numbers...] [-p name value]... [--fresh]
+       ./run_all.sh --test [pytest arguments...]
+       ./run_all.sh --lab
+
+  profile           mini (default), or another file of notebooks/profiles
+  notebook numbers  such as 01 04: run only these (also those a profile leaves out)
+  -p name value     set a parameter of the notebooks; may be repeated
+  --fresh           start over; earlier results of the profile are moved aside
+  --test            set up what the tests need and run them
+  --lab             open the workbook in JupyterLab
+  --help            show this
+
+Uses the active environment if the workbook is installed there, else .venv, which it makes on the first call.
+Results go to runs/<profile>/. What is done and unchanged is skipped; an interrupted run goes on where it was.
+EOF
+}
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$here"
+
+installed_in() { # does this Python have the workbook, from this very folder?
+    "$1" -c 'import importlib.util as u, pathlib, sys
+spec = u.find_spec("tgazsr_utils")
+sys.exit(not (spec and spec.origin and pathlib.Path(spec.origin).resolve().parents[1] == pathlib.Path(sys.argv[1]).resolve()
+              and all(u.find_spec(name) for name in sys.argv[2:])))' "$here" "${@:2}" >/dev/null 2>&1
+}
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' >/dev/null 2>&1; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python 3.10 to 3.13 was found" >&2
+    return 1
+}
+
+set_up() { # $1: what to install beyond the workbook itself, "" or "[test]"
+    local python stamp wanted
+    stamp=.venv/.installed
+    wanted="$(cksum <pyproject.toml) ${TORCH[*]} $here"
+    if [[ -f $stamp && "$(head -n 1 "$stamp")" == "$wanted" ]] && { [[ -z $1 ]] || grep -qxF -- "$1" "$stamp"; }; then
+        return
+    fi
+    echo "setting up .venv (once; a few minutes)" >&2
+    if [[ ! -x .venv/bin/python ]]; then
+        python=$(find_python)
+        "$python" -m venv .venv
+    fi
+    .venv/bin/python -m pip install --quiet "${TORCH[@]}"
+    .venv/bin/python -m pip install --quiet --editable ".$1"
+    printf '%s\n%s\n' "$wanted" "$1" >"$stamp"
+}
+
+pick_python() { # $1: extra, $2...: modules that the extra brings; sets $python
+    local extra=$1
+    shift
+    if [[ -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]] && installed_in python "$@"; then
+        python=python
+    else
+        set_up "$extra"
+        python=.venv/bin/python
+    fi
+}
+
+for argument in "$@"; do
+    if [[ $argument == --help || $argument == -h ]]; then
+        usage
+        exit 0
+    fi
+done
+
+case ${1:-} in
+--test)
+    pick_python "[test]" papermill pytest
+    exec "$python" -m pytest "${@:2}"
+    ;;
+--lab)
+    pick_python "" jupyterlab
+    exec "$python" -m jupyterlab "${@:2}" notebooks
+    ;;
+*)
+    pick_python "" papermill
+    exec "$python" -m tgazsr_utils.runner "$@"
+    ;;
+esac

@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+import slow_reference as slow
+import torch
+
+from tgazsr_utils.attention import (
+    attention_distance,
+    attention_shift,
+    centre_of_mass,
+    text_guided_attention,
+)
+from tgazsr_utils.models import ImageTokens
+
+
+def random_tokens(generator, batch=3, patches=9, width=5):
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
+    return ImageTokens(draw(batch, width), draw(batch, patches, width)), draw(batch, width)
+
+
+@pytest.mark.parametrize("variant", ["reference", "cosine"])
+def test_maps_equal_the_slow_formula(variant, generator):
+    tokens, text = random_tokens(generator)
+    maps = text_guided_attention(tokens, text, variant)
+    for i in range(3):
+        expected = slow.attention(tokens.pooled[i].numpy(), tokens.patches[i].numpy(), text[i].numpy(), variant)
+        np.testing.assert_allclose(maps[i].numpy(), expected.reshape(3, 3), rtol=1e-12, atol=1e-12)
+
+
+def test_the_class_token_counts_only_in_the_reference_variant(generator):
+    tokens, text = random_tokens(generator)
+    other = ImageTokens(tokens.pooled * 10, tokens.patches)
+    same = lambda variant: torch.equal(
+        text_guided_attention(tokens, text, variant), text_guided_attention(other, text, variant)
+    )
+    assert same("cosine") and not same("reference")
+
+
+@pytest.mark.parametrize("size", [7, 20])
+def test_resizing_equals_the_slow_formula(size, generator):
+    tokens, text = random_tokens(generator)
+    small, large = text_guided_attention(tokens, text), text_guided_attention(tokens, text, size=size)
+    np.testing.assert_allclose(large[1].numpy(), slow.bilinear(small[1].numpy(), size), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["reference", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_map_is_zero_with_finite_gradients(variant, dtype, generator):
+    row = torch.randn(1, 1, 6, generator=generator, dtype=dtype)
+    patches = row.expand(2, 16, 6).clone().requires_grad_()
+    pooled = torch.randn(2, 6, generator=generator, dtype=dtype).requires_grad_()
+    maps = text_guided_attention(ImageTokens(pooled, patches), torch.randn(6, generator=generator, dtype=dtype), variant)
+    assert (maps == 0).all()
+    maps.square().sum().backward()
+    assert all(t.grad.isfinite().all() for t in (patches, pooled) if t.grad is not None)
+    assert patches.grad is not None
+
+
+@pytest.mark.parametrize("variant", ["reference", "cosine"])
+@pytest.mark.parametrize("metric", ["l2", "l1", "cos"])
+def test_gradients_are_right(variant, metric, generator):
+    tokens, text = random_tokens(generator, batch=2, patches=4, width=3)
+    target = torch.rand(2, 2, 2, dtype=torch.float64, generator=generator)
+
+    def loss(pooled, patches):
+        maps = text_guided_attention(ImageTokens(pooled, patches), text, variant)
+        return attention_distance(maps, target, metric, size=6)
+
+    inputs = tokens.pooled.requires_grad_(), tokens.patches.requires_grad_()
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("metric", ["l2", "l1", "cos"])
+def test_distances_equal_the_slow_formula(metric, generator):
+    a, b = torch.rand(2, 4, 3, 3, dtype=torch.float64, generator=generator)
+    found = attention_distance(a, b, metric, size=31)
+    expected = [slow.distance(x.numpy(), y.numpy(), metric, 31) for x, y in zip(a, b)]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10)
+
+
+def test_equal_maps_have_no_distance_and_no_gradient(generator):
+    a = torch.rand(2, 3, 3, generator=generator).requires_grad_()
+    distance = attention_distance(a, a.detach(), "l2")
+    distance.sum().backward()
+    assert (distance == 0).all() and (a.grad == 0).all()
+
+
+def test_unknown_names_are_refused(generator):
+    tokens, text = random_tokens(generator)
+    with pytest.raises(ValueError, match="'paper'.*'reference' or 'cosine'"):
+        text_guided_attention(tokens, text, "paper")
+    with pytest.raises(ValueError, match="'l3'"):
+        attention_distance(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), "l3")
+    with pytest.raises(ValueError, match="10 patches"):
+        text_guided_attention(random_tokens(generator, patches=10)[0], text)
+    assert text_guided_attention(random_tokens(generator, patches=10)[0], text, grid=(2, 5)).shape == (3, 2, 5)
+
+
+def test_shift_measures_on_maps_worked_out_by_hand():
+    clean, adv = torch.zeros(1, 5, 5), torch.zeros(1, 5, 5)
+    clean[0, 0, :] = 1  # the top row is the top fifth
+    adv[0, 4, :] = 1
+    mask = torch.zeros(1, 10, 10, dtype=torch.bool)
+    mask[0, :2] = True  # covers the top row exactly
+    row = attention_shift(clean, adv, mask).iloc[0]
+    assert row.l2 == pytest.approx(10**0.5)
+    assert row.cosine == pytest.approx(0, abs=1e-6)
+    assert row.iou_top20 == 0
+    assert row.centre_move == pytest.approx(4)
+    assert (row.energy_clean, row.energy_adv, row.energy_uniform) == pytest.approx((1, 0, 0.2))
+    same = attention_shift(clean, clean, mask).iloc[0]
+    assert (same.l2, same.cosine, same.iou_top20, same.centre_move) == pytest.approx((0, 1, 1, 0), abs=1e-6)
+
+
+def test_the_centre_of_an_empty_map_is_its_middle():
+    assert centre_of_mass(torch.zeros(1, 3, 5)).tolist() == [[1, 2]]

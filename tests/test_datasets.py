@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tgazsr_utils.datasets import clean_name, list_datasets, load_dataset
+
+
+def test_class_folders_are_found_named_and_split(photo_root):
+    assert list_datasets(photo_root) == ["animals", "tiny"]
+    train, test = (load_dataset("animals", split, photo_root) for split in ("train", "test"))
+    assert (len(train), len(test)) == (16, 4)
+    assert train.class_names == test.class_names == ("green x", "red fox")
+    assert train.prompts == ("This is a photo of a green x", "This is a photo of a red fox")
+    assert test.labels.tolist() == [0, 0, 1, 1] and test.masks is None and test.world == "photographs"
+    assert test.images[3].float().mean((1, 2)).tolist() == [200, 30, 30]
+
+
+def test_the_split_is_seeded_and_disjoint(photo_root):
+    for i in range(10):  # tell the images of one class apart
+        folder = photo_root / "animals" / "images" / "017.red_Fox"
+        Image.new("RGB", (60, 60), (20 * i, 0, 0)).save(folder / f"{i}.png")
+    reds = lambda split, seed: set(load_dataset("animals", split, photo_root, seed=seed).images[:, 0, 0, 0].tolist()) - {20}
+    assert not reds("train", 0) & reds("test", 0)
+    assert reds("test", 0) == reds("test", 0)
+    assert len({frozenset(reds("test", seed)) for seed in range(5)}) > 1
+
+
+def test_tiny_imagenets_published_layout(photo_root):
+    train, test = (load_dataset("tiny", split, photo_root) for split in ("train", "test"))
+    assert train.class_names == ("goldfish", "pop bottle")  # by wnid; n03 has no images
+    assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0, 0, 1, 1, 1], [0, 0, 1, 1])
+    assert abs(int(test.images[0, 0, 0, 0]) - 60) < 3 and abs(int(test.images[3, 0, 0, 0]) - 180) < 3
+
+
+def test_boxes_go_through_the_same_crop_as_images(photo_root):
+    train, test = (load_dataset("tiny", split, photo_root) for split in ("train", "test"))
+    assert test.mask_kind == "box"
+    # 64 -> resize 64 -> centre crop 56 takes 4 pixels off each side
+    box = torch.zeros(56, 56, dtype=torch.bool)
+    box[12:44, 4:36] = True  # 8..39 x 16..47 before
+    assert torch.equal(train.masks[0], box)
+    left = torch.zeros(56, 56, dtype=torch.bool)
+    left[:, :28] = True
+    assert torch.equal(test.masks[0], left)
+
+
+def test_preprocessing_is_pils_bilinear_resize_and_centre_crop(photo_root):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (90, 140, 3), dtype=np.uint8)
+    folder = photo_root / "one" / "class"
+    folder.mkdir(parents=True)
+    Image.fromarray(pixels).save(folder / "image.png")
+    (loaded,) = load_dataset("one", "train", photo_root).images
+    resized = Image.fromarray(pixels).resize((int(64 * 140 / 90), 64), Image.Resampling.BILINEAR)
+    left = round((resized.width - 56) / 2)
+    expected = np.asarray(resized.crop((left, 4, left + 56, 60)))
+    np.testing.assert_array_equal(loaded.permute(1, 2, 0).numpy(), expected)
+    (squashed,) = load_dataset("one", "train", photo_root, crop=False).images
+    expected = np.asarray(Image.fromarray(pixels).resize((56, 56), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(squashed.permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    "name, cleaned",
+    [("017.red_Fox", "red fox"), ("001_pink_primrose", "pink primrose"), ("art/deco-x", "art deco x"), ("707-320", "320")],
+)
+def test_names_are_cleaned(name, cleaned):
+    assert clean_name(name) == cleaned
+
+
+def test_bad_input_is_named(photo_root):
+    with pytest.raises(ValueError, match="'triangles' is unknown; there are: shapes, letters"):
+        load_dataset("triangles", "test")
+    with pytest.raises(ValueError, match="'nowhere' is not a folder"):
+        load_dataset("animals", "test", "nowhere")
+    with pytest.raises(ValueError, match="'plants' is not in .*animals, tiny"):
+        load_dataset("plants", "test", photo_root)
+    broken = photo_root / "animals" / "images" / "017.red_Fox" / "3.png"
+    broken.write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"3\.png cannot be read") as error:
+        load_dataset("animals", "train", photo_root)
+        load_dataset("animals", "test", photo_root)
+    assert "\n" not in str(error.value)
+
+
+def test_a_subset_is_seeded_and_even_over_classes(shapes):
+    subset = shapes.subset(25, seed=1)
+    counts = subset.labels.bincount(minlength=10)
+    assert len(subset) == 25 and counts.min() == 2 and counts.max() == 3
+    assert subset.fingerprint() == shapes.subset(25, seed=1).fingerprint() != shapes.subset(25, seed=2).fingerprint()
+    assert len(subset.masks) == 25 and shapes.subset(None) is shapes

@@ -1,0 +1,128 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tgazsr_utils import results
+from tgazsr_utils.datasets import load_dataset
+from tgazsr_utils.evaluation import attention_under_attack, evaluate, predict, wilson
+from tgazsr_utils.results import RecordStore, evaluate_all, leaderboard, paired_difference
+from tgazsr_utils.settings import AttackSettings
+
+ATTACK = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return [load_dataset(key, "test", n=30) for key in ("shapes", "colours")]
+
+
+@pytest.fixture(scope="module")
+def records(mini, sets, tmp_path_factory):
+    return evaluate_all(mini, sets, ATTACK, method="CLIP", store=RecordStore(tmp_path_factory.mktemp("records")))
+
+
+def test_wilson_intervals_solve_their_equation():
+    """The bounds are where |p_hat - p| = z sqrt(p (1 - p) / n)."""
+    for correct, n in ((8, 10), (1, 50), (499, 500)):
+        for bound in wilson(correct, n):
+            assert abs(correct / n - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / n))
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1 and wilson(0, 0) == (0, 1)
+
+
+def test_records_count_what_predictions_say(mini, sets, records):
+    by_key = {(r.dataset, r.attack): r for r in records}
+    assert set(by_key) == {(s.key, a) for s in sets for a in ("none", "pgd-3")}
+    for data in sets:
+        text = mini.encode_text(data.prompts)
+        right = mini.logits(data.images.float() / 255, text).argmax(1) == data.labels
+        record = by_key[data.key, "none"]
+        assert (record.correct, record.n, record.world) == (int(right.sum()), 30, "mini-world")
+        np.testing.assert_array_equal(results._bits(record), right.numpy())
+        assert by_key[data.key, "pgd-3"].correct < record.correct
+
+
+def test_evaluation_is_deterministic_and_ignores_who_asks(mini, sets, records):
+    again = evaluate(mini, sets[0], ATTACK, method="CLIP")
+    assert again.key == records[1].key and again.hits == records[1].hits
+    assert evaluate(mini, sets[0], ATTACK, method="CLIP", seed=1).key != again.key
+    assert torch.equal(predict(mini, sets[0], None), predict(mini, sets[0], None, seed=5))
+
+
+def test_a_rerun_measures_only_what_is_missing(mini, sets, tmp_path, monkeypatch):
+    store = RecordStore(tmp_path)
+    first = evaluate_all(mini, sets[:1], ATTACK, method="CLIP", store=store)
+    asked = []
+    monkeypatch.setattr(results, "evaluate", lambda clip, data, *a, **k: asked.append(data.key) or evaluate(clip, data, *a, **k))
+    second = evaluate_all(mini, sets, ATTACK, method="CLIP", store=store)
+    assert asked == ["colours", "colours"] and second[:2] == first and len(store.all()) == 4
+
+
+def test_a_damaged_record_is_named(mini, sets, tmp_path):
+    store = RecordStore(tmp_path)
+    record = store.add(evaluate(mini, sets[0], None, method="CLIP"))
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(ValueError, match=f"{record.key}.json is damaged"):
+        store.all()
+
+
+def change(record, **changes):
+    return record.model_copy(update=changes)
+
+
+def test_the_leaderboard_averages_sets_then_seeds(records):
+    values = iter([10, 20, 12, 22, 30, 25, 30, 25])  # correct of 30: (clean, robust) x (shapes, colours) x seeds
+    seeds = [change(r, seed=seed, correct=next(values)) for seed in (0, 1) for r in records]
+    table = leaderboard(seeds)
+    row = table.loc["CLIP"]
+    clean, robust = [(10 + 12) / 60, 1.0], [(20 + 22) / 60, 50 / 60]
+    assert row.clean == pytest.approx(100 * np.mean(clean)) and row.robust == pytest.approx(100 * np.mean(robust))
+    assert row.average == pytest.approx((row.clean + row.robust) / 2)
+    assert row.clean_sd == pytest.approx(100 * np.std(clean, ddof=1))
+    assert row.sets == "2 of 16" and row.seeds == 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"world": "photographs"}, {"eps_255": 8.0}, {"attack": "pgd-100"}, {"dataset": "letters"}]
+)
+def test_the_leaderboard_refuses_mixtures(records, changes):
+    other = [change(r, method="Other", **(changes if r.attack != "none" else {})) for r in records]
+    with pytest.raises(ValueError, match="differ|different sets"):
+        leaderboard([*records, *other])
+
+
+def test_the_published_table_and_what_may_stand_beside_it(records):
+    table = results.published()
+    assert table.loc["TGA-ZSR", ["robust", "clean", "average"]].tolist() == [42.09, 56.44, 49.27]
+    np.testing.assert_allclose((table.robust + table.clean) / 2, table.average, atol=0.011)
+    ours = leaderboard(records)
+    pd.testing.assert_frame_equal(results.beside_published(ours, "mini-world"), table)
+    both = results.beside_published(ours, results.PUBLISHED_WORLD)
+    assert both.loc["CLIP", "difference_clean"] == pytest.approx(ours.loc["CLIP", "clean"] - 64.42)
+    assert both.loc["CLIP", "ours_sets"] == "2 of 16"
+
+
+def test_paired_differences_use_the_same_images(records):
+    robust = [r for r in records if r.attack != "none"]
+    same = paired_difference(robust, robust)
+    assert same == (0, 0, 0)
+    all_right = [change(r, hits=np.packbits(np.ones(r.n, bool)).tobytes().hex()) for r in robust]
+    mean, low, high = paired_difference(all_right, robust)
+    errors = [1 - r.correct / r.n for r in robust]
+    assert mean == pytest.approx(100 * np.mean(errors))
+    variance = sum(e * (1 - e) / 30 for e in errors)
+    assert high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(variance) / 2)
+    with pytest.raises(ValueError, match="same images"):
+        paired_difference(robust, robust[:1])
+
+
+def test_attention_under_attack_belongs_to_the_images(mini, sets):
+    result = attention_under_attack(mini, sets[0], ATTACK)
+    assert result.clean_maps.shape == result.attacked_maps.shape == (30, 7, 7)
+    right = predict(mini, sets[0], ATTACK) == sets[0].labels
+    assert (result.frame.attacked_prediction == result.frame.label).tolist() == right.tolist()
+    assert (result.frame.flipped == result.frame.clean_correct & ~right.numpy()).all()
+    assert result.frame.l2.mean() > 0 and {"energy_clean", "energy_uniform"} <= set(result.frame)

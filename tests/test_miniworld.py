@@ -1,0 +1,141 @@
+import time
+
+import pytest
+import torch
+
+from tgazsr_utils import miniworld as mw
+from tgazsr_utils.evaluation import predict
+from tgazsr_utils.datasets import load_dataset
+from tgazsr_utils.settings import AttackSettings
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_there_are_sixteen_tasks_with_names_and_prompts_of_their_own():
+    assert len(mw.TASKS) == 16
+    for task in mw.TASKS.values():
+        assert len(task.classes) == len(set(task.class_names)) == len(set(task.prompts))
+        assert all(name in prompt for name, prompt in zip(task.class_names, task.prompts))
+    assert mw.TASKS["shapes"].prompts[0] == "This is a photo of a circle"
+    assert mw.TASKS["colours"].prompts[1] == "This is a photo of a orange object"
+    assert mw.TASKS["counts"].prompts[3] == "An image of four objects"
+    assert mw.TASKS["colour_shapes"].prompts[0] == "This is a photo of a red circle"
+
+
+def test_rendering_is_decided_by_the_seed():
+    draw = lambda seed: mw.render(mw.sample_attributes(20, generator(seed)), generator(seed))
+    (first, mask), (again, mask_again), (other, _) = draw(1), draw(1), draw(2)
+    assert torch.equal(first, again) and torch.equal(mask, mask_again) and not torch.equal(first, other)
+    assert first.dtype == torch.uint8 and first.shape == (20, 3, 56, 56) and mask.dtype == torch.bool
+
+
+def test_train_and_test_images_differ_and_classes_are_balanced():
+    train, labels, _ = mw.task_images("shapes", 50, "train")
+    test, _, _ = mw.task_images("shapes", 50, "test")
+    assert labels.bincount().tolist() == [5] * 10
+    assert not any(torch.equal(a, b) for a in train for b in test)
+
+
+@pytest.mark.parametrize("name", list(mw.TASKS))
+def test_images_show_what_the_labels_say(name, monkeypatch):
+    """The attributes that are rendered have the label's values, what the task fixes, and are consistent."""
+    task, seen = mw.TASKS[name], []
+    render = mw.render
+    monkeypatch.setattr(mw, "render", lambda attributes, *rest: seen.append(attributes) or render(attributes, *rest))
+    images, labels, masks = mw.task_images.__wrapped__(name, 60, "test")
+    (attributes,) = seen
+    wanted = torch.tensor(task.classes)[labels]
+    assert torch.equal(attributes[:, [mw.COLUMN[c] for c in task.columns]], wanted)
+    assert torch.equal(mw.make_consistent(attributes), attributes)
+    assert images.shape == (60, 3, 56, 56) and masks.flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("colour", range(len(mw.COLOURS)))
+def test_the_mask_covers_the_colour_of_the_caption(colour):
+    attributes = torch.tensor([[1, colour, 0, 2, 0, 0, 4]] * 8)  # plain large square in the centre on rock
+    images, masks = mw.render(attributes, generator())
+    inside = torch.stack([image[:, mask].float().mean(1) / 255 for image, mask in zip(images, masks)])
+    assert ((inside - mw._RGB[colour]).abs() < 0.08).all()
+    share = masks.float().mean((1, 2))  # (2 * 0.76 * radius / 56) ** 2 for a radius of 20 to 25
+    assert 0.28 < share.min() and share.max() < 0.48
+
+
+def test_sizes_places_and_counts_are_drawn_as_named():
+    def masks(size, place, count):
+        return mw.render(torch.tensor([[1, 0, 0, size, place, count, 4]] * 10), generator())[1].float()
+
+    small, medium, large = (masks(size, 0, 0).sum((1, 2)) for size in range(3))
+    assert small.max() < medium.min() and medium.max() < large.min()
+    rows = lambda m: (m.sum(2) * torch.arange(56)).sum(1) / m.sum((1, 2))
+    assert (rows(masks(0, mw.PLACES.index("top left"), 0)) < 20).all()
+    assert (rows(masks(0, mw.PLACES.index("bottom right"), 0)) > 36).all()
+    one, four = masks(0, 0, 0).sum((1, 2)), masks(0, mw.NOT_APPLICABLE, 3).sum((1, 2))
+    assert (three_to_five := four / one.mean()).min() > 3 and three_to_five.max() < 5.5
+
+
+def test_pretraining_never_shows_the_held_out_pairs():
+    attributes = mw.sample_attributes(20_000, generator(), held_out=False)
+    shown = set(map(tuple, attributes[:, [mw.COLUMN["colour"], mw.COLUMN["kind"]]].tolist()))
+    assert not shown & mw.HELD_OUT_PAIRS
+    assert len(shown) == len(mw.COLOURS) * 20 - len(mw.HELD_OUT_PAIRS) and len(mw.HELD_OUT_PAIRS) == 16
+    everywhere = mw.sample_attributes(20_000, generator())
+    assert mw.HELD_OUT_PAIRS <= set(map(tuple, everywhere[:, [mw.COLUMN["colour"], mw.COLUMN["kind"]]].tolist()))
+
+
+def test_captions_say_what_they_demand():
+    #           kind colour texture size place count scene
+    demands = [0, 1, mw.ANY, 0, 2, mw.ANY, 1]
+    assert mw.caption(demands) == "This is a photo of a small orange circle in the top right on grass"
+    assert mw.caption([mw.ANY] * 6 + [0], "A photo of") == "A photo of sky"
+    assert mw.caption([11, 1, mw.ANY, mw.ANY, mw.ANY, 2, mw.ANY], "") == "three orange letter Es"
+    assert mw.caption([mw.ANY] * 7, "There is") == "There is an object"
+
+
+def test_a_caption_fits_exactly_the_images_that_have_what_it_names():
+    attributes = torch.tensor([[0, 1, 0, 2, 0, 0, 3], [0, 2, 0, 0, mw.NOT_APPLICABLE, 1, 3]])
+    demands = torch.tensor([[0, -1, -1, -1, -1, -1, -1], [0, 1, -1, -1, -1, -1, -1], [-1, -1, -1, -1, 0, -1, -1]])
+    assert mw.caption_fits(demands, attributes).tolist() == [[True, True], [True, False], [True, False]]
+    many = mw.sample_attributes(200, generator())
+    captions, demanded = mw.sample_captions(many, generator())
+    assert mw.caption_fits(demanded, many).diagonal().all() and len(captions) == 200
+
+
+def test_rendering_is_fast_on_one_core():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        best = 0.0
+        for seed in range(4):
+            attributes = mw.sample_attributes(512, generator(seed))
+            start = time.process_time()
+            mw.render(attributes, generator(seed))
+            best = max(best, 512 / (time.process_time() - start))
+    finally:
+        torch.set_num_threads(threads)
+    assert best >= 2000, f"{best:.0f} images/s"
+
+
+def accuracy(clip, key, n, attack=None):
+    data = load_dataset(key, "test", n=n)
+    return 100 * float((predict(clip, data, attack) == data.labels).float().mean())
+
+
+def test_the_shipped_model_meets_its_bars(mini):
+    """Base task at least 90 %, mean of the tasks at least 70 %, and PGD takes the mean below a third."""
+    clean = {key: accuracy(mini, key, 100) for key in mw.TASKS}
+    attack = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=10)
+    robust = {key: accuracy(mini, key, 50, attack) for key in mw.TASKS}
+    mean = lambda values: sum(values.values()) / len(values)
+    assert accuracy(mini, "shapes", 500) >= 90
+    assert mean(clean) >= 70
+    assert mean(robust) < mean(clean) / 3
+
+
+def test_the_shipped_model_composes_words_it_never_saw_together(mini):
+    """Images of held-out pairs, with all 80 pairs to choose from."""
+    data = load_dataset("colour_shapes", "test", n=800)
+    unseen = torch.tensor([pair in mw.HELD_OUT_PAIRS for pair in mw.TASKS["colour_shapes"].classes])[data.labels]
+    right = predict(mini, data, None) == data.labels
+    assert right[unseen].float().mean() >= 0.6

@@ -1,0 +1,106 @@
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tgazsr_utils.models import Clip, load_clip, read_metadata, save_clip
+
+
+def test_one_forward_gives_class_and_patch_tokens_both_projected(mini, shapes, monkeypatch):
+    forwards = []
+    hook = mini.visual.transformer.register_forward_hook(lambda *a: forwards.append(1))
+    tokens = mini.encode_image(shapes.images.float() / 255)
+    hook.remove()
+    assert len(forwards) == 1
+    assert tokens.pooled.shape == (40, 128) and tokens.patches.shape == (40, 49, 128)
+
+
+def test_tokens_equal_the_towers_parts_computed_one_by_one(mini, shapes):
+    """Final layer norm and projection on the class token and on every patch token alike; normalisation inside."""
+    pixels, visual = shapes.images[:3].float() / 255, mini.visual
+    mean, std = torch.tensor(open_clip.OPENAI_DATASET_MEAN), torch.tensor(open_clip.OPENAI_DATASET_STD)
+    x = visual._embeds((pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    x = F.layer_norm(visual.transformer(x), (128,), visual.ln_post.weight, visual.ln_post.bias) @ visual.proj
+    tokens = mini.encode_image(pixels)
+    torch.testing.assert_close(tokens.pooled, x[:, 0])
+    torch.testing.assert_close(tokens.patches, x[:, 1:])
+
+
+def test_logits_equal_plain_open_clip(mini, shapes):
+    pixels = shapes.images[:5].float() / 255
+    plain = open_clip.create_model("mini-clip", pretrained=str(_shipped()))
+    normalised = (pixels - mini.mean) / mini.std
+    tokens = open_clip.get_tokenizer("mini-clip")(list(shapes.prompts))
+    with torch.no_grad():
+        expected, _ = plain.eval().get_logits(normalised, tokens)
+    torch.testing.assert_close(mini.logits(pixels, mini.encode_text(shapes.prompts)), expected, rtol=1e-4, atol=1e-4)
+
+
+def _shipped():
+    from tgazsr_utils.models import SHIPPED
+
+    return SHIPPED["mini"]
+
+
+def test_prompts_are_encoded_once_and_have_unit_norm(monkeypatch):
+    clip = load_clip("mini-clip", "mini", "cpu")
+    first = clip.encode_text(["a circle", "a square", "a circle"])
+    assert torch.equal(first[0], first[2])
+    torch.testing.assert_close(first.norm(dim=1), torch.ones(3))
+    monkeypatch.setattr(type(clip.model), "encode_text", lambda *a, **k: pytest.fail("text was encoded again"))
+    assert torch.equal(clip.encode_text(["a square"]), first[1:2])
+
+
+def test_saved_weights_load_alike_here_and_in_plain_open_clip(mini, tmp_path):
+    path = save_clip(mini, tmp_path / "w.safetensors", note={"a": 1})
+    assert read_metadata(path) == {"arch": "mini-clip", "note": {"a": 1}}
+    assert load_clip("mini-clip", path, "cpu").fingerprint() == mini.fingerprint()
+    plain = open_clip.create_model("mini-clip", pretrained=str(path)).state_dict()
+    assert all(torch.equal(v, plain[k]) for k, v in mini.model.state_dict().items())
+
+
+def test_any_open_clip_vit_works_by_name():
+    clip = load_clip("ViT-B-32-quickgelu", None, "cpu")
+    tokens = clip.encode_image(torch.rand(1, 3, 224, 224))
+    assert tokens.pooled.shape == (1, 512) and tokens.patches.shape == (1, 49, 512) and clip.grid == (7, 7)
+
+
+def test_a_frozen_copy_has_weights_of_its_own(mini):
+    copy = mini.frozen_copy()
+    with torch.no_grad():
+        copy.visual.proj += 1
+    assert copy.fingerprint() != mini.fingerprint()
+    assert not any(p.requires_grad for p in copy.parameters())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("RN50", None), "RN50.*patch tokens"),
+        (("ViT-X", None), "'ViT-X' is unknown"),
+        (("mini-clip", "nowhere.pt"), "'nowhere.pt' is neither a file nor a name.*mini"),
+        (("mini-clip", "mini", "cuda:99"), "'cuda:99' cannot be used"),
+        (("mini-clip", "mini", "cpu", "fp8"), "'fp8' is unknown"),
+    ],
+)
+def test_bad_names_are_refused_in_one_line(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_clip(*arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "foreign"])
+def test_damaged_weights_are_named(damage, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    whole = _shipped().read_bytes()
+    path.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "foreign": b"not weights" * 100}[damage])
+    with pytest.raises(ValueError, match="weights.safetensors.*cannot be loaded into mini-clip") as error:
+        load_clip("mini-clip", path, "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_the_shipped_model_is_small():
+    clip = load_clip("mini-clip", "mini", "cpu")
+    assert 0.8e6 < sum(p.numel() for p in clip.visual.parameters()) < 1.2e6
+    assert _shipped().stat().st_size <= 10e6
+    assert isinstance(clip, Clip) and clip.grid == (7, 7) and clip.image_size == (56, 56)

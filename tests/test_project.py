@@ -1,0 +1,68 @@
+"""The repository keeps its promises: requirements in step, notebooks as agreed, the README's files there."""
+
+import ast
+import re
+
+import nbformat
+import pytest
+import yaml
+
+from tgazsr_utils import ROOT
+from tgazsr_utils.runner import PROFILES, default_parameters, load_profile, check_names, parameters_of
+from tgazsr_utils.settings import NOTEBOOKS
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+
+BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_conda_and_pip_requirements_are_the_same():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    pip = next(entry["pip"] for entry in conda if isinstance(entry, dict))
+    assert set(pip) == {*project["dependencies"], *project["optional-dependencies"]["test"], "--editable ."}
+    assert f"python{project['requires-python']}" in conda
+
+
+def test_every_notebook_has_settings_and_every_settings_class_a_notebook():
+    assert [book.stem for book in BOOKS] == list(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("book", BOOKS, ids=lambda b: b.stem)
+def test_a_notebook_is_as_agreed(book):
+    cells = nbformat.read(book, as_version=4).cells
+    code = [c for c in cells if c.cell_type == "code"]
+    assert cells[0].cell_type == "markdown" and cells[0].source.startswith(f"# {book.stem[:2]} ")
+    assert "**Question.**" in cells[0].source and re.search(r"minute", cells[0].source)
+    assert code[0].metadata.get("tags") == ["parameters"]
+    assert all(not c.outputs and c.execution_count is None for c in code)
+    for cell in code:
+        for node in ast.walk(ast.parse(cell.source)):
+            assert not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.end_lineno - node.lineno < 10
+    assert "from_notebook(" in code[1].source
+
+
+def test_shared_parameters_have_the_same_defaults_everywhere():
+    """What is trained in 02 is what 04 evaluates; 00 differs where pre-training is another thing."""
+    first = default_parameters("02_train_tga_zsr")
+    for name in ("01_attention_shift", "04_evaluate_16_datasets"):
+        other = default_parameters(name)
+        for shared in (set(first) & set(other)) - ({"test_images"} if name.startswith("01") else set()):
+            assert first[shared] == other[shared], (name, shared)
+
+
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_profile_is_valid(path):
+    profile = load_profile(path.stem)
+    check_names(profile, {}, profile.notebooks)
+    for notebook in profile.notebooks:
+        values = profile.model_copy(update={"parameters": {k: v for k, v in profile.parameters.items() if k != "data_root"}})
+        parameters_of(notebook, values, "runs/x", {})
+
+
+def test_no_path_of_a_machine_and_no_output_is_committed():
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*.sh"), *(ROOT / "tgazsr_utils").rglob("*.py"), *BOOKS]:
+        assert not re.search(r"/(home|root|Users|work)/", path.read_text()), path

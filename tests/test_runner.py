@@ -1,0 +1,92 @@
+import json
+import re
+import subprocess
+
+import nbformat
+import pytest
+
+from tgazsr_utils import ROOT, runner
+from tgazsr_utils.runner import fingerprint, main, parameters_of, load_profile
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nonsense"], "profile 'nonsense' is unknown; there are: .*mini.*smoke"),
+        (["mini", "09"], "notebook '09' is unknown; there are: 00, 01"),
+        (["mini", "-p", "alpa", "1"], "unknown parameter 'alpa': did you mean Alpha"),
+        (["mini", "01", "-p", "Alpha", "1"], "unknown parameter 'Alpha'"),
+        (["mini", "-p", "Alpha", "abc"], "parameter Alpha = 'abc': input should be a valid number"),
+        (["mini", "-p", "test_eps", "-3"], "parameter test_eps = -3: .*greater than or equal to 0"),
+        (["mini", "-p", "data_root", "no/such/folder"], "parameter data_root = 'no/such/folder': .*no such folder"),
+        (["mini", "-p", "device", "cuda:77"], "device 'cuda:77' cannot be used"),
+        (["mini", "-p", "lr", "[1, 2"], "-p: "),
+    ],
+)
+def test_bad_calls_stop_with_one_line_and_leave_nothing(arguments, message, tmp_path, capsys):
+    assert main([*arguments, "-p", "output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_all_passes_errors_on():
+    shown = subprocess.run(["bash", ROOT / "run_all.sh", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "-p name value" in shown.stdout
+
+
+def test_a_failing_notebook_stops_the_run_and_leaves_its_copy(photo_root, tmp_path, capfd):
+    broken = photo_root / "animals" / "images" / "017.red_Fox" / "3.png"
+    broken.write_bytes(b"not an image")
+    out = tmp_path / "out"
+    given = ["-p", "data_root", str(photo_root), "-p", "dataset", "animals", "-p", "output", str(out)]
+    assert main(["smoke", "02", "04", *given]) == 1
+    error = capfd.readouterr().err
+    assert "02_train_tga_zsr stopped in cell 3: ValueError: image" in error and "3.png cannot be read" in error
+    assert "04_evaluate" not in error
+    executed = nbformat.read(out / "notebooks" / "02_train_tga_zsr.ipynb", as_version=4)
+    assert any(o.output_type == "error" for c in executed.cells if c.cell_type == "code" for o in c.outputs)
+    entry = json.loads((out / "manifest.json").read_text())["notebooks"]["02_train_tga_zsr"]
+    assert entry["status"] == "failed" and "3.png" in entry["error"]
+    assert not list((out / "models").glob("*")) if (out / "models").exists() else True
+
+
+def test_the_fingerprint_follows_every_input(tmp_path, monkeypatch):
+    parameters = parameters_of("01_attention_shift", load_profile("mini"), "runs/x", {})
+    first = fingerprint("01_attention_shift", parameters, "")
+    assert fingerprint("01_attention_shift", parameters | {"output": "elsewhere"}, "") != first
+    assert fingerprint("01_attention_shift", parameters | {"seed": 1}, "") != first
+    assert fingerprint("01_attention_shift", parameters, "other") != first
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with_data = parameters | {"data_root": str(folder)}
+    before = fingerprint("01_attention_shift", with_data, "")
+    (folder / "new.png").write_bytes(b"x")
+    assert fingerprint("01_attention_shift", with_data, "") != before
+    monkeypatch.setattr(runner, "code_version", lambda: "other")
+    assert fingerprint("01_attention_shift", parameters, "") != first
+
+
+def test_the_whole_workbook_runs_in_the_smoke_profile(tmp_path, capfd):
+    out = tmp_path / "out"
+    given = ["smoke", "-p", "output", str(out), "-p", "weights", str(tmp_path / "w.safetensors")]
+    assert main(given) == 0
+    log = capfd.readouterr().out
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [e["status"] for e in manifest["notebooks"].values()] == ["finished"] * 4
+    assert {"torch", "open_clip_torch"} <= set(manifest["environment"]["packages"])
+    assert "TGA-ZSR seed 0: 4/4" in log and "16 sets" in log  # progress reached the log
+    for name in manifest["notebooks"]:
+        assert (out / "html" / f"{name}.html").stat().st_size > 10_000
+        executed = nbformat.read(out / "notebooks" / f"{name}.ipynb", as_version=4)
+        assert all(c.execution_count for c in executed.cells if c.cell_type == "code")
+    figures = {p.stem for p in (out / "figures").glob("*.png")}
+    assert figures == {p.stem for p in (out / "figures").glob("*.svg")} and len(figures) >= 14
+    assert "TGA-ZSR" in log.rsplit("robust", 1)[1]  # the closing table
+    assert len(list((out / "records").glob("*.json"))) >= 3 * 16 * 2
+
+    assert main(given) == 0
+    assert capfd.readouterr().out.count("done already") == 4
+    assert main([*given, "--fresh", "-p", "seed", "x"]) == 2  # refused before anything is moved
+    assert out.exists() and not list(tmp_path.glob("out-before-*"))

@@ -1,0 +1,64 @@
+import pytest
+from pydantic import ValidationError
+
+from tgazsr_utils.settings import AttackSettings, SettingsError, TrainNotebook, from_notebook, validate
+
+GOOD = {"test_eps": 1.0, "test_stepsize": 1.0, "test_numsteps": 10}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"test_eps": "abc"}, "parameter test_eps = 'abc': input should be a valid number"),
+        ({"test_eps": -1}, "parameter test_eps = -1: input should be greater than or equal to 0"),
+        ({"test_numsteps": 1.5}, "parameter test_numsteps = 1.5: .*integer"),
+        ({"test_eps": float("nan")}, "parameter test_eps = nan: .*finite"),
+        ({"attack": "magic"}, "parameter attack = 'magic': input should be 'pgd'"),
+        ({"test_epz": 1}, "unknown parameter 'test_epz': did you mean test_eps"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(changes, message):
+    with pytest.raises(SettingsError, match=message) as error:
+        validate(AttackSettings, GOOD | changes)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_value_is_named():
+    with pytest.raises(SettingsError, match="parameter test_eps: field required"):
+        validate(AttackSettings, {"test_stepsize": 1, "test_numsteps": 1})
+
+
+def test_settings_are_frozen():
+    settings = validate(AttackSettings, GOOD)
+    with pytest.raises(ValidationError):
+        settings.test_eps = 2
+
+
+def notebook(*cells):
+    """The namespace of a notebook that has run these cells and is now in one more."""
+    namespace = {"unrelated": 5}
+    for cell in cells:
+        exec(cell, namespace)
+    return namespace | {"In": ["", *cells, "from_notebook(...)"]}
+
+
+def test_a_notebooks_parameters_are_read_and_injected_ones_win():
+    cells = "test_eps = 1.0\ntest_stepsize = 1.0\ntest_numsteps = 10", "# Parameters\ntest_eps = 4"
+    assert from_notebook(AttackSettings, notebook(*cells)).test_eps == 4.0
+
+
+def test_an_unknown_name_in_the_parameter_cells_is_refused():
+    cells = "test_eps = 1.0\ntest_stepsize = 1.0\ntest_numsteps = 10", "# Parameters\ntest_epz = 4"
+    with pytest.raises(SettingsError, match="test_epz"):
+        from_notebook(AttackSettings, notebook(*cells))
+
+
+def test_other_cells_may_define_what_they_like():
+    cells = "x = print()", "test_eps = 1.0\ntest_stepsize = 1.0\ntest_numsteps = 10"
+    assert from_notebook(AttackSettings, notebook("test_epz = 1", *cells)).test_numsteps == 10
+
+
+def test_a_missing_data_root_is_refused():
+    field = {"data_root": "no/such/folder"}
+    with pytest.raises(SettingsError, match="data_root = 'no/such/folder': .*no such folder"):
+        validate(TrainNotebook, field | {"arch": "mini-clip"})

@@ -1,0 +1,170 @@
+import os
+import signal
+
+import pandas as pd
+import pytest
+import torch
+
+from tgazsr_utils.datasets import load_dataset
+from tgazsr_utils.models import Clip, load_clip
+from tgazsr_utils.objectives import OBJECTIVES, Objective, Term
+from tgazsr_utils.settings import FinetuneSettings, PretrainNotebook
+from tgazsr_utils.pretraining import contrastive_loss, miniworld_pairs, pretrain
+from tgazsr_utils.training import finetune, find_tuned, warmup_cosine
+
+SETTINGS = FinetuneSettings(
+    Alpha=0.08,
+    Beta=0.05,
+    Distance_metric="l2",
+    attention_variant="reference",
+    epochs=2,
+    batch_size=8,
+    lr=1e-3,
+    warmup_steps=2,
+    train_eps=3,
+    train_stepsize=3,
+    train_numsteps=1,
+    seed=0,
+)
+
+
+@pytest.fixture(scope="module")
+def train_set():
+    return load_dataset("shapes", "train", n=20)  # three steps an epoch, the last one short
+
+
+def weights_of(result):
+    return load_clip("mini-clip", result.weights, "cpu").model.state_dict()
+
+
+def stop_after(steps):
+    seen = iter(range(1, 1000))
+    return lambda: next(seen) == steps
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(mini, train_set, tmp_path, steps):
+    whole = finetune(mini, train_set, "TGA-ZSR", SETTINGS, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt, match=f"step {steps} of 6"):
+        finetune(mini, train_set, "TGA-ZSR", SETTINGS, tmp_path / "parts", stop=stop_after(steps))
+    assert not list((tmp_path / "parts").glob("*.safetensors"))
+    parts = finetune(mini, train_set, "TGA-ZSR", SETTINGS, tmp_path / "parts")
+    first, second = weights_of(whole), weights_of(parts)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    columns = [c for c in whole.history if c != "seconds"]
+    pd.testing.assert_frame_equal(whole.history[columns], parts.history[columns], check_exact=True)
+    assert not list((tmp_path / "parts").glob("*.ckpt"))
+
+
+def test_ctrl_c_finishes_the_step_and_writes_a_checkpoint(mini, train_set, tmp_path):
+    press = stop_after(2)
+    with pytest.raises(KeyboardInterrupt, match="step 2 of 6"):
+        finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path, stop=lambda: press() and os.kill(os.getpid(), signal.SIGINT))
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["step"] == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_finished_run_is_loaded_and_other_settings_are_another_run(mini, train_set, tmp_path):
+    first = finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path)
+    again = finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path)
+    assert again.resumed and not first.resumed and again.weights == first.weights
+    pd.testing.assert_frame_equal(first.history, again.history)
+    assert first.clip.fingerprint() == again.clip.fingerprint()
+    other = finetune(mini, train_set, "TeCoA", SETTINGS.model_copy(update={"seed": 1}), tmp_path)
+    assert other.weights != first.weights and other.clip.fingerprint() != first.clip.fingerprint()
+    assert find_tuned("latest:TeCoA", tmp_path) == str(other.weights)
+    with pytest.raises(ValueError, match="no tuned model of 'TGA-ZSR'"):
+        find_tuned("latest:TGA-ZSR", tmp_path)
+
+
+def test_only_the_image_encoder_is_tuned_and_the_given_model_stays(mini, train_set, tmp_path):
+    before = {k: v.clone() for k, v in mini.model.state_dict().items()}
+    tuned = weights_of(finetune(mini, train_set, "TGA-ZSR", SETTINGS, tmp_path))
+    assert all(torch.equal(before[k], v) for k, v in mini.model.state_dict().items())
+    changed = {k for k in before if not torch.equal(before[k], tuned[k])}
+    assert changed == {k for k in before if k.startswith("visual.")}
+
+
+def test_last_num_ft_tunes_the_last_parameter_tensors(mini, train_set, tmp_path):
+    settings = SETTINGS.model_copy(update={"last_num_ft": 2})
+    tuned = weights_of(finetune(mini, train_set, "TeCoA", settings, tmp_path))
+    changed = {k for k, v in mini.model.state_dict().items() if not torch.equal(v, tuned[k])}
+    assert changed == {"visual." + name for name, _ in list(mini.visual.named_parameters())[-2:]}
+
+
+def test_passes_through_the_encoder_in_one_step(mini, train_set, tmp_path, monkeypatch):
+    """Attack steps, then attacked and clean images once each; the original model once. No text is encoded again."""
+    calls = []
+    encode = Clip.encode_image
+    monkeypatch.setattr(Clip, "encode_image", lambda self, x: calls.append(self.visual.proj.requires_grad) or encode(self, x))
+    settings = SETTINGS.model_copy(update={"epochs": 1, "batch_size": 20, "train_numsteps": 2})
+    mini.encode_text(train_set.prompts)
+    monkeypatch.setattr(type(mini.model), "encode_text", lambda *a, **k: pytest.fail("text was encoded"))
+    finetune(mini, train_set, "TGA-ZSR", settings, tmp_path)
+    assert (calls.count(True), calls.count(False)) == (2 + 1 + 1, 1)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    factors = [warmup_cosine(step, 4, 20) for step in range(21)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4] == 1.0 and factors[12] == pytest.approx(0.5) and factors[20] == pytest.approx(0)
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+    assert warmup_cosine(0, 0, 10) == 1.0
+
+
+def test_the_published_learning_rate_is_the_default(mini, train_set, tmp_path):
+    settings = SETTINGS.model_copy(update={"lr": None, "epochs": 1, "warmup_steps": 1})
+    history = finetune(mini, train_set, "TGA-ZSR", settings, tmp_path).history
+    assert history.lr.max() == pytest.approx(1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_term(mini, train_set, tmp_path):
+    broken = Objective("Broken", 1e-3, lambda step, settings: [Term("CE", 1.0, torch.tensor(float("nan")))])
+    with pytest.raises(FloatingPointError, match="Broken is not finite at step 0: CE nan"):
+        finetune(mini, train_set, broken, SETTINGS, tmp_path)
+    with pytest.raises(KeyError):
+        finetune(mini, train_set, "Nonsense", SETTINGS, tmp_path)
+    assert "Nonsense" not in OBJECTIVES
+
+
+def test_training_lowers_the_loss_on_attacked_images(mini, tmp_path):
+    data = load_dataset("shapes", "train", n=64)
+    settings = SETTINGS.model_copy(update={"epochs": 6, "batch_size": 32, "lr": 1e-2})
+    history = finetune(mini, data, "TeCoA", settings, tmp_path).history
+    assert history.loss[-2:].mean() < 0.9 * history.loss[:2].mean()
+
+
+def pretrain_settings(tmp_path, steps):
+    return PretrainNotebook(
+        arch="mini-clip", pretrained="none", data_root=None, output=str(tmp_path), seed=0, sets=None, steps=steps,
+        batch_size=8, lr=1e-3, warmup_steps=2, weight_decay=0.1, test_images=8, weights="unused", precision="fp16",
+        eps_candidates=[1], test_numsteps=1, device="cpu",
+    )  # fmt: skip
+
+
+def test_pretraining_resumes_bit_for_bit(tmp_path):
+    settings = pretrain_settings(tmp_path, 4)
+    whole = pretrain(miniworld_pairs(8, 0), settings, tmp_path / "whole")
+
+    def interrupted(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return miniworld_pairs(8, 0)(step)
+
+    with pytest.raises(KeyboardInterrupt, match="step 3 of 4"):
+        pretrain(interrupted, settings, tmp_path / "parts")
+    parts = pretrain(miniworld_pairs(8, 0), settings, tmp_path / "parts")
+    assert parts.clip.fingerprint() == whole.clip.fingerprint()
+    assert parts.history.loss.tolist() == whole.history.loss.tolist()
+
+
+def test_contrastive_loss_takes_every_fit_as_a_positive():
+    images, texts = torch.eye(2), torch.eye(2)[[0, 0, 1]]  # the first two captions are alike and fit the first image
+    fits = torch.tensor([[True, True, False], [False, False, True]])
+    scale = torch.tensor(2.0)
+    e = torch.e**2
+    by_image = [-torch.log(torch.tensor(e / (2 * e + 1))), -torch.log(torch.tensor(e / (e + 2)))]
+    by_text = [-torch.log(torch.tensor(e / (e + 1)))] * 3
+    expected = (sum(by_image) / 2 + sum(by_text) / 3) / 2
+    assert contrastive_loss(images, texts, fits, scale).item() == pytest.approx(float(expected), rel=1e-5)
