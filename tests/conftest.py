@@ -20,7 +20,7 @@ def shapes():
 @pytest.fixture
 def photo_root(tmp_path):
     """Two image sets in miniature: class folders of odd names and sizes, and Tiny-ImageNet's published layout."""
-    colours = {"017.red_Fox": (200, 30, 30), "002-green/x".replace("/", "_"): (20, 160, 40)}
+    colours = {"017.red_Fox": (200, 30, 30), "002_green-x": (20, 160, 40)}
     for name, colour in colours.items():
         folder = tmp_path / "animals" / "images" / name
         folder.mkdir(parents=True)

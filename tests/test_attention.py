@@ -84,6 +84,15 @@ def test_equal_maps_have_no_distance_and_no_gradient(generator):
     assert (distance == 0).all() and (a.grad == 0).all()
 
 
+def test_a_channel_that_is_zero_everywhere_has_finite_gradients(generator):
+    patches = torch.randn(1, 4, 3, generator=generator)
+    patches[..., 0] = 0
+    patches.requires_grad_()
+    pooled = torch.zeros(1, 3, requires_grad=True)
+    text_guided_attention(ImageTokens(pooled, patches), torch.ones(3)).square().sum().backward()
+    assert patches.grad.isfinite().all() and pooled.grad.isfinite().all()
+
+
 def test_unknown_names_are_refused(generator):
     tokens, text = random_tokens(generator)
     with pytest.raises(ValueError, match="'paper'.*'reference' or 'cosine'"):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tgazsr_utils import results
+from tgazsr_utils import plots, results
 from tgazsr_utils.datasets import load_dataset
 from tgazsr_utils.evaluation import attention_under_attack, evaluate, predict, wilson
 from tgazsr_utils.results import RecordStore, evaluate_all, leaderboard, paired_difference
@@ -29,7 +29,9 @@ def test_wilson_intervals_solve_their_equation():
     for correct, n in ((8, 10), (1, 50), (499, 500)):
         for bound in wilson(correct, n):
             assert abs(correct / n - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / n))
-    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1 and wilson(0, 0) == (0, 1)
+    assert wilson(0, 0) == (0, 1)
+    for n in range(1, 300):
+        assert wilson(0, n)[0] == 0 < wilson(0, n)[1] and wilson(n, n)[0] < 1 == wilson(n, n)[1]
 
 
 def test_records_count_what_predictions_say(mini, sets, records):
@@ -57,7 +59,7 @@ def test_a_rerun_measures_only_what_is_missing(mini, sets, tmp_path, monkeypatch
     asked = []
     monkeypatch.setattr(results, "evaluate", lambda clip, data, *a, **k: asked.append(data.key) or evaluate(clip, data, *a, **k))
     second = evaluate_all(mini, sets, ATTACK, method="CLIP", store=store)
-    assert asked == ["colours", "colours"] and second[:2] == first and len(store.all()) == 4
+    assert asked == ["colours", "colours"] and second[:2] == first and len(list(tmp_path.glob("*.json"))) == 4
 
 
 def test_a_damaged_record_is_named(mini, sets, tmp_path):
@@ -66,7 +68,13 @@ def test_a_damaged_record_is_named(mini, sets, tmp_path):
     (path,) = tmp_path.glob("*.json")
     path.write_text(path.read_text()[:40])
     with pytest.raises(ValueError, match=f"{record.key}.json is damaged"):
-        store.all()
+        store.get(record.key)
+
+
+@pytest.mark.parametrize("correct", [0, 30])
+def test_accuracy_bars_take_all_and_nothing(records, correct):
+    frame = results.to_frame([change(r, correct=correct) for r in records if r.dataset == "shapes"])
+    assert plots.accuracy_bars(frame, "title").axes[0].get_ylim() == (0, 100)
 
 
 def change(record, **changes):
@@ -82,7 +90,7 @@ def test_the_leaderboard_averages_sets_then_seeds(records):
     assert row.clean == pytest.approx(100 * np.mean(clean)) and row.robust == pytest.approx(100 * np.mean(robust))
     assert row.average == pytest.approx((row.clean + row.robust) / 2)
     assert row.clean_sd == pytest.approx(100 * np.std(clean, ddof=1))
-    assert row.sets == "2 of 16" and row.seeds == 2
+    assert row.sets == "2 of 16" and row.seeds == 2 and row.world == "mini-world"
 
 
 @pytest.mark.parametrize(
@@ -115,6 +123,9 @@ def test_paired_differences_use_the_same_images(records):
     assert mean == pytest.approx(100 * np.mean(errors))
     variance = sum(e * (1 - e) / 30 for e in errors)
     assert high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(variance) / 2)
+    seeds = [change(r, seed=s) for s in range(3) for r in robust]
+    again = paired_difference([change(r, seed=s) for s in range(3) for r in all_right], seeds)
+    assert again == pytest.approx((mean, low, high))  # the same images three times are not three times the evidence
     with pytest.raises(ValueError, match="same images"):
         paired_difference(robust, robust[:1])
 

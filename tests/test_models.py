@@ -70,7 +70,8 @@ def test_a_frozen_copy_has_weights_of_its_own(mini):
     with torch.no_grad():
         copy.visual.proj += 1
     assert copy.fingerprint() != mini.fingerprint()
-    assert not any(p.requires_grad for p in copy.parameters())
+    assert not any(p.requires_grad for p in copy.visual.parameters())
+    assert copy.model.transformer is mini.model.transformer
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from tgazsr_utils.runner import fingerprint, main, parameters_of, load_profile
         (["mini", "09"], "notebook '09' is unknown; there are: 00, 01"),
         (["mini", "-p", "alpa", "1"], "unknown parameter 'alpa': did you mean Alpha"),
         (["mini", "01", "-p", "Alpha", "1"], "unknown parameter 'Alpha'"),
-        (["mini", "-p", "Alpha", "abc"], "parameter Alpha = 'abc': input should be a valid number"),
+        (["mini", "00", "-p", "sets", "[a]"], "00_pretrain_mini_clip: .*sets are folders of data_root"),
+        (["mini", "-p", "Alpha", "abc"], "02_train_tga_zsr: parameter Alpha = 'abc': input should be a valid number"),
         (["mini", "-p", "test_eps", "-3"], "parameter test_eps = -3: .*greater than or equal to 0"),
         (["mini", "-p", "data_root", "no/such/folder"], "parameter data_root = 'no/such/folder': .*no such folder"),
         (["mini", "-p", "device", "cuda:77"], "device 'cuda:77' cannot be used"),
@@ -70,7 +71,7 @@ def test_the_fingerprint_follows_every_input(tmp_path, monkeypatch):
 
 def test_the_whole_workbook_runs_in_the_smoke_profile(tmp_path, capfd):
     out = tmp_path / "out"
-    given = ["smoke", "-p", "output", str(out), "-p", "weights", str(tmp_path / "w.safetensors")]
+    given = ["smoke", "-p", "output", str(out)]
     assert main(given) == 0
     log = capfd.readouterr().out
     manifest = json.loads((out / "manifest.json").read_text())
@@ -85,6 +86,8 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(tmp_path, capfd):
     assert figures == {p.stem for p in (out / "figures").glob("*.svg")} and len(figures) >= 14
     assert "TGA-ZSR" in log.rsplit("robust", 1)[1]  # the closing table
     assert len(list((out / "records").glob("*.json"))) >= 3 * 16 * 2
+
+    assert "mini-world" in log.rsplit("robust", 1)[1]
 
     assert main(given) == 0
     assert capfd.readouterr().out.count("done already") == 4

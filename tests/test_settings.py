@@ -58,6 +58,12 @@ def test_other_cells_may_define_what_they_like():
     assert from_notebook(AttackSettings, notebook("test_epz = 1", *cells)).test_numsteps == 10
 
 
+@pytest.mark.parametrize("methods, message", [([], "at least 1 item"), (["A", "A"], "twice")])
+def test_lists_are_neither_empty_nor_double(methods, message):
+    with pytest.raises(SettingsError, match=message):
+        validate(TrainNotebook, {"methods": methods})
+
+
 def test_a_missing_data_root_is_refused():
     field = {"data_root": "no/such/folder"}
     with pytest.raises(SettingsError, match="data_root = 'no/such/folder': .*no such folder"):

@@ -35,8 +35,9 @@ def text_guided_attention(
 
 def _patch_scores(tokens: ImageTokens, text: Tensor, variant: str) -> Tensor:
     if variant == "reference":
-        norm = (tokens.pooled.square() + tokens.patches.square().sum(1)).sqrt()  # [B,D], over class and patch tokens
-        return torch.einsum("bpd,bd->bp", tokens.patches, text / norm.clamp(min=1e-12))
+        squares = tokens.pooled.square() + tokens.patches.square().sum(1)  # [B,D], over class and patch tokens
+        norm = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()  # clamped first: sqrt has no slope at 0
+        return torch.einsum("bpd,bd->bp", tokens.patches, text / norm)
     if variant == "cosine":
         return torch.einsum("bpd,bd->bp", F.normalize(tokens.patches, dim=-1), text.expand_as(tokens.pooled))
     raise ValueError(f"attention variant {variant!r} is unknown; choose 'reference' or 'cosine'")

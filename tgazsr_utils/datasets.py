@@ -50,20 +50,25 @@ class ImageSet(torch.utils.data.Dataset):
 
     def subset(self, n: int | None, seed: int = 0) -> "ImageSet":
         """At most ``n`` images, drawn by ``seed`` so that every class is there as often, within one, as it can be."""
-        if n is None or n >= len(self):
-            return self
-        rank = torch.empty(len(self), dtype=torch.long)
-        shuffled = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        for label in self.labels.unique():
-            members = shuffled[self.labels[shuffled] == label]
-            rank[members] = torch.arange(len(members))
-        chosen = shuffled[rank[shuffled].argsort(stable=True)][:n].sort().values
+        chosen = even_subset(self.labels, n, seed)
         masks = None if self.masks is None else self.masks[chosen]
         return replace(self, images=self.images[chosen], labels=self.labels[chosen], masks=masks)
 
     def fingerprint(self) -> str:
         """Names images, labels and prompts: equal for equal data."""
         return digest(self.key, self.images, self.labels, list(self.prompts))
+
+
+def even_subset(labels: Tensor, n: int | None, seed: int) -> Tensor:
+    """Sorted indices of at most ``n`` of ``labels`` ``[N]``, drawn so that classes are there as evenly as can be."""
+    if n is None or n >= len(labels):
+        return torch.arange(len(labels))
+    rank = torch.empty(len(labels), dtype=torch.long)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    for label in labels.unique():
+        members = shuffled[labels[shuffled] == label]
+        rank[members] = torch.arange(len(members))
+    return shuffled[rank[shuffled].argsort(stable=True)][:n].sort().values
 
 
 def list_datasets(root: str | Path | None) -> list[str]:
@@ -85,8 +90,9 @@ def load_dataset(
     """The images of one set, decoded to ``image_size`` x ``image_size``.
 
     ``root=None``: the mini-world, ``key`` a task, ``n`` images (default 1000) rendered anew for each ``seed``. Else
-    ``<root>/<key>`` holds Tiny-ImageNet's published layout or ``<class>/*`` folders, perhaps one level further down;
-    folders are split 80:20 for each class by ``seed``, and ``n`` caps the number of images, evenly over classes.
+    ``<root>/<key>`` holds Tiny-ImageNet's published layout, ``train`` and ``test`` (or ``val``) with ``<class>/*``
+    folders in each, or just ``<class>/*`` folders, perhaps one level further down; the latter are split 80:20 for each
+    class by ``seed``, and ``n`` caps the number of images, evenly over classes.
     ``crop``: resize the shorter side to 256/224 of ``image_size`` and centre-crop, as ViT-B/32 sees 224; otherwise
     resize both sides. Bilinear, by PIL. Raises ValueError for an unknown key, a missing folder or an unreadable image.
     """
@@ -102,22 +108,15 @@ def load_dataset(
         boxes = None
     if not files:
         raise ValueError(f"image set {key!r}: no {split} images below {folder}")
-    decoded, masks = [], []
-    for i, path in enumerate(progress(files, desc=f"read {key} {split}", leave=False)):
-        image, mask = _decode(path, boxes and boxes[i], image_size, crop)
-        decoded.append(image)
-        masks.append(mask)
-    data = ImageSet(
-        key,
-        "photographs",
-        torch.stack(decoded),
-        torch.tensor(labels),
-        tuple(names),
-        tuple(DEFAULT_PROMPT.format(name) for name in names),
-        torch.stack(masks) if boxes else None,
-        "box",
-    )
-    return data.subset(n, seed)
+    chosen = even_subset(torch.tensor(labels), n, seed)
+    images = torch.empty(len(chosen), 3, image_size, image_size, dtype=torch.uint8)
+    masks = torch.empty(len(chosen), image_size, image_size, dtype=torch.bool) if boxes else None
+    for row, i in enumerate(progress(chosen.tolist(), desc=f"read {key} {split}", leave=False)):
+        images[row], mask = _decode(files[i], boxes and boxes[i], image_size, crop)
+        if masks is not None:
+            masks[row] = mask
+    prompts = tuple(DEFAULT_PROMPT.format(name) for name in names)
+    return ImageSet(key, "photographs", images, torch.tensor(labels)[chosen], tuple(names), prompts, masks, "box")
 
 
 def _load_miniworld(key: str, split: Split, n: int, image_size: int, seed: int) -> ImageSet:
@@ -139,18 +138,26 @@ def _existing_root(root: str | Path) -> Path:
 
 
 def clean_name(name: str) -> str:
-    """A class name as prompts have it: lower case, ``_ - /`` to spaces, without a leading number such as "017."."""
-    return re.sub(r"[_\-/]", " ", re.sub(r"^\d+[._ -]+", "", name)).strip().lower()
+    """A class name as prompts have it: lower case, ``_ - /`` to spaces, without a leading "017." or "017_"."""
+    return re.sub(r"[_\-/]", " ", re.sub(r"^\d{3}[._]", "", name)).strip().lower()
 
 
 def _class_folders(folder: Path, split: Split, seed: int) -> tuple[list[Path], list[int], list[str]]:
     while len(inner := _folders(folder)) == 1 and _folders(inner[0]):
         folder = inner[0]
-    classes = [p for p in inner if p.name != "BACKGROUND_Google"]
+    parts = {p.name: p for p in inner}
+    has_split = "train" in parts and bool({"test", "val"} & set(parts))
+    if has_split:
+        inner = _folders(parts["train"] if split == "train" else parts.get("test", parts.get("val")))
+    classes = [p for p in inner if p.name != "BACKGROUND_Google" and _images(p)]
     files: list[Path] = []
     labels: list[int] = []
     for label, directory in enumerate(classes):
         paths = _images(directory)
+        if has_split:
+            files += paths
+            labels += [label] * len(paths)
+            continue
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
         held_out = max(1, round(TEST_FRACTION * len(paths))) if len(paths) > 1 else 0
         chosen = order[:held_out] if split == "test" else order[held_out:]
@@ -178,7 +185,7 @@ def _tiny_imagenet(folder: Path, split: Split) -> tuple[list[Path], list[int], l
     words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text().splitlines() if "\t" in line)
     wnids = [w for w in (folder / "wnids.txt").read_text().split() if (folder / "train" / w).is_dir()]
     label = {wnid: i for i, wnid in enumerate(sorted(wnids))}
-    names = [clean_name(words[wnid].split(",")[0]) for wnid in sorted(wnids)]
+    names = [clean_name(words.get(wnid, wnid).split(",")[0]) for wnid in sorted(wnids)]
     rows: list[tuple[Path, int, Box]] = []
     if split == "test":
         for line in (folder / "val" / "val_annotations.txt").read_text().splitlines():

@@ -30,7 +30,8 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     p, factor = correct / n, 1 + z * z / n
     middle = (p + z * z / (2 * n)) / factor
     half = z / factor * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # At the ends the bounds are exact; rounding must not leave them just inside.
+    return 0.0 if correct == 0 else middle - half, 1.0 if correct == n else middle + half
 
 
 def attacked_batches(

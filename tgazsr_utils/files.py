@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 PACKAGE = Path(__file__).parent
+# Read when the package is imported: what names a result is the code that ran, not what an editor has made of it since.
+_SOURCES = {path.stem: path.read_text() for path in sorted(PACKAGE.glob("*.py"))}
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> Path:
@@ -50,5 +52,4 @@ def digest(*parts: Any) -> str:
 
 def code_version(modules: Iterable[str] = ()) -> str:
     """Names the source of some of the package's modules (default: all); changes whenever they do."""
-    paths = [PACKAGE / f"{name}.py" for name in modules] or sorted(PACKAGE.rglob("*.py"))
-    return digest(*paths)
+    return digest(*(_SOURCES[name] for name in modules or _SOURCES))

@@ -1,8 +1,10 @@
 """CLIP as the rest of the package sees it: pixels in [0,1] in, projected class and patch tokens out."""
 
 import copy
+import glob
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from . import DATA
@@ -91,12 +93,13 @@ class Clip(nn.Module):
         return self.similarity(self.encode_image(pixels).pooled, text)
 
     def frozen_copy(self) -> "Clip":
-        """The same model with an image encoder of its own, in eval mode and without gradients; text is shared."""
+        """The same model with an image encoder of its own, in eval mode and without gradients; the text tower is shared."""
         clone = copy.copy(self)
         clone._modules = dict(self._modules)
         clone.model = copy.copy(self.model)
         clone.model._modules = {**self.model._modules, "visual": copy.deepcopy(self.visual)}
-        return clone.eval().requires_grad_(False)
+        clone.visual.eval().requires_grad_(False)
+        return clone
 
     def fingerprint(self) -> str:
         """Names the weights and the architecture: equal for equal models."""
@@ -116,7 +119,7 @@ def pick_device(device: str) -> torch.device:
 def load_clip(
     arch: str = MINI_ARCH, pretrained: str | Path | None = "mini", device: str = "auto", precision: str = "fp32"
 ) -> Clip:
-    """A CLIP in eval mode, through open_clip.
+    """A CLIP through open_clip, in eval mode and without gradients for its weights.
 
     ``arch``: any open_clip ViT, or "mini-clip". ``pretrained``: an open_clip tag ("openai", "laion2b_s34b_b79k", ...,
     downloaded when first used), a weights file, "mini" or "mini-tga-zsr" (shipped, for "mini-clip"), or None for random
@@ -137,13 +140,26 @@ def load_clip(
     try:
         if source is None:
             logging.disable(logging.WARNING)  # open_clip warns of random weights, which are asked for here
-        model = open_clip.create_model(arch, pretrained=source and str(source), precision=precision, device=target)
-    except (SafetensorError, RuntimeError, KeyError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*QuickGELU")  # the weights would run, with wrong numbers
+            model = open_clip.create_model(arch, pretrained=source and str(source), precision=precision, device=target)
+    except Exception as error:  # whatever a foreign file makes torch, safetensors or open_clip raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"pretrained {str(pretrained)!r} cannot be loaded into {arch}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
-    return Clip(model, arch).to(target).eval()
+    return Clip(model, arch).to(target).eval().requires_grad_(False)
+
+
+def find_weights(name: str, models: Path) -> str:
+    """What to load for a notebook's model parameter: "latest:NAME" is the newest ``NAME_*`` in the folder ``models``."""
+    if not name.startswith("latest:"):
+        return name
+    stem = name.removeprefix("latest:")
+    found = sorted(models.glob(f"{glob.escape(stem)}_*.safetensors"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ValueError(f"no model {stem!r} in {models}; run the notebook that makes it first")
+    return str(found[-1])
 
 
 def save_clip(clip: Clip, path: Path, precision: str = "fp32", **metadata: Any) -> Path:

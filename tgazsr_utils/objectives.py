@@ -80,6 +80,13 @@ def objective(name: str, lr: float) -> Callable:
     return register
 
 
+def find_objective(name: str) -> Objective:
+    """The objective of a name. Raises ValueError, with the names there are, for an unknown one."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"method {name!r} is unknown; there are: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
 @objective("TeCoA", lr=1e-5)
 def tecoa(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """CE(logits(f, x'), y): text-guided contrastive adversarial training (Mao et al., ICLR 2023)."""
@@ -93,7 +100,9 @@ def tga_zsr(step: Step, settings: ObjectiveSettings) -> list[Term]:
     L_AR = mean ||A(f, x', t_y) - A(f0, x, t_y)|| brings attention on attacked images back to the original model's
     clean attention; L_AMC = mean ||A(f, x, t_y) - A(f0, x, t_y)|| keeps attention on clean images where it was.
     """
-    attend = lambda tokens: text_guided_attention(tokens, step.true_text, settings.attention_variant)
+    attend = lambda tokens: text_guided_attention(
+        tokens, step.true_text, settings.attention_variant, grid=step.clip.grid
+    )
     distance = lambda a, b: attention_distance(a, b, settings.Distance_metric, settings.distance_size).mean()
     target = attend(step.original_tokens)
     return [

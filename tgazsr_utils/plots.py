@@ -1,6 +1,7 @@
 """The workbook's figures. Each function takes plain frames or arrays and returns a matplotlib Figure."""
 
 import textwrap
+from itertools import cycle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from .files import write_atomic
 from .attention import resize
 
+STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "h")
 
 sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", rc={"figure.dpi": 100, "svg.hashsalt": "tgazsr"})
@@ -140,7 +142,7 @@ def auc_interval(flipped: np.ndarray, score: np.ndarray, draws: int = 1000) -> t
 def flip_roc(frame: pd.DataFrame, title: str) -> Figure:
     """ROC of "attention moved by more than t" as a sign that the prediction flipped, among images right when clean."""
     figure, axis = plt.subplots(figsize=(5.4, 5), layout="constrained")
-    for style, (model, part) in zip(("-", "--", "-.", ":"), frame[frame.clean_correct].groupby("model", sort=False)):
+    for style, (model, part) in zip(cycle(STYLES), frame[frame.clean_correct].groupby("model", sort=False)):
         auc, low, high = auc_interval(part.flipped.to_numpy(), part.l2.to_numpy())
         if np.isnan(auc):
             axis.plot([], [], style, label=f"{model}: all alike, no AUC")
@@ -153,8 +155,8 @@ def flip_roc(frame: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def energy_inside(frame: pd.DataFrame, title: str) -> Figure:
-    """Share of attention inside the object, clean and attacked, one pair of boxes a model; the line is chance."""
+def energy_inside(frame: pd.DataFrame, region: str, title: str) -> Figure:
+    """Share of attention inside the object's ``region`` ("mask" or "box"), a pair of boxes a model; the line is chance."""
     sides = {"energy_clean": "clean", "energy_adv": "attacked"}
     tall = frame.rename(columns=sides).melt(["model"], list(sides.values()), "images", "energy")
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
@@ -162,7 +164,7 @@ def energy_inside(frame: pd.DataFrame, title: str) -> Figure:
     for patch, hatch in zip(axis.patches, [""] * frame.model.nunique() + ["//"] * frame.model.nunique()):
         patch.set_hatch(hatch)
     axis.axhline(frame.energy_uniform.mean(), color="black", ls=":", label="spread evenly")
-    axis.set(xlabel="", ylabel="share of attention inside the object", title=title, ylim=(0, None))
+    axis.set(xlabel="", ylabel=f"share of attention inside the object's {region}", title=title, ylim=(0, None))
     axis.legend(title="", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -170,9 +172,9 @@ def energy_inside(frame: pd.DataFrame, title: str) -> Figure:
 def loss_terms(histories: dict[str, pd.DataFrame], title: str) -> Figure:
     """Unweighted loss terms and batch accuracy under attack against the step, a method a line, running means of 10."""
     names = list(dict.fromkeys(c for h in histories.values() for c in h if c == "CE" or c.startswith("L_")))
-    labels = {"CE": "cross-entropy, attacked", "L_AR": "L_AR (l2 at 224)", "L_AMC": "L_AMC (l2 at 224)"}
+    labels = {"CE": "cross-entropy, attacked images"}
     figure, axes = plt.subplots(1, len(names) + 1, figsize=(3.6 * (len(names) + 1), 3.6), layout="constrained")
-    for style, (method, history) in zip(("-", "--", "-.", ":"), histories.items()):
+    for style, (method, history) in zip(cycle(STYLES), histories.items()):
         smooth = history.rolling(10, min_periods=1).mean()
         for axis, name in zip(axes, names):
             if name in history:
@@ -192,6 +194,7 @@ def accuracy_bars(frame: pd.DataFrame, title: str) -> Figure:
     for shift, (kind, hatch) in zip((-0.2, 0.2), (("clean", ""), ("robust", "//"))):
         part = frame[frame.kind == kind].set_index("method").loc[methods]
         error = [part.accuracy - part.low, part.high - part.accuracy]
+        error = [side.clip(lower=0) for side in error]  # rounding at 0 and 100 %
         axis.bar(np.arange(len(methods)) + shift, part.accuracy, 0.38, yerr=error, hatch=hatch, label=kind, capsize=3)
     axis.set(xticks=range(len(methods)), xticklabels=methods, ylabel="top-1 accuracy (%)", ylim=(0, 100), title=title)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -214,22 +217,17 @@ def accuracy_heatmap(frame: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def trade_off(table: pd.DataFrame, title: str, reference: pd.DataFrame | None = None) -> Figure:
+def trade_off(table: pd.DataFrame, title: str) -> Figure:
     """Robust against clean accuracy, a point a method, error bars over seeds; grey lines join equal averages.
 
-    ``table``: results.leaderboard. ``reference``: published rows to show in grey, for runs that may be compared.
+    ``table``: results.leaderboard.
     """
     figure, axis = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
-    for marker, (method, row) in zip(MARKERS, table.iterrows()):
+    for marker, (method, row) in zip(cycle(MARKERS), table.iterrows()):
         axis.errorbar(row.clean, row.robust, xerr=_or_none(row.clean_sd), yerr=_or_none(row.robust_sd), fmt=marker, ms=11,
                       capsize=3, label=f"{method} (average {row.average:.1f})")  # fmt: skip
-    if reference is not None:
-        axis.scatter(reference.clean, reference.robust, color="grey", marker="x", label="published")
-        for method, row in reference.iterrows():
-            axis.annotate(method, (row.clean, row.robust), color="grey", fontsize=8, xytext=(4, 4), textcoords="offset points")
-    shown = table if reference is None else pd.concat([table, reference])
-    x_limits = shown.clean.min() - 6, min(100, shown.clean.max() + 6)
-    y_limits = max(0, shown.robust.min() - 6), shown.robust.max() + 6
+    x_limits = table.clean.min() - 6, min(100, table.clean.max() + 6)
+    y_limits = max(0, table.robust.min() - 6), table.robust.max() + 6
     for average in range(5, 100, 5):
         axis.plot(x_limits, [2 * average - x for x in x_limits], color="grey", lw=0.7, alpha=0.5, zorder=0)
         y = 2 * average - x_limits[1]

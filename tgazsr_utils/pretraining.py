@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import open_clip
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,9 @@ from .progress import progress
 from .settings import PretrainNotebook
 from .training import deferred_interrupt, load_checkpoint, save_checkpoint, warmup_cosine
 
-MODULES = ("models", "miniworld", "pretraining")  # the source a pre-trained model depends on
+MODULES = ("models", "miniworld", "pretraining", "training")  # the source a pre-trained model depends on
 CAPTIONS_PER_IMAGE = 2
-_RELEVANT = {"arch", "data_root", "sets", "seed", "steps", "batch_size", "lr", "warmup_steps", "weight_decay"}
+_RELEVANT = {"arch", "seed", "steps", "batch_size", "lr", "warmup_steps", "weight_decay"}
 _PHOTO_TEMPLATES = ("This is a photo of a {}", "A photo of a {}", "An image of a {}", "{}")
 
 
@@ -33,7 +34,12 @@ class Pairs(NamedTuple):
     fits: Tensor
 
 
-PairSource = Callable[[int], Pairs]  # step -> its batch; the same step gives the same batch
+@dataclass(frozen=True)
+class PairSource:
+    """Where pairs come from: ``batch(step)``, the same for the same step, and what names the data behind it."""
+
+    batch: Callable[[int], Pairs]
+    fingerprint: str
 
 
 def miniworld_pairs(batch_size: int, seed: int) -> PairSource:
@@ -48,7 +54,7 @@ def miniworld_pairs(batch_size: int, seed: int) -> PairSource:
         fits = miniworld.caption_fits(torch.cat([demands for _, demands in drawn]), attributes)
         return Pairs(images, captions, fits.T)
 
-    return batch
+    return PairSource(batch, "mini-world")
 
 
 def photo_pairs(sets: Sequence[ImageSet], batch_size: int, seed: int, image_size: int) -> PairSource:
@@ -66,7 +72,7 @@ def photo_pairs(sets: Sequence[ImageSet], batch_size: int, seed: int, image_size
         fits = classes[chosen][:, None] == classes[chosen][None]
         return Pairs(augment(images[chosen], image_size, generator), captions, fits)
 
-    return batch
+    return PairSource(batch, digest([data.fingerprint() for data in sets], image_size))
 
 
 def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -112,26 +118,24 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
     raises KeyboardInterrupt) and at the end; the same call goes on from there.
     """
     relevant = settings.model_dump(include=_RELEVANT)
-    checkpoint = folder / f"pretrain_{settings.arch}_{digest(relevant, code_version(MODULES))}.ckpt"
+    key = digest(relevant, pairs.fingerprint, open_clip.get_model_config(settings.arch), code_version(MODULES))
+    checkpoint = folder / f"pretrain_{settings.arch}_{key}.ckpt"
     torch.manual_seed(settings.seed)
-    clip = load_clip(settings.arch, None, settings.device)
+    clip = load_clip(settings.arch, None, settings.device).requires_grad_(True)
     model, device = clip.model, clip.device
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6)
     state = load_checkpoint(checkpoint, model, optimizer)
-    tokens: dict[str, Tensor] = {}
     bar = progress(total=settings.steps, initial=state["step"], desc=f"pre-train {settings.arch}")
     with deferred_interrupt() as interrupted, bar:
         for step in range(state["step"], settings.steps):
             lr = settings.lr * warmup_cosine(step, settings.warmup_steps, settings.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batch = pairs(step)
-            new = [c for c in dict.fromkeys(batch.captions) if c not in tokens]
-            tokens.update(zip(new, clip.tokenizer(new)) if new else ())
-            texts = model.encode_text(torch.stack([tokens[c] for c in batch.captions]).to(device), normalize=True)
+            batch = pairs.batch(step)
+            texts = model.encode_text(clip.tokenizer(batch.captions).to(device), normalize=True)
             images = F.normalize(clip.encode_image(batch.images.to(device).float() / 255).pooled, dim=-1)
             loss = contrastive_loss(images, texts, batch.fits.to(device), model.logit_scale.exp())
             optimizer.zero_grad(set_to_none=True)
@@ -144,8 +148,8 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
             scale = model.logit_scale.exp().item()
             state["history"].append({"step": step, "lr": lr, "loss": loss.item(), "logit_scale": scale})
             state["step"] = step + 1
-            bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}", scale=f"{scale:.1f}", refresh=False)
+            bar.update()
             if interrupted() or state["step"] % 200 == 0 or state["step"] == settings.steps:
                 save_checkpoint(checkpoint, state, model, optimizer)
             if interrupted():

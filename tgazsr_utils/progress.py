@@ -10,10 +10,14 @@ HEADLESS = "TGAZSR_HEADLESS"  # set by the runner
 
 
 class _Lines:
-    """A stream on which each redraw of a bar is a line of its own."""
+    """A stream on which each redraw of a bar is a line of its own, unless the count is still the same."""
+
+    last = ""
 
     def write(self, text: str) -> None:
-        if text := text.strip("\r\n "):
+        text = text.strip("\r\n ")
+        if text and text.split(" [")[0] != self.last:
+            self.last = text.split(" [")[0]
             sys.stdout.write(text + "\n")
 
     def flush(self) -> None:

@@ -34,9 +34,6 @@ class RecordStore:
         write_atomic(self.folder / f"{record.key}.json", lambda temporary: temporary.write_text(text))
         return record
 
-    def all(self) -> list[Record]:
-        return sorted((_read(path) for path in self.folder.glob("[!.]*.json")), key=lambda r: (r.time, r.key))
-
 
 def _read(path: Path) -> Record:
     try:
@@ -74,7 +71,7 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def leaderboard(records: Sequence[Record], sets_in_all: int = PUBLISHED_SETS) -> pd.DataFrame:
+def leaderboard(records: Sequence[Record]) -> pd.DataFrame:
     """One row a method: mean robust and clean accuracy over its sets, their mean, in percent, best average first.
 
     A mean over sets is taken for each seed; ``robust_sd`` and so on are the standard deviation over seeds (NaN for one
@@ -93,7 +90,8 @@ def leaderboard(records: Sequence[Record], sets_in_all: int = PUBLISHED_SETS) ->
     table = table.join(spread)
     counts = frame.groupby("method")["dataset"].nunique()
     table["seeds"] = frame.groupby("method")["seed"].nunique()
-    table["sets"] = [f"{n}" if n == sets_in_all else f"{n} of {sets_in_all}" for n in counts.reindex(table.index)]
+    table["sets"] = [f"{n}" if n == PUBLISHED_SETS else f"{n} of {PUBLISHED_SETS}" for n in counts.reindex(table.index)]
+    table["world"] = frame.world.iloc[0]
     return table.sort_values("average", ascending=False)
 
 
@@ -137,12 +135,13 @@ def paired_difference(a: Sequence[Record], b: Sequence[Record], z: float = 1.96)
     match = {(r.data, r.attack, r.seed): r for r in b}
     if {(r.data, r.attack, r.seed) for r in a} != set(match) or len(a) != len(match):
         raise ValueError("a paired difference needs both methods measured on the same images, attack and seeds")
-    means, variances = [], []
+    by_set: dict[str, list[np.ndarray]] = {}
     for r in a:
         difference = _bits(r).astype(float) - _bits(match[r.data, r.attack, r.seed])
-        means.append(difference.mean())
-        variances.append(difference.var() / r.n)
-    mean, half = 100 * np.mean(means), 100 * z * np.sqrt(np.sum(variances)) / len(means)
+        by_set.setdefault(r.data, []).append(difference)
+    each_image = [np.mean(seeds, axis=0) for seeds in by_set.values()]  # seeds share images: first averaged for each
+    mean = 100 * np.mean([d.mean() for d in each_image])
+    half = 100 * z * np.sqrt(np.sum([d.var() / len(d) for d in each_image])) / len(each_image)
     return float(mean), float(mean - half), float(mean + half)
 
 

@@ -6,9 +6,11 @@ leaves executed copies, HTML, figures, records and a manifest in the output fold
 
 import argparse
 import ast
+import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from datetime import datetime, timezone
 from importlib import metadata
@@ -55,7 +57,11 @@ def load_profile(name: str) -> Profile:
         raise SettingsError(f"profile {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"profile {path} must hold names and values")
-    return validate(Profile, values)
+    profile = validate(Profile, values)
+    for notebook in (*profile.notebooks, *profile.by_notebook):
+        if notebook not in NOTEBOOKS:
+            raise SettingsError(f"profile {name!r}: notebook {notebook!r} is unknown; there are: {', '.join(NOTEBOOKS)}")
+    return profile
 
 
 def select(profile: Profile, numbers: list[str]) -> list[str]:
@@ -82,7 +88,10 @@ def parameters_of(notebook: str, profile: Profile, output: str, given: dict[str,
     values = default_parameters(notebook) | {"output": output}
     for layer in (profile.parameters, profile.by_notebook.get(notebook, {}), given):
         values |= {name: value for name, value in layer.items() if name in known}
-    return validate(NOTEBOOKS[notebook], values).model_dump(include=set(values))
+    try:
+        return validate(NOTEBOOKS[notebook], values).model_dump(include=set(values))
+    except SettingsError as error:
+        raise SettingsError(f"{notebook}: {error}") from None
 
 
 def check_names(profile: Profile, given: dict[str, Any], notebooks: list[str]) -> None:
@@ -117,23 +126,29 @@ def execute(notebook: str, parameters: dict[str, Any], folder: Path) -> Path:
     """Runs one notebook with papermill into ``folder``, its output echoed live, and exports it to HTML."""
     executed = folder / "notebooks" / f"{notebook}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        papermill.execute_notebook(
-            FOLDER / f"{notebook}.ipynb",
-            executed,
-            parameters,
-            kernel_name="python3",
-            cwd=ROOT,
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-            config=Config({"KernelManager": {"transport": "ipc"}}),  # no open port, encrypted or not
-        )
-    finally:
-        if executed.exists():
-            html, _ = HTMLExporter().from_filename(str(executed))
-            write_atomic(folder / "html" / f"{notebook}.html", lambda temporary: temporary.write_text(html))
+    with tempfile.TemporaryDirectory(prefix="tgazsr-") as sockets:
+        kernel = {"transport": "ipc", "ip": f"{sockets}/kernel", "shutdown_wait_time": 60.0}  # ipc: no open port
+        try:
+            papermill.execute_notebook(
+                FOLDER / f"{notebook}.ipynb",
+                executed,
+                parameters,
+                kernel_name="python3",
+                cwd=ROOT,
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                config=Config({"KernelManager": kernel}),
+            )
+        finally:
+            export_html(executed, folder / "html" / f"{notebook}.html")
     return executed
+
+
+def export_html(executed: Path, target: Path) -> None:
+    if executed.exists():
+        html, _ = HTMLExporter().from_filename(str(executed))
+        write_atomic(target, lambda temporary: temporary.write_text(html))
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -154,8 +169,9 @@ def load_manifest(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {"notebooks": {}}
     try:
-        return yaml.safe_load(path.read_text()) | {}  # JSON is YAML; one parser, one kind of error
-    except (yaml.YAMLError, TypeError):
+        manifest = json.loads(path.read_text())
+        return {"notebooks": dict(manifest["notebooks"])}
+    except (ValueError, TypeError, KeyError):
         raise SettingsError(f"manifest {path} is damaged; remove it to run everything again") from None
 
 
@@ -166,15 +182,17 @@ def run(profile_name: str, numbers: list[str], given: dict[str, Any], fresh: boo
     check_names(profile, given, chosen)
     output = str(given.get("output", profile.parameters.get("output", f"runs/{profile_name}")))
     folder = resolve(output)
-    in_order = list(dict.fromkeys([*profile.notebooks, *chosen]))
+    extra = [name for name in chosen if name not in profile.notebooks]
+    in_order = [*extra, *profile.notebooks]
     parameters = {name: parameters_of(name, profile, output, given) for name in in_order}
+    now = environment(next(iter(parameters.values()))["device"])
     if fresh and folder.exists():
         aside = folder.with_name(f"{folder.name}-before-{datetime.now():%Y%m%d-%H%M%S}")
         folder.rename(aside)
         print(f"earlier results were moved to {aside.name}")
     manifest_path = folder / "manifest.json"
     manifest = load_manifest(manifest_path)
-    manifest |= {"profile": profile_name, "environment": environment(next(iter(parameters.values()))["device"])}
+    manifest |= {"profile": profile_name, "environment": now}
     print(f"{profile_name}: {profile.description.strip()}\nresults go to {output}", flush=True)
     before = ""
     for name in in_order:
@@ -196,25 +214,27 @@ def run(profile_name: str, numbers: list[str], given: dict[str, Any], fresh: boo
         try:
             execute(name, parameters[name], folder)
         except PapermillExecutionError as error:
-            failure = f"cell {error.exec_count}: {error.ename}: {error.evalue}"
+            failure = f"stopped in cell {error.exec_count}: {error.ename}: {error.evalue}"
         except KeyboardInterrupt:
-            failure = "interrupted; the same command goes on from here"
+            failure = "was interrupted; the same command goes on from here"
+        except Exception as error:  # a kernel that died or did not start
+            failure = f"stopped: {type(error).__name__}: {' '.join(str(error).split())}"
         entry |= {"status": "failed" if failure else "finished", "seconds": round(time.time() - started, 1)}
         if failure:
             entry["error"] = failure
         write_json(manifest_path, manifest)
         if failure:
-            print(f"\n{name} stopped in {failure}\nexecuted copy: {folder / 'notebooks' / name}.ipynb", file=sys.stderr)
+            print(f"\n{name} {failure}\nexecuted copy: {folder / 'notebooks' / name}.ipynb", file=sys.stderr)
             return 1
         print(f"{name}: {entry['seconds']:.0f} s", flush=True)
-    show(folder)
+    show(folder, with_table=any(name.startswith("04") for name in chosen))
     return 0
 
 
-def show(folder: Path) -> None:
-    """Prints the leaderboard, if there is one, and where the figures are."""
+def show(folder: Path, with_table: bool) -> None:
+    """Prints the leaderboard and where the figures are."""
     table = folder / "tables" / "leaderboard.csv"
-    if table.exists():
+    if with_table and table.exists():
         print("\n" + pd.read_csv(table, index_col=0).to_string(float_format="%.1f", na_rep="-"))
     figures = sorted(folder.glob("figures/*.png"))
     print("\nfigures:" if figures else "\nno figures", *(f"\n  {os.path.relpath(p)}" for p in figures), sep="")
@@ -238,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
         return run(profile, numbers, given, options.fresh)
     except yaml.YAMLError as error:
         print(f"error: -p: {' '.join(str(error).split())}", file=sys.stderr)
-    except (SettingsError, ValueError) as error:
+    except (SettingsError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     return 2
 

@@ -6,13 +6,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from . import ROOT
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Eps255 = Annotated[float, Field(ge=0, le=255, description="1/255 of the pixel range")]
+
+
+Item = TypeVar("Item")
+
+
+def _distinct(values: list[Item]) -> list[Item]:
+    if len(set(values)) < len(values):
+        raise ValueError("an entry is there twice")
+    return values
+
+
+Distinct = Annotated[list[Item], Field(min_length=1), AfterValidator(_distinct)]
 
 
 class SettingsError(ValueError):
@@ -66,7 +78,6 @@ class WorkbookSettings(Settings):
     """What every notebook knows."""
 
     arch: str  # an open_clip architecture with patch tokens
-    pretrained: str  # "mini", an open_clip tag, or a file
     data_root: str | None  # folder of image sets; None: the rendered mini-world
     output: str  # folder for models, records, figures and tables
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
@@ -84,6 +95,12 @@ class WorkbookSettings(Settings):
         return resolve(self.output)
 
 
+class ModelSettings(WorkbookSettings):
+    """What every notebook knows that starts from a pre-trained model."""
+
+    pretrained: str  # "mini", an open_clip tag, a file, or "latest:pretrained" in the output folder
+
+
 class PretrainNotebook(WorkbookSettings):
     """00_pretrain_mini_clip"""
 
@@ -94,37 +111,43 @@ class PretrainNotebook(WorkbookSettings):
     warmup_steps: Annotated[int, Field(ge=0)]
     weight_decay: NonNegative
     test_images: Count  # a set
-    weights: str  # file to write
+    weights: str | None  # file to write; None: in the output folder
     precision: Literal["fp32", "fp16"]  # of the written file
-    eps_candidates: list[Eps255]
+    eps_candidates: Annotated[list[Eps255], Field(min_length=1)]
     test_numsteps: Count
 
+    @model_validator(mode="after")
+    def _sets_have_a_root(self) -> "PretrainNotebook":
+        if self.sets is not None and self.data_root is None:
+            raise ValueError("sets are folders of data_root, which is not given")
+        return self
 
-class AttentionShiftNotebook(WorkbookSettings, AttackSettings):
+
+class AttentionShiftNotebook(ModelSettings, AttackSettings):
     """01_attention_shift"""
 
     dataset: str
     tuned: str  # model to compare with: "mini-tga-zsr", a file, or "latest:METHOD" in the output folder
     test_images: Count
     shown_images: Annotated[int, Field(ge=1, le=12)]
-    eps_list: list[Eps255]
+    eps_list: Annotated[list[Eps255], Field(min_length=1)]
     attention_variant: Literal["reference", "cosine"]
 
 
-class TrainNotebook(WorkbookSettings, FinetuneSettings, AttackSettings):
+class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
     """02_train_tga_zsr"""
 
     dataset: str
-    train_images: Count | None  # None: all
+    train_images: Count | None  # None: all (the mini-world renders 1000)
     test_images: Count | None
-    methods: list[str]
+    methods: Distinct[str]
 
 
 class EvaluateNotebook(TrainNotebook):
     """04_evaluate_16_datasets"""
 
-    testdata: list[str] | None  # None: all sets there are
-    seeds: list[Annotated[int, Field(ge=0)]]
+    testdata: Distinct[str] | None  # None: all sets there are
+    seeds: Distinct[Annotated[int, Field(ge=0)]] | None  # None: seed alone
 
 
 NOTEBOOKS: dict[str, type[WorkbookSettings]] = {
@@ -150,7 +173,7 @@ def validate(model: type[AnySettings], values: Mapping[str, Any]) -> AnySettings
         name = ".".join(map(str, first["loc"]))
         problem = first["msg"][0].lower() + first["msg"][1:]
         given = "" if first["type"] == "missing" else f" = {first['input']!r}"
-        raise SettingsError(f"parameter {name}{given}: {problem}") from None
+        raise SettingsError(f"parameter {name}{given}: {problem}" if name else problem) from None
 
 
 def unknown_parameter(name: str, known: Mapping[str, Any]) -> str:

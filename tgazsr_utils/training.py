@@ -1,6 +1,6 @@
 """Adversarial fine-tuning of the image encoder, resumable to the bit."""
 
-import glob
+import inspect
 import math
 import signal
 import threading
@@ -20,7 +20,7 @@ from .attacks import pgd
 from .datasets import ImageSet
 from .files import code_version, digest, write_atomic
 from .models import Clip, load_clip, read_metadata, save_clip
-from .objectives import OBJECTIVES, Objective, Step
+from .objectives import Objective, Step, find_objective
 from .progress import progress
 from .settings import FinetuneSettings
 
@@ -32,7 +32,6 @@ class TrainResult:
     clip: Clip  # tuned
     history: pd.DataFrame  # one row a step: lr, loss, the unweighted terms, batch accuracy on attacked images
     weights: Path
-    resumed: bool  # True if an earlier run had done it all
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
@@ -42,10 +41,11 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def tuned_path(folder: Path, method: str, settings: FinetuneSettings, data: ImageSet, original: str) -> Path:
+def tuned_path(folder: Path, objective: Objective, settings: FinetuneSettings, data: ImageSet, original: str) -> Path:
     """The weights file of a run; its name holds a digest of all the run depends on."""
-    key = digest(method, settings.model_dump(), data.fingerprint(), original, code_version(MODULES))
-    return folder / f"{method}_seed{settings.seed}_{key}.safetensors"
+    source = inspect.getsource(objective.terms)  # also of one that a notebook cell defines
+    key = digest(source, objective.lr, settings.model_dump(), data.fingerprint(), original, code_version(MODULES))
+    return folder / f"{objective.name}_seed{settings.seed}_{key}.safetensors"
 
 
 def finetune(
@@ -61,14 +61,15 @@ def finetune(
     Each step attacks the batch (PGD on cross-entropy, pixels only), lets the objective compute its terms and takes an
     SGD step. A checkpoint is written each epoch and on Ctrl-C, or when ``stop()`` is true after a step (both raise
     KeyboardInterrupt); the same call then goes on from there, and a finished run is only loaded. ``clip`` itself is
-    not changed. Raises KeyError for an unknown objective, FloatingPointError for a loss that is not finite.
+    not changed. Raises ValueError for an unknown objective, FloatingPointError for a loss that is not finite.
     """
     if isinstance(objective, str):
-        objective = OBJECTIVES[objective]
-    weights = tuned_path(folder, objective.name, settings, data, clip.fingerprint())
+        objective = find_objective(objective)
+    weights = tuned_path(folder, objective, settings, data, clip.fingerprint())
     if weights.exists():
+        weights.touch()  # now the latest of its method
         tuned = load_clip(clip.arch, weights, str(clip.device))
-        return TrainResult(tuned, pd.DataFrame(read_metadata(weights)["history"]), weights, resumed=True)
+        return TrainResult(tuned, pd.DataFrame(read_metadata(weights)["history"]), weights)
 
     original, tuned = clip.frozen_copy(), clip.frozen_copy()
     text = clip.encode_text(data.prompts)
@@ -102,18 +103,19 @@ def finetune(
             if not torch.isfinite(loss):
                 values = ", ".join(f"{term.name} {term.value.item():g}" for term in terms)
                 raise FloatingPointError(f"loss of {objective.name} is not finite at step {step}: {values}")
+            with torch.no_grad():
+                correct = tuned.similarity(batch.adversarial_tokens.pooled, text).argmax(1) == labels
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
 
-            correct = tuned.similarity(batch.adversarial_tokens.pooled.detach(), text).argmax(1) == labels
             row = {"step": step, "lr": optimizer.param_groups[0]["lr"], "loss": loss.item()}
             row |= {term.name: term.value.item() for term in terms}
             row |= {"robust_batch_accuracy": correct.float().mean().item(), "seconds": time.perf_counter() - started}
             state["history"].append(row)
             state["step"] = step + 1
-            bar.update()
             bar.set_postfix({name: f"{row[name]:.3f}" for name in ["loss", *(term.name for term in terms)]}, refresh=False)
+            bar.update()
             wanted = stop() or interrupted()
             if wanted or state["step"] % per_epoch == 0:
                 save_checkpoint(checkpoint, state, tuned.visual, optimizer)
@@ -121,7 +123,7 @@ def finetune(
                 raise KeyboardInterrupt(f"stopped after step {state['step']} of {total}; the same call goes on from there")
     save_clip(tuned, weights, method=objective.name, settings=settings.model_dump(), history=state["history"])
     checkpoint.unlink(missing_ok=True)
-    return TrainResult(tuned.requires_grad_(False), pd.DataFrame(state["history"]), weights, resumed=False)
+    return TrainResult(tuned.requires_grad_(False), pd.DataFrame(state["history"]), weights)
 
 
 def trainable(visual: nn.Module, last: int) -> list[nn.Parameter]:
@@ -178,14 +180,3 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(seen)
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def find_tuned(tuned: str, models: Path) -> str:
-    """What to load for a notebook's ``tuned``: "latest:METHOD" is the newest model of that method in ``models``."""
-    if not tuned.startswith("latest:"):
-        return tuned
-    method = tuned.removeprefix("latest:")
-    found = sorted(models.glob(f"{glob.escape(method)}_seed*.safetensors"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise ValueError(f"no tuned model of {method!r} in {models}; run notebook 02 first")
-    return str(found[-1])
