@@ -151,6 +151,14 @@ def load_clip(
     return Clip(model, arch).to(target).eval().requires_grad_(False)
 
 
+def image_size_of(arch: str) -> int:
+    """Side in pixels of the images an open_clip architecture takes. Raises ValueError for an unknown one."""
+    config = open_clip.get_model_config(arch)
+    if config is None:
+        raise ValueError(f"arch {arch!r} is unknown to open_clip; the workbook's own is {MINI_ARCH!r}")
+    return config["vision_cfg"]["image_size"]
+
+
 def find_weights(name: str, models: Path) -> str:
     """What to load for a notebook's model parameter: "latest:NAME" is the newest ``NAME_*`` in the folder ``models``."""
     if not name.startswith("latest:"):
