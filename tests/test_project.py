@@ -4,10 +4,13 @@ import ast
 import re
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
 from tgazsr_utils import ROOT
+from tgazsr_utils.evaluation import Record
+from tgazsr_utils.results import leaderboard
 from tgazsr_utils.runner import PROFILES, default_parameters, load_profile, check_names, parameters_of
 from tgazsr_utils.settings import NOTEBOOKS
 
@@ -61,6 +64,18 @@ def test_a_profile_is_valid(path):
     for notebook in profile.notebooks:
         values = profile.model_copy(update={"parameters": {k: v for k, v in profile.parameters.items() if k != "data_root"}})
         parameters_of(notebook, values, "runs/x", {})
+
+
+def test_the_readmes_numbers_are_those_of_the_kept_records():
+    folder = ROOT / "data" / "reference" / "mini"
+    records = [Record.model_validate_json(path.read_text()) for path in folder.glob("records/*.json")]
+    table = leaderboard(records)
+    kept = pd.read_csv(folder / "tables" / "leaderboard.csv", index_col="method")
+    assert list(kept.index) == list(table.index) == ["TGA-ZSR", "TeCoA", "CLIP"]
+    for method, row in table.iterrows():
+        assert kept.loc[method, "average"] == pytest.approx(row.average)
+        cells = [f"{row[c]:.1f}" + ("" if row.seeds == 1 else f" ({row[c + '_sd']:.1f})") for c in ("robust", "clean", "average")]
+        assert f"| {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
 
 
 def test_no_path_of_a_machine_and_no_output_is_committed():

@@ -268,17 +268,19 @@ def render(attributes: Tensor, generator: torch.Generator, look: Look = Look()) 
     mix_each = _texture(attributes[index, COLUMN["texture"]], u, v, scale)
     cover = torch.zeros(n, SIDE, SIDE).index_add_(0, index, cover_each).clamp_(max=1)
     mix = torch.zeros(n, SIDE, SIDE).index_add_(0, index, mix_each * cover_each) if len(index) > n else mix_each
+    del dx, dy, u, v, distance, cover_each, mix_each  # thousands of images at once: memory counts
     base = (_RGB[attributes[:, COLUMN["colour"]]] + 0.1 * (torch.rand(n, 3, generator=generator) - 0.5)).clamp_(0, 1)
     second = torch.where(base.mean(1, keepdim=True) > 0.3, base * 0.35, base * 0.5 + 0.42)
     paint = torch.lerp(base[:, :, None, None], second[:, :, None, None], mix[:, None])
-    image = torch.lerp(image, paint, cover[:, None])
+    image.lerp_(paint, cover[:, None])
+    del paint
     if look.blur > 1:
         small = F.avg_pool2d(image, look.blur)
         image = F.interpolate(small, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
     low, high = look.noise
     sigma = low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
-    noise = (torch.rand(n, 3, SIDE, SIDE, generator=generator) - 0.5) * (sigma * 12**0.5)
-    image = image.add_(noise).mul_(255).add_(0.5).clamp_(0, 255)
+    image += torch.rand(n, 3, SIDE, SIDE, generator=generator).sub_(0.5).mul_(sigma * 12**0.5)
+    image.mul_(255).add_(0.5).clamp_(0, 255)
     return image.to(torch.uint8), cover > 0.5
 
 

@@ -173,7 +173,7 @@ def find_weights(name: str, models: Path) -> str:
 def save_clip(clip: Clip, path: Path, precision: str = "fp32", **metadata: Any) -> Path:
     """Writes all weights as safetensors that plain open_clip loads too, with JSON-able ``metadata``; in one step."""
     weights = {k: v.detach().to(PRECISIONS[precision]).contiguous() for k, v in clip.model.state_dict().items()}
-    header = {k: json.dumps(v) for k, v in {"arch": clip.arch, **metadata}.items()}
+    header = {k: json.dumps(v) for k, v in {**metadata, "arch": clip.arch}.items()}
     return write_atomic(path, lambda temporary: safetensors.torch.save_file(weights, temporary, header))
 
 

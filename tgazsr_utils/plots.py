@@ -233,6 +233,7 @@ def trade_off(table: pd.DataFrame, title: str) -> Figure:
         y = 2 * average - x_limits[1]
         if y_limits[0] < y < y_limits[1]:
             axis.text(x_limits[1], y, f" {average}", color="grey", fontsize=8, va="center")
+    axis.plot([], [], color="grey", lw=0.7, alpha=0.5, label="equal average")
     axis.set(xlim=x_limits, ylim=y_limits, xlabel="clean accuracy (%)", ylabel="robust accuracy (%)", title=title)
     axis.legend(loc="best", fontsize=9)
     return figure
