@@ -93,3 +93,15 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(tmp_path, capfd):
     assert capfd.readouterr().out.count("done already") == 4
     assert main([*given, "--fresh", "-p", "seed", "x"]) == 2  # refused before anything is moved
     assert out.exists() and not list(tmp_path.glob("out-before-*"))
+
+
+def test_the_photo_profile_runs_on_folders_of_photographs(photo_root, tmp_path_factory, capfd):
+    out = tmp_path_factory.mktemp("photo") / "out"  # not below the folder of image sets
+    small = {"steps": 3, "batch_size": 4, "epochs": 1, "test_images": 4, "test_numsteps": 1, "warmup_steps": 1}
+    given = {"data_root": photo_root, "dataset": "tiny", "output": out, "eps_candidates": "[1.0]", **small}
+    assert main(["photo", *(word for item in given.items() for word in ("-p", item[0], str(item[1])))]) == 0
+    log = capfd.readouterr().out
+    assert "pre-train mini-clip: 3/3" in log and "2 sets" in log
+    assert "2 of 16" in log and "photographs" in log
+    assert (out / "models" / "pretrained_mini-clip.safetensors").exists()
+    assert (out / "figures" / "01_energy_inside.png").exists()  # the boxes were found

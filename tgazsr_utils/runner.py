@@ -212,7 +212,8 @@ def run(profile_name: str, numbers: list[str], given: dict[str, Any], fresh: boo
         write_json(manifest_path, manifest)
         failure = None
         try:
-            execute(name, parameters[name], folder)
+            own = default_parameters(name)
+            execute(name, {k: v for k, v in parameters[name].items() if k not in own or own[k] != v}, folder)
         except PapermillExecutionError as error:
             failure = f"stopped in cell {error.exec_count}: {error.ename}: {error.evalue}"
         except KeyboardInterrupt:
