@@ -56,7 +56,7 @@ def test_preprocessing_is_pils_bilinear_resize_and_centre_crop(photo_root):
     left = round((resized.width - 56) / 2)
     expected = np.asarray(resized.crop((left, 4, left + 56, 60)))
     np.testing.assert_array_equal(loaded.permute(1, 2, 0).numpy(), expected)
-    (squashed,) = load_dataset("one", "train", photo_root, crop=False).images
+    (squashed,) = load_dataset("one", "train", photo_root, preprocess="resize").images
     expected = np.asarray(Image.fromarray(pixels).resize((56, 56), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(squashed.permute(1, 2, 0).numpy(), expected)
 

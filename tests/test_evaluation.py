@@ -5,11 +5,12 @@ import pandas as pd
 import pytest
 import torch
 
-from tgazsr_utils import plots, results
+from tgazsr_utils import evaluation, plots, results
+from tgazsr_utils.attacks import pgd
 from tgazsr_utils.datasets import load_dataset
 from tgazsr_utils.evaluation import attention_under_attack, evaluate, predict, wilson
 from tgazsr_utils.results import RecordStore, evaluate_all, leaderboard, paired_difference
-from tgazsr_utils.settings import AttackSettings
+from tgazsr_utils.settings import PLUMBING, AttackSettings
 
 ATTACK = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
 
@@ -107,11 +108,45 @@ def test_the_published_table_and_what_may_stand_beside_it(records):
     table = results.published()
     assert table.loc["TGA-ZSR", ["robust", "clean", "average"]].tolist() == [42.09, 56.44, 49.27]
     np.testing.assert_allclose((table.robust + table.clean) / 2, table.average, atol=0.011)
-    ours = leaderboard(records)
-    pd.testing.assert_frame_equal(results.beside_published(ours, "mini-world"), table)
-    both = results.beside_published(ours, results.PUBLISHED_WORLD)
+    pd.testing.assert_frame_equal(results.beside_published(records), table)
+    as_published = {"arch": "ViT-B-32-quickgelu", "published": True, "world": "photographs", "available": 500}
+    attacked = {"attack": "pgd-100", "eps_255": 1.0}
+    pretend = [change(r, **as_published, **(attacked if r.attack != "none" else {})) for r in records]
+    ours, both = leaderboard(pretend), results.beside_published(pretend)
     assert both.loc["CLIP", "difference_clean"] == pytest.approx(ours.loc["CLIP", "clean"] - 64.42)
-    assert both.loc["CLIP", "ours_sets"] == "2 of 16"
+    assert both.loc["CLIP", ["ours_sets", "ours_images"]].tolist() == ["2 of 16", "60 of 1,000"]
+    for other in ({"published": False}, {"arch": "ViT-B-16"}, {"world": PLUMBING}, {"eps_255": 2.0}):
+        pd.testing.assert_frame_equal(results.beside_published([*pretend, change(pretend[-1], **other)]), table)
+
+
+def test_images_left_out_or_not_used_are_told_in_the_table(records):
+    assert leaderboard(records).loc["CLIP", "images"] == "60"
+    some = [change(r, n=29, correct=20, left_out=1, available=1000) for r in records]
+    assert leaderboard(some).loc["CLIP", "images"] == "58 of 2,000, 2 unreadable left out"
+
+
+def test_an_evaluation_that_was_stopped_goes_on_where_it_was(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "BATCH", 8)
+    monkeypatch.setattr(evaluation, "SAVE_EVERY", 0.0)
+    data, partial = load_dataset("letters", "test", n=30), tmp_path / "unfinished.safetensors"
+    whole = predict(mini, data, ATTACK)
+    seen = []
+
+    class Stop:
+        def update(self, n):
+            seen.append(n)
+            if len(seen) == 4:  # nothing done before, two batches saved, the third not yet
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(mini, data, ATTACK, bar=Stop(), partial=partial)
+    assert partial.exists()
+    attacks = []
+    monkeypatch.setattr(evaluation, "pgd", lambda *a, **k: attacks.append(len(a[1])) or pgd(*a, **k))
+    assert torch.equal(predict(mini, data, ATTACK, partial=partial), whole)
+    assert attacks == [8, 6]
+    partial.write_bytes(b"half a file")
+    assert torch.equal(predict(mini, data, ATTACK, partial=partial), whole)
 
 
 def test_paired_differences_use_the_same_images(records):

@@ -1,3 +1,5 @@
+import json
+
 import open_clip
 import pytest
 import torch
@@ -65,6 +67,69 @@ def test_any_open_clip_vit_works_by_name():
     assert tokens.pooled.shape == (1, 512) and tokens.patches.shape == (1, 49, 512) and clip.grid == (7, 7)
 
 
+def test_another_resolution_interpolates_the_positions(mini):
+    clip = load_clip("mini-clip", "mini", "cpu", image_size=112)
+    assert clip.grid == (14, 14) and clip.image_size == (112, 112)
+    assert clip.encode_image(torch.rand(1, 3, 112, 112)).patches.shape[1] == 196
+    fine = clip.visual.positional_embedding[1:].unflatten(0, (14, 14)).permute(2, 0, 1)[None]
+    coarse = mini.visual.positional_embedding[1:].unflatten(0, (7, 7)).permute(2, 0, 1)[None]
+    torch.testing.assert_close(fine, F.interpolate(coarse, (14, 14), mode="bicubic", antialias=True))
+    small = load_clip("mini-clip", "mini", "cpu", image_size=56)
+    assert small.fingerprint() == mini.fingerprint()
+
+
+def test_weights_of_plain_open_clip_give_the_same_logits(mini, shapes, tmp_path):
+    """Both ways: open_clip's own saving is read here, and what is saved here is read by open_clip."""
+    plain = open_clip.create_model("mini-clip", pretrained=str(_shipped())).eval()
+    pixels, text = shapes.images[:4].float() / 255, mini.encode_text(shapes.prompts)
+    with torch.no_grad():
+        ours = mini.logits(pixels, text)
+        features = plain.encode_image((pixels - mini.mean) / mini.std, normalize=True)
+        torch.testing.assert_close(plain.logit_scale.exp() * features @ text.T, ours)
+    torch.save(plain.state_dict(), tmp_path / "plain.pt")
+    back = load_clip("mini-clip", tmp_path / "plain.pt", "cpu")
+    torch.testing.assert_close(back.logits(pixels, text), ours, rtol=0, atol=0)
+    (tmp_path / "hub").mkdir()
+    save_clip(mini, tmp_path / "hub" / "open_clip_model.safetensors")
+    config = {"model_cfg": open_clip.get_model_config("mini-clip"), "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (tmp_path / "hub" / "open_clip_config.json").write_text(json.dumps(config))
+    hub = load_clip("mini-clip", f"local-dir:{tmp_path / 'hub'}", "cpu")
+    with pytest.raises(ValueError, match="cannot be loaded into mini-clip: .*nowhere"):
+        load_clip("mini-clip", "local-dir:nowhere", "cpu")
+    assert hub.mean.flatten().tolist() == [0.5] * 3
+    assert torch.equal(hub.visual.proj, mini.visual.proj)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_released_checkpoints_hold_an_image_encoder(mini, tmp_path, prefix):
+    """As released: OpenAI's names for the image encoder, beside optimiser state (REFERENCE Q7)."""
+    encoder = {prefix + name: value + 0.01 for name, value in mini.visual.state_dict().items()}
+    optimizer = torch.optim.SGD(mini.visual.parameters(), lr=0.1).state_dict()
+    path = tmp_path / "model_best.pth.tar"
+    torch.save({"epoch": 3, "vision_encoder_state_dict": encoder, "optimizer": optimizer}, path)
+    clip = load_clip("mini-clip", path, "cpu")
+    torch.testing.assert_close(clip.visual.proj, mini.visual.proj + 0.01)
+    assert torch.equal(clip.model.text_projection, mini.model.text_projection)
+    openai_names = {"class_embedding", "positional_embedding", "proj", "conv1.weight", "ln_pre.weight", "ln_post.bias",
+                    "transformer.resblocks.0.attn.in_proj_weight", "transformer.resblocks.0.mlp.c_fc.weight"}  # fmt: skip
+    assert openai_names <= set(load_clip("ViT-B-32-quickgelu", None, "cpu").visual.state_dict())
+    with pytest.raises(ValueError, match="cannot be loaded into ViT-B-16-plus: .*no 'openai' weights"):
+        load_clip("ViT-B-16-plus", path, "cpu")
+
+
+class _RunsCode:
+    def __reduce__(self):
+        return pytest.fail, ("pickled code was executed",)
+
+
+def test_a_file_that_needs_pickled_code_is_refused(tmp_path):
+    path = tmp_path / "model.pth.tar"
+    torch.save({"vision_encoder_state_dict": {}, "args": _RunsCode()}, path)
+    with pytest.raises(ValueError, match="would run code .* refused") as error:
+        load_clip("mini-clip", path, "cpu")
+    assert "\n" not in str(error.value)
+
+
 def test_a_frozen_copy_has_weights_of_its_own(mini):
     copy = mini.frozen_copy()
     with torch.no_grad():
@@ -79,7 +144,7 @@ def test_a_frozen_copy_has_weights_of_its_own(mini):
     [
         (("RN50", None), "RN50.*patch tokens"),
         (("ViT-X", None), "'ViT-X' is unknown"),
-        (("mini-clip", "nowhere.pt"), "'nowhere.pt' is neither a file nor a name.*mini"),
+        (("mini-clip", "nowhere.pt"), "'nowhere.pt' cannot be loaded.*neither a file nor a name.*mini"),
         (("mini-clip", "mini", "cuda:99"), "'cuda:99' cannot be used"),
         (("mini-clip", "mini", "cpu", "fp8"), "'fp8' is unknown"),
     ],

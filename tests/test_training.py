@@ -173,7 +173,7 @@ def test_pretraining_resumes_bit_for_bit(tmp_path):
 
 
 def test_photo_pairs_follow_the_data_and_augmentation_keeps_the_range(photo_root):
-    train = [load_dataset(key, "train", photo_root, image_size=64, crop=False) for key in ("animals", "tiny")]
+    train = [load_dataset(key, "train", photo_root, image_size=64, preprocess="resize") for key in ("animals", "tiny")]
     source = photo_pairs(train, 16, seed=0, image_size=56)
     first, again, other = source.batch(0), source.batch(0), source.batch(1)
     assert torch.equal(first.images, again.images) and not torch.equal(first.images, other.images)

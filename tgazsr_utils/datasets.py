@@ -1,62 +1,194 @@
-"""Image sets: the rendered tasks of the mini-world, and photographs in class folders or Tiny-ImageNet's layout."""
+"""Image sets: the mini-world's rendered tasks, the published sets, and class folders of your own photographs.
 
+``python -m tgazsr_utils.datasets`` lists, checks and fetches the published sets.
+"""
+
+import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+import h5py
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+import torchvision.datasets
+from PIL import Image
+from timm.data import ImageNetInfo
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 
 from . import miniworld
 from .files import digest
 from .progress import progress
+from .published_sets import DATASETS, DEFAULT_PROMPT, DatasetSpec, Preprocess, clean_name
 from .settings import resolve
 
 Split = Literal["train", "test"]
-DEFAULT_PROMPT = "This is a photo of a {}"
-TEST_FRACTION = 0.2  # of each class, for folders that come without a split
+OnBadImage = Literal["stop", "leave_out"]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+KEEP_DECODED = 2**28  # bytes: a set up to this size is decoded once, a larger one anew each time it is read
+
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, inclusive
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet(torch.utils.data.Dataset):
+class Source:
+    """One part of a set as it lies on the disk, nothing decoded yet."""
+
+    labels: list[int]
+    classes: list[str]  # raw names
+    where: list[str]  # what to call each image in an error: its file
+    open: Callable[[int], Image.Image]
+    contents: list[Any]  # what tells these images from others: for a fingerprint
+    boxes: list[Box] | None = None
+
+
+class Decoded(NamedTuple):
+    rows: list[int]  # those that could be read
+    images: Tensor  # [len(rows),3,S,S] uint8
+    masks: Tensor | None  # [len(rows),S,S] bool
+    problems: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Undecoded(Dataset):
+    """Images decoded when asked for: ``[list of rows] -> Decoded``."""
+
+    source: Source
+    chosen: Tensor  # [N] indices into the source
+    side: int
+    preprocess: Preprocess
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, rows: list[int]) -> Decoded:
+        kept, images, masks, problems = [], [], [], []
+        for row in rows:
+            i = int(self.chosen[row])
+            try:
+                image = self.source.open(i).convert("RGB")
+            except Exception as error:  # PIL raises many kinds for a damaged file, h5py and pickle others
+                reason = " ".join(str(error).split()) or type(error).__name__
+                problems.append(f"image {self.source.where[i]} cannot be read: {reason}")
+                continue
+            kept.append(row)
+            images.append(_to_tensor(fit(image, self.side, self.preprocess)))
+            if self.source.boxes:
+                masks.append(_box_mask(self.source.boxes[i], image.size, self.side, self.preprocess))
+        pixels = torch.stack(images) if images else torch.empty(0, 3, self.side, self.side, dtype=torch.uint8)
+        return Decoded(kept, pixels, torch.stack(masks) if masks else None, problems)
+
+
+class Batch(NamedTuple):
+    number: int  # of the chunk it was read from
+    rows: Tensor  # [B], those that could be read
+    images: Tensor  # [B,3,H,W] float in [0,1], on the device
+    labels: Tensor  # [B], on the device
+
+
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
     """Labelled images of one size, with the prompts of their classes."""
 
     key: str
     world: str  # "mini-world" or "photographs": results of different worlds are never mixed
-    images: Tensor  # [N,3,H,W] uint8
+    images: Tensor | Undecoded  # [N,3,H,W] uint8, or the means to read them
     labels: Tensor  # [N] int64
     class_names: tuple[str, ...]
     prompts: tuple[str, ...]
-    masks: Tensor | None = None  # [N,H,W] bool: where the object is
+    masks: Tensor | None = None  # [N,H,W] bool: where the object is; only of sets kept decoded
     mask_kind: str = "mask"  # "mask": its exact outline; "box": its bounding box
+    available: int | None = None  # images in the whole part, if this is a cut of it
+    published: bool = False  # the whole part has the published number of images and classes
+    on_bad_image: OnBadImage = "stop"
+    unreadable: list[str] = field(default_factory=list)  # what was left out so far, a line an image
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
+    def batches(
+        self, chunks: int | Sequence[Tensor], device: torch.device | str = "cpu", skip: int = 0
+    ) -> Iterator[Batch]:
+        """Batches of this size in order, or of these rows; without the first ``skip`` of them.
 
-    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(first index, images in [0,1], labels), in order."""
-        for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            yield start, self.images[part].to(device).float() / 255, self.labels[part].to(device)
+        An image that cannot be read stops this with a ValueError that names it, or, with ``on_bad_image``
+        "leave_out", is missing from its batch and listed in ``unreadable``.
+        """
+        if isinstance(chunks, int):
+            chunks = torch.arange(len(self)).split(chunks)
+        chunks = chunks[skip:]
+        if isinstance(self.images, Tensor):
+            parts = ((rows, self.images[rows], None) for rows in chunks)
+        else:
+            parts = self._decode([chunk.tolist() for chunk in chunks])
+        for number, (rows, images, _) in enumerate(parts, start=skip):
+            if len(rows):
+                moved = images.to(device, non_blocking=True).float() / 255
+                yield Batch(number, rows, moved, self.labels[rows].to(device, non_blocking=True))
+
+    def _decode(self, chunks: Sequence[list[int]]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """(rows, images, masks) of each chunk, without those that cannot be read."""
+        workers = min(16, os.cpu_count() or 1, len(chunks) // 4)
+        cuda = torch.cuda.is_available()
+        # The generator keeps the loader from drawing its workers' seed from the global random state.
+        options = {"num_workers": workers, "pin_memory": cuda, "generator": torch.Generator().manual_seed(0)}
+        options["worker_init_fn"] = _leave_interrupts_to_the_main_process
+        for decoded in DataLoader(self.images, batch_size=None, sampler=chunks, **options):
+            if decoded.problems and self.on_bad_image == "stop":
+                raise ValueError(f"{decoded.problems[0]} (on_bad_image leave_out goes on without it)")
+            for problem in decoded.problems:
+                if problem not in self.unreadable:
+                    self.unreadable.append(problem)
+                    print(f"left out: {problem}", file=sys.stderr, flush=True)
+            yield torch.tensor(decoded.rows, dtype=torch.long), decoded.images, decoded.masks
+
+    def decoded(self) -> "ImageSet":
+        """The same set with all its images in memory, without those that cannot be read."""
+        if isinstance(self.images, Tensor):
+            return self
+        parts = []
+        with progress(total=len(self), desc=f"read {self.key}", leave=False, unit="image") as bar:
+            for part in self._decode([chunk.tolist() for chunk in torch.arange(len(self)).split(64)]):
+                parts.append(part)
+                bar.update(len(part[0]))
+        rows, images, masks = zip(*parts)
+        kept = torch.cat(rows)
+        if not len(kept):
+            raise ValueError(f"image set {self.key!r}: none of its {len(self)} images can be read")
+        joined = torch.cat([part for part in masks if part is not None]) if self.images.source.boxes else None
+        return replace(self, images=torch.cat(images), labels=self.labels[kept], masks=joined)
 
     def subset(self, n: int | None, seed: int = 0) -> "ImageSet":
         """At most ``n`` images, drawn by ``seed`` so that every class is there as often, within one, as it can be."""
         chosen = even_subset(self.labels, n, seed)
+        images = self.images
+        images = images[chosen] if isinstance(images, Tensor) else replace(images, chosen=images.chosen[chosen])
         masks = None if self.masks is None else self.masks[chosen]
-        return replace(self, images=self.images[chosen], labels=self.labels[chosen], masks=masks)
+        whole = self.available or len(self)
+        return replace(self, images=images, labels=self.labels[chosen], masks=masks, available=whole)
 
     def fingerprint(self) -> str:
         """Names images, labels and prompts: equal for equal data."""
-        return digest(self.key, self.images, self.labels, list(self.prompts))
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        if isinstance(self.images, Tensor):
+            return digest(self.key, self.images, self.labels, list(self.prompts))
+        contents = [self.images.source.contents[i] for i in self.images.chosen.tolist()]
+        how = [self.images.side, self.images.preprocess, self.on_bad_image]
+        return digest(self.key, contents, how, self.labels, list(self.prompts))
 
 
 def even_subset(labels: Tensor, n: int | None, seed: int) -> Tensor:
@@ -72,10 +204,30 @@ def even_subset(labels: Tensor, n: int | None, seed: int) -> Tensor:
 
 
 def list_datasets(root: str | Path | None) -> list[str]:
-    """Keys of all image sets: the mini-world's tasks for ``root=None``, else the folders below ``root``."""
+    """Keys of all image sets: the mini-world's tasks for ``root=None``, else what lies below ``root``.
+
+    Published sets come first, in the order of ``DATASETS``; then other folders of class folders, by name.
+    """
     if root is None:
         return list(miniworld.TASKS)
-    return [folder.name for folder in _folders(_existing_root(root))]
+    folder = _existing_root(root)
+    there = [key for key in DATASETS if is_there(key, folder)]
+    known = {name for key in there for name in (key, DATASETS[key].folder)}
+    return there + [p.name for p in _folders(folder) if p.name not in known]
+
+
+def choose_datasets(wanted: list[str] | Literal["published"] | None, root: str | Path | None) -> list[str]:
+    """The test sets to use: those named; all there are (None); or those of the 16 published that are there."""
+    if wanted != "published":
+        return wanted or list_datasets(root)
+    there = [key for key in DATASETS if root is not None and is_there(key, _existing_root(root))]
+    missing = [key for key in DATASETS if key not in there]
+    if not there:
+        raise ValueError(f"none of the {len(DATASETS)} published sets is in data_root {str(root)!r}; see "
+                         "python -m tgazsr_utils.datasets list")  # fmt: skip
+    if missing:
+        print(f"{len(there)} of {len(DATASETS)} published sets are there; missing: {', '.join(missing)}")
+    return there
 
 
 def load_dataset(
@@ -85,41 +237,52 @@ def load_dataset(
     n: int | None = None,
     image_size: int = miniworld.SIDE,
     seed: int = 0,
-    crop: bool = True,
+    *,
+    preprocess: Preprocess | None = None,
+    prompt: str | None = None,
+    test_fraction: float | None = 0.2,
+    on_bad_image: OnBadImage = "stop",
+    world: str | None = None,
+    decode: bool = True,
 ) -> ImageSet:
-    """The images of one set, decoded to ``image_size`` x ``image_size``.
+    """The images of one set, at ``image_size`` x ``image_size``.
 
     ``root=None``: the mini-world, ``key`` a task, ``n`` images (default 1000) rendered anew for each ``seed``. Else
-    ``<root>/<key>`` holds Tiny-ImageNet's published layout, ``train`` and ``test`` (or ``val``) with ``<class>/*``
-    folders in each, or just ``<class>/*`` folders, perhaps one level further down; the latter are split 80:20 for each
-    class by ``seed``, and ``n`` caps the number of images, evenly over classes.
-    ``crop``: resize the shorter side to 256/224 of ``image_size`` and centre-crop, as ViT-B/32 sees 224; otherwise
-    resize both sides. Bilinear, by PIL. Raises ValueError for an unknown key, a missing folder or an unreadable image.
+    ``key`` is one of ``DATASETS``, in its published layout below ``root``, or any folder ``<root>/<key>`` in
+    Tiny-ImageNet's layout, with ``train`` and ``test`` (or ``val``) folders of ``<class>/*``, or with just
+    ``<class>/*``, perhaps one level further down; the latter are split for each class by ``seed``, ``test_fraction``
+    for testing (None: all of it is for testing). ``n`` caps the number of images, evenly over classes.
+    ``preprocess`` and ``prompt`` replace the set's own: "resize" both sides, or "crop" (resize the shorter side to
+    256/224 of ``image_size``, centre-crop); bilinear, by PIL. Sets of more than 256 MiB, and any with ``decode`` False, are read as
+    they are needed.
+    Raises ValueError for an unknown key, a missing folder, or an unreadable image unless ``on_bad_image`` is "leave_out".
     """
     if root is None:
-        return _load_miniworld(key, split, 1000 if n is None else n, image_size, seed)
-    folder = _existing_root(root) / key
-    if not folder.is_dir():
-        raise ValueError(f"image set {key!r} is not in {folder.parent}; there are: {', '.join(list_datasets(root))}")
-    if (folder / "wnids.txt").exists():
-        files, labels, names, boxes = _tiny_imagenet(folder, split)
-    else:
-        files, labels, names = _class_folders(folder, split, seed)
-        boxes = None
-    if not files:
-        raise ValueError(f"image set {key!r}: no {split} images below {folder}")
-    chosen = even_subset(torch.tensor(labels), n, seed)
-    images = torch.empty(len(chosen), 3, image_size, image_size, dtype=torch.uint8)
-    masks = torch.empty(len(chosen), image_size, image_size, dtype=torch.bool) if boxes else None
-    for row, i in enumerate(progress(chosen.tolist(), desc=f"read {key} {split}", leave=False)):
-        images[row], mask = _decode(files[i], boxes and boxes[i], image_size, crop)
-        if masks is not None:
-            masks[row] = mask
-    prompts = tuple(DEFAULT_PROMPT.format(name) for name in names)
-    return ImageSet(key, "photographs", images, torch.tensor(labels)[chosen], tuple(names), prompts, masks, "box")
+        return _load_miniworld(key, split, 1000 if n is None else n, image_size, seed, world)
+    folder = _existing_root(root)
+    spec = DATASETS.get(key)
+    source = open_source(key, split, folder, test_fraction, seed)
+    labels = torch.tensor(source.labels)
+    names = tuple(spec.class_name(raw) if spec else clean_name(raw) for raw in source.classes)
+    template = prompt or (spec.prompt if spec else DEFAULT_PROMPT)
+    own = spec.preprocess if spec and split == "test" else "crop"
+    chosen = even_subset(labels, n, seed)
+    data = ImageSet(
+        key,
+        world or "photographs",
+        Undecoded(source, chosen, image_size, preprocess or own),
+        labels[chosen],
+        names,
+        tuple(template.format(name) for name in names),
+        mask_kind="box",
+        available=len(labels),
+        published=spec is not None and split == "test" and (len(labels), len(names)) == (spec.images, spec.classes),
+        on_bad_image=on_bad_image,
+    )
+    return data.decoded() if decode and len(data) * 3 * image_size**2 <= KEEP_DECODED else data
 
 
-def _load_miniworld(key: str, split: Split, n: int, image_size: int, seed: int) -> ImageSet:
+def _load_miniworld(key: str, split: Split, n: int, image_size: int, seed: int, world: str | None) -> ImageSet:
     if key not in miniworld.TASKS:
         raise ValueError(f"mini-world task {key!r} is unknown; there are: {', '.join(miniworld.TASKS)}")
     task = miniworld.TASKS[key]
@@ -127,7 +290,7 @@ def _load_miniworld(key: str, split: Split, n: int, image_size: int, seed: int) 
     if image_size != miniworld.SIDE:
         images = TF.resize(images, [image_size, image_size])
         masks = TF.resize(masks, [image_size, image_size], TF.InterpolationMode.NEAREST)
-    return ImageSet(key, "mini-world", images, labels, task.class_names, tuple(task.prompts), masks)
+    return ImageSet(key, world or "mini-world", images, labels, task.class_names, tuple(task.prompts), masks)
 
 
 def _existing_root(root: str | Path) -> Path:
@@ -137,33 +300,128 @@ def _existing_root(root: str | Path) -> Path:
     return folder
 
 
-def clean_name(name: str) -> str:
-    """A class name as prompts have it: lower case, ``_ - /`` to spaces, without a leading "017." or "017_"."""
-    return re.sub(r"[_\-/]", " ", re.sub(r"^\d{3}[._]", "", name)).strip().lower()
+def missing_parts(key: str, root: Path) -> list[str]:
+    """What the published layout of a set needs below ``root`` and is not there."""
+    return [part for part in DATASETS[key].needs if not (root / part).exists()]
 
 
-def _class_folders(folder: Path, split: Split, seed: int) -> tuple[list[Path], list[int], list[str]]:
+def is_there(key: str, root: Path) -> bool:
+    """Is there something of this published set, in its own layout or as class folders?"""
+    return (root / key).is_dir() or (root / DATASETS[key].folder).is_dir()
+
+
+def open_source(key: str, split: Split, root: Path, test_fraction: float | None, seed: int) -> Source:
+    """Finds one part of a set below ``root`` and reads its lists; see ``load_dataset``."""
+    spec = DATASETS.get(key)
+    missing = missing_parts(key, root) if spec else []
+    if spec and not spec.folders and not missing:
+        return _torchvision(key, spec, root, split)
+    folder = root / key
+    if spec and spec.folders and not folder.is_dir():
+        folder = root / spec.folders
+    if not folder.is_dir():
+        if spec and is_there(key, root):
+            raise ValueError(f"image set {key!r} is not whole; missing below {root}: {', '.join(missing)}")
+        raise ValueError(f"image set {key!r} is not in {root}; there are: {', '.join(list_datasets(root)) or 'none'}")
+    try:
+        if (folder / "wnids.txt").exists():
+            source = _tiny_imagenet(folder, split)
+        else:
+            source = _class_folders(folder, split, test_fraction, seed)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"image set {key!r} below {root} cannot be read: {' '.join(str(error).split())}") from error
+    if not source.labels:
+        lacking = f"; its published layout also has {', '.join(missing)}" if missing else ""
+        raise ValueError(f"image set {key!r}: no {split} images below {folder}{lacking}")
+    return source
+
+
+@lru_cache(maxsize=64)
+def _reader(name: str, root: Path, arguments: tuple[tuple[str, Any], ...]) -> Dataset:
+    return getattr(torchvision.datasets, name)(str(root), **dict(arguments))
+
+
+@dataclass(frozen=True)
+class _WithReader:
+    """Opens images through a torchvision data set, which each process makes for itself."""
+
+    arguments: tuple
+    order: list[int]
+
+    def __call__(self, index: int) -> Image.Image:
+        return _reader(*self.arguments)[self.order[index]][0]
+
+
+def _torchvision(key: str, spec: DatasetSpec, root: Path, split: Split) -> Source:
+    """A published set through torchvision's own class; images of a folder in the order of their names."""
+    given = spec.test if split == "test" else spec.train
+    if given is None:
+        raise ValueError(f"image set {key!r} has no part to train on; choose another, or class folders of your own")
+    arguments = spec.torchvision, root, tuple(given.items())
+    first = lambda data, *names: next((getattr(data, name) for name in names if hasattr(data, name)), None)
+    try:
+        data = _reader(*arguments)
+        labels, files = first(data, "targets", "_labels", "labels", "_samples"), first(data, "_image_files", "_images", "_samples")
+        if labels is None:  # PCAM keeps them in a file
+            with h5py.File(root / f"pcam/camelyonpatch_level_2_split_{given['split']}_y.h5") as file:
+                labels = file["y"][:, 0, 0, 0]
+        labels = [int(entry[1] if isinstance(entry, tuple) else entry) for entry in labels]
+        classes = list(first(data, "classes") or sorted(spec.name))
+    except Exception as error:  # torchvision lets through whatever the parser of a damaged list raises
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"image set {key!r} below {root} cannot be read: {reason}") from error
+    order = list(range(len(labels)))
+    if files is not None:
+        where = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in files]
+        contents = _contents(where, root)
+        order.sort(key=where.__getitem__)
+    else:
+        where = [f"{key} {split} number {i}" for i in order]
+        pixels = first(data, "data")
+        contents = where if pixels is None else [digest(torch.from_numpy(row.copy())) for row in pixels]
+    pick = lambda values: [values[i] for i in order]
+    return Source(pick(labels), classes, pick(where), _WithReader(arguments, order), pick(contents))
+
+
+@dataclass(frozen=True)
+class _Files:
+    paths: list[str]
+
+    def __call__(self, index: int) -> Image.Image:
+        with Image.open(self.paths[index]) as file:
+            return file.convert("RGB")
+
+
+def _contents(files: list[str], root: Path) -> list[str]:
+    return [f"{os.path.relpath(path, root)} {os.stat(path).st_size if os.path.exists(path) else 'missing'}" for path in files]
+
+
+def _from_files(files: Sequence[Path], labels: Sequence[int], classes: list[str], root: Path, boxes=None) -> Source:
+    paths = [str(path) for path in files]
+    return Source(list(labels), classes, paths, _Files(paths), _contents(paths, root), boxes)
+
+
+def _class_folders(folder: Path, split: Split, test_fraction: float | None, seed: int) -> Source:
     while len(inner := _folders(folder)) == 1 and _folders(inner[0]):
         folder = inner[0]
     parts = {p.name: p for p in inner}
     has_split = "train" in parts and bool({"test", "val"} & set(parts))
     if has_split:
         inner = _folders(parts["train"] if split == "train" else parts.get("test", parts.get("val")))
-    classes = [p for p in inner if p.name != "BACKGROUND_Google" and _images(p)]
+    folders = [p for p in inner if p.name != "BACKGROUND_Google" and _images(p)]
     files: list[Path] = []
     labels: list[int] = []
-    for label, directory in enumerate(classes):
+    for label, directory in enumerate(folders):
         paths = _images(directory)
-        if has_split:
-            files += paths
-            labels += [label] * len(paths)
-            continue
-        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
-        held_out = max(1, round(TEST_FRACTION * len(paths))) if len(paths) > 1 else 0
-        chosen = order[:held_out] if split == "test" else order[held_out:]
-        files += [paths[i] for i in sorted(chosen)]
-        labels += [label] * len(chosen)
-    return files, labels, [clean_name(p.name) for p in classes]
+        if not has_split:
+            order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+            held_out = len(paths) if test_fraction is None else 0
+            if test_fraction is not None and len(paths) > 1:
+                held_out = max(1, round(test_fraction * len(paths)))
+            paths = [paths[i] for i in sorted(order[:held_out] if split == "test" else order[held_out:])]
+        files += paths
+        labels += [label] * len(paths)
+    return _from_files(files, labels, [_raw_name(p.name) for p in folders], folder)
 
 
 def _folders(directory: Path) -> list[Path]:
@@ -174,18 +432,30 @@ def _images(directory: Path) -> list[Path]:
     return sorted(p for p in directory.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
-Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, inclusive
+def _raw_name(folder_name: str) -> str:
+    """The first lemma of a WordNet id such as n01440764; any other name as it is."""
+    if not re.fullmatch(r"n\d{8}", folder_name):
+        return folder_name
+    try:
+        return _wordnet().label_name_to_description(folder_name).split(",")[0]
+    except KeyError:
+        return folder_name
 
 
-def _tiny_imagenet(folder: Path, split: Split) -> tuple[list[Path], list[int], list[str], list[Box]]:
+@lru_cache(maxsize=1)
+def _wordnet() -> ImageNetInfo:
+    return ImageNetInfo("imagenet-22k")
+
+
+def _tiny_imagenet(folder: Path, split: Split) -> Source:
     """Tiny-ImageNet as published: train in wnid folders, val flat with val_annotations.txt, boxes for both.
 
     Classes are those of wnids.txt whose train folder is there.
     """
     words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text().splitlines() if "\t" in line)
-    wnids = [w for w in (folder / "wnids.txt").read_text().split() if (folder / "train" / w).is_dir()]
-    label = {wnid: i for i, wnid in enumerate(sorted(wnids))}
-    names = [clean_name(words.get(wnid, wnid).split(",")[0]) for wnid in sorted(wnids)]
+    wnids = sorted(w for w in (folder / "wnids.txt").read_text().split() if (folder / "train" / w).is_dir())
+    label = {wnid: i for i, wnid in enumerate(wnids)}
+    names = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
     rows: list[tuple[Path, int, Box]] = []
     if split == "test":
         for line in (folder / "val" / "val_annotations.txt").read_text().splitlines():
@@ -193,31 +463,34 @@ def _tiny_imagenet(folder: Path, split: Split) -> tuple[list[Path], list[int], l
             if wnid in label:
                 rows.append((folder / "val" / "images" / name, label[wnid], tuple(map(int, box))))
     else:
-        for wnid in label:
+        for wnid in wnids:
             for line in (folder / "train" / wnid / f"{wnid}_boxes.txt").read_text().splitlines():
                 name, *box = line.split("\t")
                 rows.append((folder / "train" / wnid / "images" / name, label[wnid], tuple(map(int, box))))
     files, labels, boxes = zip(*rows) if rows else ((), (), ())
-    return list(files), list(labels), names, list(boxes)
+    return _from_files(files, labels, names, folder, list(boxes))
 
 
-def _decode(path: Path, box: Box | None, image_size: int, crop: bool) -> tuple[Tensor, Tensor | None]:
-    """(image ``[3,S,S]`` uint8, mask of the box ``[S,S]`` bool)."""
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from None
-    pixels = torch.from_numpy(np.array(_fit(image, image_size, crop, Image.Resampling.BILINEAR))).permute(2, 0, 1)
-    if box is None:
-        return pixels, None
-    mask = Image.new("L", image.size)
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _box_mask(box: Box, size: tuple[int, int], side: int, preprocess: Preprocess) -> Tensor:
+    mask = Image.new("L", size)
     mask.paste(255, (box[0], box[1], box[2] + 1, box[3] + 1))
-    return pixels, torch.from_numpy(np.array(_fit(mask, image_size, crop, Image.Resampling.NEAREST))) > 127
+    return torch.from_numpy(np.array(fit(mask, side, preprocess, TF.InterpolationMode.NEAREST))) > 127
 
 
-def _fit(image: Image.Image, size: int, crop: bool, resample: Image.Resampling) -> Image.Image:
-    mode = TF.InterpolationMode.BILINEAR if resample == Image.Resampling.BILINEAR else TF.InterpolationMode.NEAREST
-    if not crop:
-        return TF.resize(image, [size, size], mode)
-    return TF.center_crop(TF.resize(image, round(size * 256 / 224), mode), [size, size])
+def fit(
+    image: Image.Image, side: int, preprocess: Preprocess, mode: TF.InterpolationMode = TF.InterpolationMode.BILINEAR
+) -> Image.Image:
+    """An image at ``side`` x ``side``: "resize" both sides, or "crop" the centre after the shorter side is 256/224 of it."""
+    if preprocess == "resize":
+        return TF.resize(image, [side, side], mode)
+    return TF.center_crop(TF.resize(image, round(side * 256 / 224), mode), [side, side])
+
+
+if __name__ == "__main__":
+    from .datasets_command import main
+
+    sys.exit(main())

@@ -5,21 +5,26 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .attacks import pgd
 from .attention import Variant, attention_shift, text_guided_attention
-from .datasets import ImageSet
-from .files import code_version, digest
+from .datasets import Batch, ImageSet
+from .files import code_version, digest, write_atomic
 from .models import Clip
 from .settings import AttackSettings, Settings
 
 MODULES = ("models", "attacks", "evaluation", "datasets", "miniworld")  # the source a record depends on
+BATCH = 128  # images attacked at once; the attack's random start is drawn for each batch
+SAVE_EVERY = 20.0  # seconds of work that a killed evaluation may lose
 Protocol = Literal["last"]
 
 
@@ -35,35 +40,62 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def attacked_batches(
-    clip: Clip, data: ImageSet, attack: AttackSettings | None, seed: int = 0, batch_size: int = 128
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(clean images, attacked images, labels) in batches; the same images twice for ``attack=None``."""
+    clip: Clip, data: ImageSet, attack: AttackSettings | None, seed: int = 0, skip: int = 0
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches of clean images, without the first ``skip`` of them, and the attacked images (the same without attack)."""
     text = clip.encode_text(data.prompts)
-    for start, images, labels in data.batches(batch_size, clip.device):
-        attacked = images
+    for batch in data.batches(BATCH, clip.device, skip):
+        attacked = batch.images
         if attack is not None:
-            generator = torch.Generator().manual_seed(int(digest("evaluation", data.key, seed, start), 16))
+            stream = digest("evaluation", data.key, seed, batch.number * BATCH)
+            generator = torch.Generator().manual_seed(int(stream, 16))
             eps, step_size = attack.test_eps / 255, attack.test_stepsize / 255
-            attacked = pgd(clip, images, labels, text, eps, step_size, attack.test_numsteps, generator=generator)
-        yield images, attacked, labels
+            attacked = pgd(
+                clip, batch.images, batch.labels, text, eps, step_size, attack.test_numsteps, generator=generator
+            )
+        yield batch, attacked
 
 
 @torch.no_grad()
-def predict(clip: Clip, data: ImageSet, attack: AttackSettings | None, seed: int = 0, bar=None) -> Tensor:
-    """Predicted classes ``[N]`` on clean images (``attack=None``) or on those the attack makes against ``clip``."""
+def predict(
+    clip: Clip,
+    data: ImageSet,
+    attack: AttackSettings | None,
+    seed: int = 0,
+    bar=None,
+    partial: Path | None = None,
+) -> Tensor:
+    """Predicted classes ``[N]`` on clean images (``attack=None``) or on those the attack makes against ``clip``.
+
+    -1 where an image could not be read. ``partial`` names a file that keeps what is done every few seconds; if it is
+    there, this goes on from it, with the same outcome.
+    """
     text = clip.encode_text(data.prompts)
-    predictions = []
-    for _, attacked, _ in attacked_batches(clip, data, attack, seed):
-        predictions.append(clip.logits(attacked, text).argmax(1).cpu())
+    predictions, done, saved = torch.full((len(data),), -1), 0, time.monotonic()
+    if partial is not None and partial.exists():
+        try:
+            state = load_file(partial)
+            predictions, done = state["predictions"], int(state["batches"])
+        except (SafetensorError, OSError, KeyError) as error:
+            print(f"{partial} is damaged ({error}); starting this set anew", flush=True)
+    if bar is not None:
+        bar.update(min(done * BATCH, len(data)))
+    for batch, attacked in attacked_batches(clip, data, attack, seed, skip=done):
+        predictions[batch.rows] = clip.logits(attacked, text).argmax(1).cpu()
         if bar is not None:
-            bar.update(len(attacked))
-    return torch.cat(predictions)
+            bar.update(len(batch.rows))
+        if partial is not None and time.monotonic() - saved > SAVE_EVERY:
+            state = {"predictions": predictions, "batches": torch.tensor(batch.number + 1)}
+            write_atomic(partial, lambda temporary: save_file(state, temporary))
+            saved = time.monotonic()
+    return predictions
 
 
 @dataclass(frozen=True)
 class AttentionUnderAttack:
     """What an attack did to each image of a set: pixels and maps on the CPU, and a row of measures an image."""
 
+    rows: Tensor  # [N] of the set
     images: Tensor  # [N,3,H,W]
     adversarial: Tensor  # [N,3,H,W]
     clean_maps: Tensor  # [N,h,w], guided by the true class
@@ -81,18 +113,18 @@ def attention_under_attack(
     """
     text = clip.encode_text(data.prompts)
     parts = []
-    for images, attacked, labels in attacked_batches(clip, data, attack, seed):
-        tokens = clip.encode_image(images), clip.encode_image(attacked)
-        maps = [text_guided_attention(t, text[labels], variant, grid=clip.grid) for t in tokens]
+    for batch, attacked in attacked_batches(clip, data, attack, seed):
+        tokens = clip.encode_image(batch.images), clip.encode_image(attacked)
+        maps = [text_guided_attention(t, text[batch.labels], variant, grid=clip.grid) for t in tokens]
         guesses = [clip.similarity(t.pooled, text).argmax(1) for t in tokens]
-        parts.append([images.cpu(), attacked.cpu(), *(t.cpu() for t in (*maps, *guesses))])
-    images, attacked, clean_maps, attacked_maps, clean_guess, attacked_guess = map(torch.cat, zip(*parts))
-    frame = attention_shift(clean_maps, attacked_maps, data.masks)
-    frame["label"], frame["clean_prediction"] = data.labels.numpy(), clean_guess.numpy()
+        parts.append([t.cpu() for t in (batch.rows, batch.images, attacked, *maps, *guesses)])
+    rows, images, attacked, clean_maps, attacked_maps, clean_guess, attacked_guess = map(torch.cat, zip(*parts))
+    frame = attention_shift(clean_maps, attacked_maps, None if data.masks is None else data.masks[rows])
+    frame["label"], frame["clean_prediction"] = data.labels[rows].numpy(), clean_guess.numpy()
     frame["attacked_prediction"] = attacked_guess.numpy()
     frame["clean_correct"] = frame.clean_prediction == frame.label
     frame["flipped"] = frame.clean_correct & (frame.attacked_prediction != frame.label)
-    return AttentionUnderAttack(images, attacked, clean_maps, attacked_maps, frame)
+    return AttentionUnderAttack(rows, images, attacked, clean_maps, attacked_maps, frame)
 
 
 class Record(Settings):
@@ -110,6 +142,9 @@ class Record(Settings):
     protocol: Protocol
     seed: int
     n: int
+    available: int | None = None  # images in the whole part of the set, if not all were used
+    left_out: int = 0  # images that could not be read
+    published: bool = False  # the set has the published number of images and classes
     correct: int
     hits: str  # one bit an image, packed, as hex: what paired comparisons need
     settings: dict[str, Any]  # of the attack
@@ -142,13 +177,19 @@ def evaluate(
     method: str,
     seed: int = 0,
     bar=None,
+    partial: Path | None = None,
 ) -> Record:
     """Top-1 zero-shot accuracy of ``clip`` on one set; ``attack=None`` for clean images.
 
-    ``protocol`` "last": accuracy at the attack's last iterate, as published. ``bar`` is updated by images.
+    ``protocol`` "last": accuracy at the attack's last iterate, as published. ``bar`` is updated by images; ``partial``:
+    see ``predict``. Images that cannot be read are not counted.
     """
     started = time.perf_counter()
-    hits = (predict(clip, data, attack, seed, bar=bar) == data.labels).numpy()
+    predictions = predict(clip, data, attack, seed, bar, partial)
+    read = predictions >= 0
+    if not read.any():
+        raise ValueError(f"image set {data.key!r}: none of its {len(data)} images can be read")
+    hits = (predictions == data.labels)[read].numpy()
     return Record(
         key=record_key(clip, data, attack, protocol, method, seed),
         method=method,
@@ -162,6 +203,9 @@ def evaluate(
         protocol=protocol,
         seed=seed,
         n=len(hits),
+        available=data.available,
+        left_out=len(data) - len(hits),
+        published=data.published,
         correct=int(hits.sum()),
         hits=np.packbits(hits).tobytes().hex(),
         settings={} if attack is None else attack.model_dump(),

@@ -4,6 +4,7 @@ import copy
 import glob
 import json
 import logging
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ import open_clip
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from open_clip.factory import load_state_dict
+from open_clip.model import resize_pos_embed
 from open_clip.transformer import VisionTransformer
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -58,6 +61,7 @@ class Clip(nn.Module):
         self.register_buffer("mean", torch.tensor(open_clip.get_model_preprocess_cfg(model)["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(open_clip.get_model_preprocess_cfg(model)["std"]).view(3, 1, 1))
         self._prompts: dict[str, Tensor] = {}
+        self._hashed: tuple[list[tuple[int, int]], str] = ([], "")
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +107,11 @@ class Clip(nn.Module):
 
     def fingerprint(self) -> str:
         """Names the weights and the architecture: equal for equal models."""
-        return digest(self.arch, *self.model.state_dict().values())
+        weights = list(self.model.state_dict().values())
+        versions = [(value.data_ptr(), value._version) for value in weights]  # the latter counts in-place changes
+        if self._hashed[0] != versions:
+            self._hashed = versions, digest(self.arch, *weights)
+        return self._hashed[1]
 
 
 def pick_device(device: str) -> torch.device:
@@ -117,38 +125,81 @@ def pick_device(device: str) -> torch.device:
 
 
 def load_clip(
-    arch: str = MINI_ARCH, pretrained: str | Path | None = "mini", device: str = "auto", precision: str = "fp32"
+    arch: str = MINI_ARCH,
+    pretrained: str | Path | None = "mini",
+    device: str = "auto",
+    precision: str = "fp32",
+    image_size: int | None = None,
 ) -> Clip:
     """A CLIP through open_clip, in eval mode and without gradients for its weights.
 
-    ``arch``: any open_clip ViT, or "mini-clip". ``pretrained``: an open_clip tag ("openai", "laion2b_s34b_b79k", ...,
-    downloaded when first used), a weights file, "mini" or "mini-tga-zsr" (shipped, for "mini-clip"), or None for random
-    weights. ``precision``: "fp32", "fp16" or "bf16". Raises ValueError for an unknown name or an unreadable file.
+    ``arch``: any open_clip ViT with a class token, or "mini-clip". ``pretrained``: an open_clip tag ("openai",
+    "laion2b_s34b_b79k", ...) or "hf-hub:OWNER/NAME", both downloaded when first used; "local-dir:FOLDER"; a weights
+    file; a checkpoint released with TGA-ZSR or TeCoA, which holds an image encoder only (the rest then comes from
+    "openai"); "mini" or "mini-tga-zsr" (shipped, for "mini-clip"); or None for random weights. ``precision``: "fp32",
+    "fp16" or "bf16". ``image_size``: side in pixels, other than the architecture's own; position embeddings are
+    interpolated. Raises ValueError for an unknown name, or a file that is unreadable, of another architecture, or
+    needs pickled code to be read.
     """
     if arch not in open_clip.list_models():
         raise ValueError(f"arch {arch!r} is unknown to open_clip; the workbook's own is {MINI_ARCH!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     target = pick_device(device)
-    source = None if pretrained is None else SHIPPED.get(str(pretrained), pretrained)
-    tags = open_clip.list_pretrained_tags_by_model(arch)
-    if source is not None and source not in tags:
-        source = resolve(source)
-        if not source.is_file():
-            named = ", ".join([*tags, *(SHIPPED if arch == MINI_ARCH else [])]) or "none"
-            raise ValueError(f"pretrained {str(pretrained)!r} is neither a file nor a name known for {arch} ({named})")
     try:
+        source, encoder = _find_source(arch, pretrained)
         if source is None:
             logging.disable(logging.WARNING)  # open_clip warns of random weights, which are asked for here
+        options = {"precision": precision, "device": target, "force_image_size": image_size}
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*QuickGELU")  # the weights would run, with wrong numbers
-            model = open_clip.create_model(arch, pretrained=source and str(source), precision=precision, device=target)
+            if source is not None and source.startswith(_SCHEMAS):
+                hub = open_clip.create_model(source, **options)
+                model = open_clip.create_model(arch, **options)
+                model.load_state_dict(hub.state_dict())
+                model.visual.preprocess_cfg = hub.visual.preprocess_cfg
+            elif image_size is not None and source is not None and Path(source).is_file():
+                model = open_clip.create_model(arch, **options)
+                # In fp32, since open_clip cannot interpolate fp16 position embeddings on the CPU.
+                state = {name: value.float() for name, value in load_state_dict(source).items()}
+                resize_pos_embed(state, model)
+                model.load_state_dict(state)
+            else:
+                model = open_clip.create_model(arch, pretrained=source, **options)
+        if encoder is not None:
+            model.visual.load_state_dict({name.removeprefix("module."): value for name, value in encoder.items()})
     except Exception as error:  # whatever a foreign file makes torch, safetensors or open_clip raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"pretrained {str(pretrained)!r} cannot be loaded into {arch}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
     return Clip(model, arch).to(target).eval().requires_grad_(False)
+
+
+_SCHEMAS = ("hf-hub:", "local-dir:")
+
+
+def _find_source(arch: str, pretrained: str | Path | None) -> tuple[str | None, dict[str, Tensor] | None]:
+    """(what open_clip is to load, an image encoder's weights to put in afterwards if there are any)."""
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    if pretrained is None or pretrained in tags or str(pretrained).startswith(_SCHEMAS):
+        return pretrained, None
+    path = SHIPPED.get(str(pretrained)) or resolve(pretrained)
+    if not path.is_file():
+        named = ", ".join([*tags, *(SHIPPED if arch == MINI_ARCH else [])]) or "none"
+        raise ValueError(f"this is neither a file nor a name known for {arch} ({named})")
+    if path.suffix == ".safetensors":
+        return str(path), None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("reading this file would run code that it brings along, which is refused") from None
+    if "vision_encoder_state_dict" not in checkpoint:
+        return str(path), None
+    if arch != MINI_ARCH and "openai" not in tags:
+        raise ValueError(f"this file holds an image encoder only, and {arch} has no 'openai' weights for the rest")
+    base = str(SHIPPED["mini"]) if arch == MINI_ARCH else "openai"
+    return base, checkpoint["vision_encoder_state_dict"]
 
 
 def image_size_of(arch: str) -> int:
@@ -159,9 +210,9 @@ def image_size_of(arch: str) -> int:
     return config["vision_cfg"]["image_size"]
 
 
-def find_weights(name: str, models: Path) -> str:
+def find_weights(name: str | None, models: Path) -> str | None:
     """What to load for a notebook's model parameter: "latest:NAME" is the newest ``NAME_*`` in the folder ``models``."""
-    if not name.startswith("latest:"):
+    if name is None or not name.startswith("latest:"):
         return name
     stem = name.removeprefix("latest:")
     found = sorted(models.glob(f"{glob.escape(stem)}_*.safetensors"), key=lambda p: p.stat().st_mtime)

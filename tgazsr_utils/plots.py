@@ -94,14 +94,16 @@ def pretraining_curve(history: pd.DataFrame, title: str) -> Figure:
 
 def fragility(table: pd.DataFrame, title: str) -> Figure:
     """Accuracy against epsilon, a thin line a set and a thick one for the mean; columns "clean" and "eps E"."""
-    eps = [0.0, *(float(c.removeprefix("eps ")) for c in table.columns[1:])]
+    eps, markers = [0.0, *(float(c.removeprefix("eps ")) for c in table.columns[1:])], cycle(MARKERS)
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for key, row in table.iterrows():
-        style = {"color": "black", "lw": 3, "marker": "o", "label": "mean"} if key == "MEAN" else {"lw": 1, "alpha": 0.5}
+        style = {"color": "black", "lw": 3, "marker": "o", "label": "mean"} if key == "MEAN" else {"lw": 1.2, "alpha": 0.6}
+        if key != "MEAN" and len(table) <= len(MARKERS):  # more sets than that cannot be told apart
+            style |= {"label": key, "marker": next(markers), "ms": 4}
         axis.plot(eps, row.to_numpy(), **style)
     axis.axhline(table.loc["MEAN", "clean"] / 4, color="grey", ls=":", label="a quarter of the clean mean")
     axis.set(xlabel="epsilon (1/255)", ylabel="top-1 accuracy (%)", ylim=(0, 100), title=title)
-    axis.legend()
+    axis.legend(fontsize=9)
     return figure
 
 
@@ -211,6 +213,7 @@ def accuracy_heatmap(frame: pd.DataFrame, title: str) -> Figure:
         sns.heatmap(table, annot=True, fmt=".0f", cmap="viridis", vmin=0, vmax=100, ax=axis, annot_kws={"size": 9},
                     cbar_kws={"label": "top-1 (%)"}, linewidths=0.5)  # fmt: skip
         axis.set(title=f"{kind} accuracy (%)", xlabel="", ylabel="")
+        plt.setp(axis.get_yticklabels(), rotation=0)
     axes[0].set_xticklabels([])
     plt.setp(axes[1].get_xticklabels(), rotation=35, ha="right")
     figure.suptitle(title)

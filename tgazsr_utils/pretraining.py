@@ -59,6 +59,7 @@ def miniworld_pairs(batch_size: int, seed: int) -> PairSource:
 
 def photo_pairs(sets: Sequence[ImageSet], batch_size: int, seed: int, image_size: int) -> PairSource:
     """Augmented photographs with captions from their class names; a caption fits every image of a class so named."""
+    sets = [data.decoded() for data in sets]
     images = torch.cat([data.images for data in sets])
     names = [data.class_names[label] for data in sets for label in data.labels.tolist()]
     ids = {name: i for i, name in enumerate(dict.fromkeys(names))}

@@ -16,7 +16,7 @@ from .progress import progress
 from .settings import AttackSettings
 
 PUBLISHED_SETS = 16
-PUBLISHED_WORLD = "published sets"
+_COLUMNS = {"method", "world", "dataset", "attack", "eps_255", "protocol", "seed", "n", "available", "left_out", "correct"}
 
 
 class RecordStore:
@@ -51,9 +51,12 @@ def evaluate_all(
         for data in sets:
             bar.set_postfix(set=data.key, refresh=False)
             for kind in (None, attack):
-                record = store.get(record_key(clip, data, kind, "last", method, seed))
+                key = record_key(clip, data, kind, "last", method, seed)
+                record = store.get(key)
                 if record is None:
-                    record = store.add(evaluate(clip, data, kind, method=method, seed=seed, bar=bar))
+                    partial = store.folder / "unfinished" / f"{key}.safetensors"
+                    record = store.add(evaluate(clip, data, kind, method=method, seed=seed, bar=bar, partial=partial))
+                    partial.unlink(missing_ok=True)
                 else:
                     bar.update(len(data))
                 records.append(record)
@@ -66,7 +69,7 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
     for r in records:
         low, high = wilson(r.correct, r.n)
         kind = "clean" if r.attack == "none" else "robust"
-        row = r.model_dump(include={"method", "world", "dataset", "attack", "eps_255", "protocol", "seed", "n", "correct"})
+        row = r.model_dump(include=_COLUMNS)
         rows.append(row | {"kind": kind, "accuracy": r.accuracy, "low": 100 * low, "high": 100 * high})
     return pd.DataFrame(rows)
 
@@ -91,8 +94,17 @@ def leaderboard(records: Sequence[Record]) -> pd.DataFrame:
     counts = frame.groupby("method")["dataset"].nunique()
     table["seeds"] = frame.groupby("method")["seed"].nunique()
     table["sets"] = [f"{n}" if n == PUBLISHED_SETS else f"{n} of {PUBLISHED_SETS}" for n in counts.reindex(table.index)]
+    table["images"] = frame.groupby("method").apply(_images_used, include_groups=False)
     table["world"] = frame.world.iloc[0]
     return table.sort_values("average", ascending=False)
+
+
+def _images_used(part: pd.DataFrame) -> str:
+    """How many images a method's means are over, and what is missing from them."""
+    sets = part.drop_duplicates("dataset")
+    used, whole = int(sets.n.sum()), int(sets.available.fillna(sets.n).sum())
+    text = f"{used:,}" if used == whole else f"{used:,} of {whole:,}"
+    return text + (f", {sets.left_out.sum()} unreadable left out" if sets.left_out.any() else "")
 
 
 def _refuse_mixture(frame: pd.DataFrame) -> None:
@@ -111,20 +123,26 @@ def published() -> pd.DataFrame:
     return pd.read_csv(DATA / "published_table.csv", index_col="method")
 
 
-def beside_published(table: pd.DataFrame, world: str) -> pd.DataFrame:
-    """The published table with our rows and the difference beside it, for records of the published sets only.
+def beside_published(records: Sequence[Record]) -> pd.DataFrame:
+    """The published table with our rows and the difference beside it, over the published sets we measured.
 
-    For any other world our columns stay away: numbers of the mini-world say nothing about the published ones.
+    Our columns stay away unless all was measured as published: whole sets (perhaps cut by ``quick_eval``) with the
+    published counts, ViT-B/32, PGD-100 at epsilon 1/255. Numbers of the mini-world say nothing about the published ones.
     """
     reference = published()
-    if world != PUBLISHED_WORLD:
+    if not all(_comparable(r) for r in records):
         return reference
-    ours = table[["robust", "clean", "average"]]
-    both = reference.join(ours.add_prefix("ours_"), how="left")
-    for column in ours.columns:
+    table = leaderboard(records)
+    both = reference
+    for column in ("robust", "clean", "average"):
+        both[f"ours_{column}"] = table[column]
         both[f"difference_{column}"] = both[f"ours_{column}"] - both[column]
-    both["ours_sets"] = table["sets"].reindex(both.index)
-    return both
+    return both.join(table[["sets", "images"]].add_prefix("ours_"))
+
+
+def _comparable(record: Record) -> bool:
+    attack = (record.attack, record.eps_255) in (("none", 0.0), ("pgd-100", 1.0))
+    return attack and record.published and record.world == "photographs" and record.arch.startswith("ViT-B-32")
 
 
 def paired_difference(a: Sequence[Record], b: Sequence[Record], z: float = 1.96) -> tuple[float, float, float]:

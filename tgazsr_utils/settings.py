@@ -10,6 +10,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from . import ROOT
 
+PLUMBING = "plumbing check, not a result"  # stands for the world wherever the original model has random weights
+DEFAULT_ROOT = "data/sets"  # where published image sets are looked for
+
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Eps255 = Annotated[float, Field(ge=0, le=255, description="1/255 of the pixel range")]
@@ -79,6 +82,10 @@ class WorkbookSettings(Settings):
 
     arch: str  # an open_clip architecture with patch tokens
     data_root: str | None  # folder of image sets; None: the rendered mini-world
+    preprocess: Literal["resize", "crop"] | None = None  # None: each set's own
+    prompt: str | None = None  # template such as "A photo of a {}."; None: each set's own
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = 0.2  # of sets without a split; None: all is for testing
+    on_bad_image: Literal["stop", "leave_out"] = "stop"  # what to do about a file that cannot be read
     output: str  # folder for models, records, figures and tables
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
     seed: Annotated[int, Field(ge=0)]
@@ -90,6 +97,24 @@ class WorkbookSettings(Settings):
             raise ValueError("there is no such folder")
         return value
 
+    @field_validator("prompt")
+    @classmethod
+    def _has_a_place(cls, value: str | None) -> str | None:
+        if value is not None and value.count("{}") != 1:
+            raise ValueError("a prompt template has one {}, where the class name goes")
+        return value
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """How ``load_dataset`` is to read sets."""
+        return {
+            "root": self.data_root,
+            "preprocess": self.preprocess,
+            "prompt": self.prompt,
+            "test_fraction": self.test_fraction,
+            "on_bad_image": self.on_bad_image,
+        }
+
     @property
     def output_path(self) -> Path:
         return resolve(self.output)
@@ -98,7 +123,12 @@ class WorkbookSettings(Settings):
 class ModelSettings(WorkbookSettings):
     """What every notebook knows that starts from a pre-trained model."""
 
-    pretrained: str  # "mini", an open_clip tag, a file, or "latest:pretrained" in the output folder
+    pretrained: str | None  # "mini", an open_clip tag, a file, "latest:pretrained" in the output folder; None: random
+    image_size: Count | None = None  # side in pixels; None: the architecture's own
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        return super().data_options | {"world": PLUMBING if self.pretrained is None else None}
 
 
 class PretrainNotebook(WorkbookSettings):
@@ -146,7 +176,8 @@ class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
 class EvaluateNotebook(TrainNotebook):
     """04_evaluate_16_datasets"""
 
-    testdata: Distinct[str] | None  # None: all sets there are
+    testdata: Distinct[str] | Literal["published"] | None  # "published": those of the 16 there are; None: all there are
+    quick_eval: Count | None = None  # at most this many images of each set, for a first look; tables then say so
     seeds: Distinct[Annotated[int, Field(ge=0)]] | None  # None: seed alone
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from .attacks import pgd
 from .datasets import ImageSet
@@ -68,7 +67,7 @@ def finetune(
     weights = tuned_path(folder, objective, settings, data, clip.fingerprint())
     if weights.exists():
         weights.touch()  # now the latest of its method
-        tuned = load_clip(clip.arch, weights, str(clip.device))
+        tuned = load_clip(clip.arch, weights, str(clip.device), image_size=clip.image_size[0])
         return TrainResult(tuned, pd.DataFrame(read_metadata(weights)["history"]), weights)
 
     original, tuned = clip.frozen_copy(), clip.frozen_copy()
@@ -84,7 +83,7 @@ def finetune(
     lr = objective.lr if settings.lr is None else settings.lr
     bar = progress(total=total, initial=state["step"], desc=f"{objective.name} seed {settings.seed}")
     with deferred_interrupt() as interrupted, bar:
-        for step, (images, labels) in batches(data, settings, state["step"], clip.device):
+        for step, images, labels in batches(data, settings, state["step"], clip.device):
             started = time.perf_counter()
             optimizer.param_groups[0]["lr"] = lr * warmup_cosine(step, settings.warmup_steps, total)
             adversarial = pgd(
@@ -136,17 +135,16 @@ def trainable(visual: nn.Module, last: int) -> list[nn.Parameter]:
 
 def batches(
     data: ImageSet, settings: FinetuneSettings, start: int, device: torch.device
-) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """(step, (images in [0,1], labels)) from step ``start`` on; the order depends on seed and epoch alone."""
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(step, images in [0,1], labels) from step ``start`` on; the order depends on seed and epoch alone."""
     size = settings.batch_size
     for epoch in range(settings.epochs):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(_seed(settings.seed, 2, epoch)))
         chunks = order.split(size)
         first = epoch * len(chunks)
         skip = min(max(start - first, 0), len(chunks))
-        loader = DataLoader(data, batch_sampler=[chunk.tolist() for chunk in chunks[skip:]])
-        for step, (images, labels) in enumerate(loader, start=first + skip):
-            yield step, (images.to(device).float() / 255, labels.to(device))
+        for batch in data.batches(chunks, device, skip):
+            yield first + batch.number, batch.images, batch.labels
 
 
 def _seed(seed: int, stream: int, index: int) -> int:

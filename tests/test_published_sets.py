@@ -1,0 +1,250 @@
+"""The 16 published sets: each read from a miniature of its published layout through the real loader."""
+
+import hashlib
+import http.server
+import io
+import tarfile
+import threading
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets
+from miniatures import WRITERS, red, without_checksums, write_all
+from PIL import Image
+
+from tgazsr_utils import datasets
+from tgazsr_utils.datasets import DATASETS, choose_datasets, list_datasets, load_dataset
+from tgazsr_utils.datasets_command import main
+
+# key -> images and classes as published, preprocessing, labels of the miniature, its prompts
+EXPECTED = {
+    "tinyImageNet": (10_000, 200, "crop", [1, 0, 1, 0], ["This is a photo of a goldfish", "This is a photo of a king penguin"]),
+    "cifar10": (10_000, 10, "resize", [1, 0, 1, 0], ["This is a photo of a airplane", "This is a photo of a automobile"]),
+    "cifar100": (10_000, 100, "resize", [1, 0, 1, 0], ["This is a photo of a apple", "This is a photo of a aquarium fish"]),
+    "STL10": (8_000, 10, "resize", [1, 0, 1, 0], ["This is a photo of a airplane", "This is a photo of a bird"]),
+    "SUN397": (
+        108_754, 397, "crop", [0, 0, 1, 1, 2, 2],
+        ["This is a photo of a abbey", "This is a photo of a apartment building outdoor", "This is a photo of a bank vault"],
+    ),
+    "Food101": (25_250, 101, "crop", [0, 0, 1, 1], ["A photo of apple pie, a type of food.", "A photo of baby back ribs, a type of food."]),
+    "oxfordpet": (3_669, 37, "crop", [0, 0, 1, 1], ["A photo of a abyssinian, a type of pet.", "A photo of a american bulldog, a type of pet."]),
+    "flowers102": (6_149, 102, "crop", [1, 0, 1, 0], ["A photo of a pink primrose, a type of flower.", "A photo of a hard leaved pocket orchid, a type of flower."]),
+    "dtd": (1_880, 47, "crop", [0, 0, 1, 1], ["A surface with a banded texture.", "A surface with a polka dotted texture."]),
+    "EuroSAT": (
+        27_000, 10, "crop", [label for label in range(10) for _ in range(2)],
+        [f"A centered satellite photo of {name}." for name in (
+            "annual crop land", "a forest", "brushland or shrubland", "a highway or a road", "industrial buildings",
+            "pasture land", "permanent crop land", "residential buildings", "a river", "a sea or a lake")],
+    ),
+    "fgvc_aircraft": (3_333, 100, "crop", [0, 0, 1, 1], ["A photo of a boeing 707 320, a type of aircraft.", "A photo of a a340 200, a type of aircraft."]),
+    "ImageNet": (50_000, 1000, "crop", [0, 0, 1, 1], ["This is a photo of a tench", "This is a photo of a goldfish"]),
+    "Caltech101": (8_677, 101, "crop", [0, 0, 1, 1], ["This is a photo of a faces easy", "This is a photo of a yin yang"]),
+    "Caltech256": (
+        30_607, 257, "crop", [0, 0, 1, 1, 2, 2, 3, 3],
+        ["A photo of a ak47.", "A photo of a american flag.", "A photo of a airplanes.", "A photo of a clutter."],
+    ),
+    "StanfordCars": (8_041, 196, "crop", [1, 0, 1, 0], ["A photo of a am general hummer suv.", "A photo of a ram c v cargo van minivan."]),
+    "PCAM": (32_768, 2, "crop", [1, 0, 1, 0], ["This is a photo of healthy lymph node tissue.", "This is a photo of lymph node tumor tissue."]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path_factory, monkeypatch):
+    without_checksums(monkeypatch.setattr)
+    datasets._reader.cache_clear()
+    return write_all(tmp_path_factory.mktemp("sets"))
+
+
+def test_there_are_sixteen():
+    assert list(DATASETS) == list(EXPECTED) == list(WRITERS) and len(DATASETS) == 16
+
+
+@pytest.mark.parametrize("key", EXPECTED)
+def test_the_published_layout_is_read(key, root):
+    images, classes, preprocess, labels, prompts = EXPECTED[key]
+    spec = DATASETS[key]
+    assert (spec.images, spec.classes, spec.preprocess) == (images, classes, preprocess)
+    data = load_dataset(key, "test", root, test_fraction=None)
+    assert data.labels.tolist() == labels
+    assert list(data.prompts[: len(prompts)]) == prompts
+    assert len(data.prompts) == (102 if key == "flowers102" else len(prompts))  # torchvision lists all flowers itself
+    assert not data.published and data.images.shape[1:] == (3, 56, 56)
+    shown = data.images.float().mean((2, 3))
+    shift = 1 if key == "Caltech101" else 0  # the miniature's background folder comes first and is no class
+    expected = torch.tensor([[red(label + shift), 90, 0] for label in labels]).float()
+    assert (shown - expected).abs().max() < 4  # each image is its label's, up to JPEG
+
+
+@pytest.mark.parametrize("key", [key for key, spec in DATASETS.items() if spec.train is not None or key == "tinyImageNet"])
+def test_sets_with_a_part_to_tune_on(key, root):
+    train = load_dataset(key, "train", root)
+    assert len(train) >= 2 and not train.published and train.images.shape[1:] == (3, 56, 56)
+
+
+@pytest.mark.parametrize("preprocess, side", [("resize", 224), ("crop", 224), ("crop", 336), ("resize", 56)])
+def test_preprocessing_is_pils_to_the_bit(preprocess, side, root):
+    """Both ways of REFERENCE section 6 against PIL alone, at several sizes."""
+    rng = np.random.default_rng(0)
+    original = Image.fromarray(rng.integers(0, 256, (150, 91, 3), dtype=np.uint8))
+    original.save(root / "Food101.png")
+    if preprocess == "resize":
+        expected = original.resize((side, side), Image.Resampling.BILINEAR)
+    else:
+        shorter = {224: 256, 336: 384}[side]
+        resized = original.resize((shorter, int(shorter * 150 / 91)), Image.Resampling.BILINEAR)
+        left, top = round((shorter - side) / 2), round((resized.height - side) / 2)
+        expected = resized.crop((left, top, left + side, top + side))
+    np.testing.assert_array_equal(np.asarray(datasets.fit(original, side, preprocess)), np.asarray(expected))
+
+
+def test_any_key_may_be_class_folders_instead(tmp_path):
+    for name in ("AnnualCrop", "SeaLake"):
+        (tmp_path / "EuroSAT" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (64, 64), (10 * i,) * 3).save(tmp_path / "EuroSAT" / name / f"{i}.png")
+    data = load_dataset("EuroSAT", "test", tmp_path, test_fraction=None)
+    assert len(data) == 10 and data.prompts[1] == "A centered satellite photo of a sea or a lake."
+    train, test = (load_dataset("EuroSAT", split, tmp_path) for split in ("train", "test"))
+    assert (len(train), len(test)) == (8, 2)
+    assert list_datasets(tmp_path) == ["EuroSAT"]
+    other = load_dataset("EuroSAT", "test", tmp_path, prompt="Seen: {}")
+    assert other.prompts[1] == "Seen: a sea or a lake" and other.fingerprint() != test.fingerprint()
+
+
+def test_which_of_the_published_sets_are_there(root, tmp_path, capsys):
+    assert list_datasets(root) == list(DATASETS)
+    assert choose_datasets("published", root) == list(DATASETS)
+    for key in ("dtd", "PCAM"):
+        WRITERS[key](tmp_path)
+    (tmp_path / "mine" / "class").mkdir(parents=True)
+    assert choose_datasets("published", tmp_path) == ["dtd", "PCAM"]
+    assert "2 of 16 published sets are there; missing: tinyImageNet" in capsys.readouterr().out
+    assert choose_datasets(None, tmp_path) == ["dtd", "PCAM", "mine"]
+    with pytest.raises(ValueError, match="none of the 16 published sets"):
+        choose_datasets("published", tmp_path / "mine")
+
+
+def test_a_large_set_is_read_as_it_is_needed_with_the_same_outcome(root, monkeypatch):
+    kept = load_dataset("SUN397", "test", root)
+    monkeypatch.setattr(datasets, "KEEP_DECODED", 0)
+    lazy = load_dataset("SUN397", "test", root)
+    assert not isinstance(lazy.images, torch.Tensor) and isinstance(kept.images, torch.Tensor)
+    for a, b in zip(kept.batches(4), lazy.batches(4), strict=True):
+        assert a.number == b.number and all(torch.equal(x, y) for x, y in zip(a[1:], b[1:]))
+    chunks = [torch.tensor([i]) for i in (5, 0, 3, 2, 1, 4, 0, 1)]  # enough for worker processes
+    for a, b in zip(kept.batches(chunks, skip=2), lazy.batches(chunks, skip=2), strict=True):
+        assert a.number == b.number and all(torch.equal(x, y) for x, y in zip(a[1:], b[1:]))
+    some = lazy.subset(3)
+    assert some.labels.tolist() == [0, 1, 2] and some.available == 6 and len(some.decoded().images) == 3
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_damaged_images_stop_the_run_or_are_left_out(large, root, monkeypatch, capfd):
+    monkeypatch.setattr(datasets, "KEEP_DECODED", 0 if large else 2**28)
+    broken = root / "food-101" / "images" / "apple_pie" / "2.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    read = lambda **options: list(load_dataset("Food101", "test", root, **options).batches(2))
+    with pytest.raises(ValueError, match=r"apple_pie/2\.jpg cannot be read.*leave_out goes on") as error:
+        read()
+    assert "\n" not in str(error.value)
+    batches = read(on_bad_image="leave_out")
+    assert sum(len(b.rows) for b in batches) == 3 and torch.cat([b.labels for b in batches]).tolist() == [0, 1, 1]
+    assert "left out: image" in capfd.readouterr().err
+
+
+def test_lists_that_are_missing_or_damaged_are_named(root):
+    (root / "oxford-iiit-pet" / "annotations" / "test.txt").unlink()
+    with pytest.raises(ValueError, match="'oxfordpet' is not whole; missing below .*: oxford-iiit-pet/annotations/test.txt"):
+        load_dataset("oxfordpet", "test", root)
+    (root / "food-101" / "meta" / "test.json").write_text("{")
+    with pytest.raises(ValueError, match="'Food101' below .* cannot be read: "):
+        load_dataset("Food101", "test", root)
+    (root / "dtd" / "dtd" / "images" / "banded" / "banded_1.jpg").unlink()
+    with pytest.raises(ValueError, match="banded_1.jpg cannot be read: .*No such file"):
+        load_dataset("dtd", "test", root)
+    with pytest.raises(ValueError, match="'SUN397' has no part to train on"):
+        load_dataset("SUN397", "train", root)
+
+
+def test_the_command_lists_and_checks(root, capsys):
+    assert main(["list", "--root", str(root)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(" yes ") == 16 and "108754" in printed
+    assert main(["check", "--all", "--root", str(root)]) == 0
+    printed = capsys.readouterr().out
+    assert "16 of 16 sets are readable; not there: none" in printed
+    assert "dtd: usable, but not the published set: 4 images, 2 classes instead of 1,880 and 47" in printed
+    assert "A surface with a polka dotted texture." in printed
+    jpg = root / "dtd" / "dtd" / "images" / "banded" / "banded_1.jpg"
+    jpg.write_bytes(b"")
+    assert main(["check", "dtd", "cifar10", "--root", str(root)]) == 1
+    out, err = capsys.readouterr()
+    assert "1 of 2 sets are readable" in out and "banded_1.jpg cannot be read" in err and "check failed for dtd" in err
+    assert main(["check", "mnist", "--root", str(root)]) == 2
+    assert "set 'mnist' is unknown; there are: tinyImageNet" in capsys.readouterr().err
+
+
+def test_the_command_says_where_to_get_what_is_missing(tmp_path, capsys):
+    assert main(["check", "--root", str(tmp_path)]) == 1
+    assert main(["fetch", "ImageNet", "StanfordCars", "--root", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert "ILSVRC2012_img_val.tar" in out and "cars_test_annos_withlabels.mat" in out
+    assert "fetch failed for ImageNet, StanfordCars" in err
+
+
+@pytest.fixture
+def server(root, monkeypatch):
+    """DTD's archive on loopback, where torchvision is told to look; ``server.cut`` ends transfers half way."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        tar.add(root / "dtd" / "dtd", "dtd")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.asked += 1
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(archive.getvalue())))
+            self.end_headers()
+            self.wfile.write(archive.getvalue()[: len(archive.getvalue()) // (2 if self.server.cut else 1)])
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as instance:
+        instance.cut, instance.asked = False, 0
+        threading.Thread(target=instance.serve_forever, daemon=True).start()
+        monkeypatch.setattr(torchvision.datasets.DTD, "_URL", f"http://127.0.0.1:{instance.server_port}/dtd-r1.0.1.tar.gz")
+        monkeypatch.setattr(torchvision.datasets.DTD, "_MD5", hashlib.md5(archive.getvalue()).hexdigest())
+        yield instance
+        instance.shutdown()
+
+
+def test_fetching_ends_whole_or_not_at_all(server, tmp_path, capsys):
+    server.cut = True
+    assert main(["fetch", "ImageNet", "dtd", "--root", str(tmp_path)]) == 1  # neither stops the other
+    out, _ = capsys.readouterr()
+    assert "dtd: failed:" in out and "source: https://www.robots.ox.ac.uk/~vgg/data/dtd/" in out
+    assert main(["check", "dtd", "--root", str(tmp_path)]) == 1
+    server.cut = False
+    assert main(["fetch", "dtd", "--root", str(tmp_path)]) == 0
+    assert main(["check", "dtd", "--root", str(tmp_path)]) == 0
+    assert not list((tmp_path / ".fetching").iterdir())
+    asked = server.asked
+    assert main(["fetch", "dtd", "--root", str(tmp_path)]) == 0 and server.asked == asked
+    assert "there already" in capsys.readouterr().out
+
+
+def test_a_killed_unpacking_is_done_again_from_the_archive(server, tmp_path):
+    assert main(["fetch", "dtd", "--root", str(tmp_path / "other")]) == 0
+    base = tmp_path / "sets" / ".fetching" / "dtd" / "dtd"
+    (base / "dtd" / "images" / "banded").mkdir(parents=True)  # what a kill leaves: the archive and half its contents
+    (base / "dtd" / "images" / "banded" / "banded_1.jpg").write_bytes(b"half")
+    urllib.request.urlretrieve(torchvision.datasets.DTD._URL, base / "dtd-r1.0.1.tar.gz")
+    asked = server.asked
+    assert main(["fetch", "dtd", "--root", str(tmp_path / "sets")]) == 0
+    assert server.asked == asked
+    assert len(load_dataset("dtd", "test", tmp_path / "sets", test_fraction=None)) == 4

@@ -1,0 +1,146 @@
+"""``python -m tgazsr_utils.datasets``: lists, checks and fetches the published sets."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torchvision.datasets
+from torchvision.datasets.utils import download_and_extract_archive
+
+from .datasets import is_there, load_dataset, missing_parts
+from .progress import progress
+from .published_sets import DATASETS, DatasetSpec
+from .settings import DEFAULT_ROOT, resolve
+
+_ARCHIVES = (".zip", ".tgz", ".gz", ".tar")
+_NO_CHECKSUM = {"tinyImageNet", "fgvc_aircraft"}  # half an archive of these cannot be told from a whole one
+
+
+def list_sets(root: Path) -> pd.DataFrame:
+    """One row a published set: what it holds, what it costs to download, whether it is below ``root``."""
+    rows = {
+        key: {
+            "images": spec.images,
+            "classes": spec.classes,
+            "split": spec.split,
+            "size": f"{spec.gigabytes:g} GB",
+            "there": "yes" if is_there(key, root) else "no",
+            "licence": spec.licence,
+        }
+        for key, spec in DATASETS.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def check_set(key: str, root: Path, every_image: bool = False) -> tuple[bool, list[str]]:
+    """Reads a set's lists and one image of each class, or all images; (is it readable, lines that say what was found)."""
+    spec = DATASETS[key]
+    try:
+        data = load_dataset(key, "test", root, image_size=8, test_fraction=None, on_bad_image="leave_out", decode=False)
+    except ValueError as error:
+        return False, [str(error), *by_hand(spec, root)]
+    found = f"{len(data):,} images, {len(data.class_names)} classes"
+    lines = [f"as published: {found}"]
+    if not data.published:
+        lines = [f"usable, but not the published set: {found} instead of {spec.images:,} and {spec.classes}"]
+    lines.append("prompts: " + "; ".join(_some(data.prompts)))
+    if repeated := len(data.prompts) - len(set(data.prompts)):
+        lines.append(f"{repeated} prompts are the same as another class's")
+    labels = data.labels.tolist()
+    rows = range(len(data)) if every_image else [labels.index(label) for label in dict.fromkeys(labels)]
+    with progress(total=len(rows), desc=f"decode {key}", unit="image", leave=False) as bar:
+        for batch in data.batches(torch.tensor(list(rows)).split(64)):
+            bar.update(len(batch.rows))
+    read = len(rows) - len(data.unreadable)
+    lines.append(f"{read:,} of {len(rows):,} images decoded{'' if every_image else ', one of each class'}")
+    return not data.unreadable, lines
+
+
+def _some(prompts: Sequence[str], n: int = 3) -> list[str]:
+    return [*prompts] if len(prompts) <= n + 1 else [*prompts[:n], "...", prompts[-1]]
+
+
+def by_hand(spec: DatasetSpec, root: Path) -> list[str]:
+    """Where to get a set that cannot be downloaded by program, and where to put it."""
+    lines = [f"source: {spec.source}"]
+    return [*lines, f"by hand: in {root}, {spec.by_hand}"] if spec.by_hand else lines
+
+
+def fetch_set(key: str, root: Path) -> str:
+    """Downloads one set into ``root`` and says so. A half-done download is never mistaken for a set.
+
+    What torchvision downloads and unpacks goes to ``<root>/.fetching/<key>`` first. After an interruption, archives are
+    kept where their checksum tells whether they are whole, and unpacked afresh. Raises whatever the download raises.
+    """
+    spec = DATASETS[key]
+    if not missing_parts(key, root):
+        return "there already"
+    if (root / spec.folder).exists():
+        raise FileExistsError(f"{root / spec.folder} is there but lacks {', '.join(missing_parts(key, root))}; move it away")
+    if key != "tinyImageNet" and spec.torchvision in (None, "StanfordCars"):
+        raise RuntimeError("cannot be downloaded by program")
+    staging = root / ".fetching" / key
+    if key in _NO_CHECKSUM:
+        shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True, exist_ok=True)
+    for path in sorted(staging.rglob("*"), reverse=True):  # files before the folder they are in
+        if path.is_dir():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path.suffix not in _ARCHIVES:
+            path.unlink()
+    if key == "tinyImageNet":
+        download_and_extract_archive(spec.source, str(staging))
+    else:
+        getattr(torchvision.datasets, spec.torchvision)(str(staging), download=True, **spec.test)
+    (staging / spec.folder).rename(root / spec.folder)
+    shutil.rmtree(staging)
+    return "fetched"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tgazsr_utils.datasets", description=__doc__)
+    parser.add_argument("action", choices=("list", "check", "fetch"))
+    parser.add_argument("keys", nargs="*", help="sets (default: all; for check, those that are there)")
+    parser.add_argument("--root", default=DEFAULT_ROOT, help=f"folder of the sets (default: {DEFAULT_ROOT})")
+    parser.add_argument("--all", action="store_true", help="check: decode every image, not one of each class")
+    options = parser.parse_args(arguments)
+    root = resolve(options.root)
+    unknown = [key for key in options.keys if key not in DATASETS]
+    if unknown:
+        print(f"error: set {unknown[0]!r} is unknown; there are: {', '.join(DATASETS)}", file=sys.stderr)
+        return 2
+    keys = options.keys or list(DATASETS)
+    print(f"data root: {root}")
+    if options.action == "list":
+        print(list_sets(root).loc[keys].to_string())
+        total = sum(DATASETS[key].gigabytes for key in keys)
+        print(f"{total:.0f} GB to download in all; once unpacked they take about as much again")
+        return 0
+    if options.action == "check" and not options.keys:
+        keys = [key for key in keys if is_there(key, root)]
+    failed = []
+    for key in keys:
+        try:
+            if options.action == "check":
+                good, lines = check_set(key, root, options.all)
+            else:
+                print(f"{key}: {DATASETS[key].gigabytes:g} GB, {DATASETS[key].licence}", flush=True)
+                good, lines = True, [fetch_set(key, root)]
+        except KeyboardInterrupt:
+            print(f"\n{key}: interrupted; the same command goes on from here", file=sys.stderr)
+            return 130
+        except Exception as error:  # one failing set must not stop the others, whatever a server answers
+            good, lines = False, [f"failed: {' '.join(str(error).split())}", *by_hand(DATASETS[key], root)]
+        print(f"{key}: " + "\n    ".join(lines), flush=True)
+        failed += [] if good else [key]
+    if options.action == "check":
+        absent = [key for key in DATASETS if not is_there(key, root)]
+        print(f"{len(keys) - len(failed)} of {len(keys)} sets are readable; not there: {', '.join(absent) or 'none'}")
+    if failed:
+        print(f"error: {options.action} failed for {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed or (options.action == "check" and not keys) else 0
