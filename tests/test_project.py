@@ -78,6 +78,22 @@ def test_the_readmes_numbers_are_those_of_the_kept_records():
         assert f"| {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
 
 
+def test_the_readmes_photo_table_is_that_of_the_kept_tables():
+    kept = {}
+    for eps in (2, 1):
+        frame = pd.read_csv(ROOT / "data" / "reference" / "photo" / f"eps_{eps}" / "accuracy_by_set.csv")
+        assert set(frame[frame.kind == "robust"].eps_255) == {eps}
+        frame["accuracy"] = 100 * frame.correct / frame.n
+        kept[eps] = frame.pivot_table(index="dataset", columns=["method", "kind"], values="accuracy", sort=False)
+    for key in kept[2].index:
+        cells = [
+            f"{table.loc[key, (method, 'robust')]:.1f} / {table.loc[key, (method, 'clean')]:.1f}"
+            for table in kept.values()
+            for method in ("CLIP", "TeCoA", "TGA-ZSR")
+        ]
+        assert f"| {key} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
+
+
 def test_no_path_of_a_machine_and_no_output_is_committed():
     for path in [*ROOT.glob("*.md"), *ROOT.glob("*.sh"), *(ROOT / "tgazsr_utils").rglob("*.py"), *BOOKS]:
         assert not re.search(r"/(home|root|Users|work)/", path.read_text()), path

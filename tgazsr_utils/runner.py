@@ -7,6 +7,7 @@ leaves executed copies, HTML, figures, records and a manifest in the output fold
 import argparse
 import ast
 import json
+import logging
 import os
 import platform
 import sys
@@ -253,6 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     if profile.isdigit():
         profile, numbers = "mini", [profile, *numbers]
     os.environ[HEADLESS] = "1"
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that a cell does not list; all are checked here
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not one of the same name in the home folder
     try:
         given = {name: yaml.safe_load(value) for name, value in options.p}
