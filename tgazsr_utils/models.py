@@ -146,10 +146,10 @@ def load_clip(
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     target = pick_device(device)
+    image_size = None if image_size == image_size_of(arch) else image_size
     try:
         source, encoder = _find_source(arch, pretrained)
-        if source is None:
-            logging.disable(logging.WARNING)  # open_clip warns of random weights, which are asked for here
+        logging.disable(logging.WARNING)  # open_clip warns of random weights even where others are put in afterwards
         options = {"precision": precision, "device": target, "force_image_size": image_size}
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*QuickGELU")  # the weights would run, with wrong numbers
