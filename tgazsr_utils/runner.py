@@ -140,6 +140,7 @@ def execute(notebook: str, parameters: dict[str, Any], folder: Path) -> Path:
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
                 config=Config({"KernelManager": kernel}),
+                extra_arguments=["--IPKernelApp.log_level=50"],  # a kernel that is interrupted fills the log with its own troubles
             )
         finally:
             export_html(executed, folder / "html" / f"{notebook}.html")
