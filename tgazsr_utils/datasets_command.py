@@ -65,9 +65,9 @@ def _some(prompts: Sequence[str], n: int = 3) -> list[str]:
 
 
 def by_hand(spec: DatasetSpec, root: Path) -> list[str]:
-    """Where to get a set that cannot be downloaded by program, and where to put it."""
-    lines = [f"source: {spec.source}"]
-    return [*lines, f"by hand: in {root}, {spec.by_hand}"] if spec.by_hand else lines
+    """Where to get a set when it cannot be downloaded by program, and where to put it."""
+    what = spec.by_hand or "unpack what is offered there"
+    return [f"source: {spec.source}", f"by hand: in {root}, {what}; looked for: {', '.join(spec.needs)}"]
 
 
 def fetch_set(key: str, root: Path) -> str:
