@@ -1,6 +1,7 @@
 """Miniatures of the published on-disk layouts of the 16 sets, for tests: a few classes, two images each.
 
-An image's colour tells its class: red is 40 + 50 times the label (modulo 200).
+An image's colour tells its class: red is 40 + 50 times the label (modulo 200). Blue grows from left to right, so that a
+crop differs from a squeeze. Parts to tune on are smaller than parts to test on.
 """
 
 import json
@@ -23,7 +24,7 @@ def red(label: int) -> int:
 
 def pixels(label: int, side: int = SIDE) -> np.ndarray:
     image = np.zeros((side, side, 3), np.uint8)
-    image[..., 0], image[..., 1] = red(label), 90
+    image[..., 0], image[..., 1], image[..., 2] = red(label), 90, np.linspace(0, 250, side)
     return image
 
 
@@ -61,7 +62,8 @@ def cifar(base: Path, label_key: str, names_key: str, names: list[str], files: l
     labels = [1, 0, 1, 0]
     data = np.stack([pixels(label, 32).transpose(2, 0, 1).reshape(-1) for label in labels])
     for name in files:
-        (base / name).write_bytes(pickle.dumps({"data": data, label_key: labels}))
+        rows = slice(None) if name.startswith("test") else [0, 2]
+        (base / name).write_bytes(pickle.dumps({"data": data[rows], label_key: np.array(labels)[rows].tolist()}))
     (base / meta).write_bytes(pickle.dumps({names_key: names}))
 
 
@@ -78,9 +80,9 @@ def stl10(root: Path) -> None:
     base = root / "stl10_binary"
     base.mkdir()
     images = np.stack([pixels(label, 96).transpose(2, 1, 0) for label in (1, 0, 1, 0)])  # column by column
-    for name in ("train", "test"):
-        (base / f"{name}_X.bin").write_bytes(images.tobytes())
-        (base / f"{name}_y.bin").write_bytes(bytes([2, 1, 2, 1]))  # from 1
+    for name, rows, labels in (("train", [0, 2], [2, 2]), ("test", slice(None), [2, 1, 2, 1])):  # labels from 1
+        (base / f"{name}_X.bin").write_bytes(images[rows].tobytes())
+        (base / f"{name}_y.bin").write_bytes(bytes(labels))
     (base / "unlabeled_X.bin").write_bytes(images[:1].tobytes())
     text(base / "class_names.txt", "airplane", "bird")
 
@@ -99,7 +101,8 @@ def food101(root: Path) -> None:
     for split in ("train", "test"):
         path = root / "food-101" / "meta" / f"{split}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({name: [f"{name}/1", f"{name}/2"] for name in names}))
+        chosen = names if split == "test" else names[1:]
+        path.write_text(json.dumps({name: [f"{name}/1", f"{name}/2"] if name in chosen else [] for name in names}))
 
 
 def pets(root: Path) -> None:
@@ -109,7 +112,7 @@ def pets(root: Path) -> None:
         for i in (1, 2):
             jpeg(base / "images" / f"{name}_{i}.jpg", label)
     for split in ("trainval", "test"):
-        text(base / "annotations" / f"{split}.txt", *lines)
+        text(base / "annotations" / f"{split}.txt", *(lines if split == "test" else [lines[0], *lines[2:]]))
 
 
 def flowers(root: Path) -> None:
@@ -117,7 +120,7 @@ def flowers(root: Path) -> None:
     for i, label in enumerate(labels, 1):
         jpeg(base / "jpg" / f"image_{i:05d}.jpg", label - 1)
     savemat(base / "imagelabels.mat", {"labels": np.array(labels)})
-    savemat(base / "setid.mat", {"trnid": np.array([1, 2]), "valid": np.array([1, 2]), "tstid": np.array([1, 2, 3, 4])})
+    savemat(base / "setid.mat", {"trnid": np.array([1, 3]), "valid": np.array([1, 2]), "tstid": np.array([1, 2, 3, 4])})
 
 
 def dtd(root: Path) -> None:
@@ -125,8 +128,9 @@ def dtd(root: Path) -> None:
     for label, name in enumerate(names):
         for i in (1, 2):
             jpeg(root / "dtd" / "dtd" / "images" / name / f"{name}_{i}.jpg", label)
-    for split in ("train1", "test1"):
-        text(root / "dtd" / "dtd" / "labels" / f"{split}.txt", *(f"{name}/{name}_{i}.jpg" for name in names for i in (1, 2)))
+    for split, numbers in (("train1", (2,)), ("test1", (1, 2))):
+        lines = (f"{name}/{name}_{i}.jpg" for name in names for i in numbers)
+        text(root / "dtd" / "dtd" / "labels" / f"{split}.txt", *lines)
 
 
 def eurosat(root: Path) -> None:
@@ -143,8 +147,8 @@ def aircraft(root: Path) -> None:
         for i in (1, 2):
             jpeg(base / "images" / f"00{label}{i}.jpg", label)
             lines.append(f"00{label}{i} {name}")
-    for split in ("trainval", "test"):
-        text(base / f"images_variant_{split}.txt", *lines)
+    text(base / "images_variant_test.txt", *lines)
+    text(base / "images_variant_trainval.txt", *lines[2:])
 
 
 def imagenet(root: Path) -> None:
@@ -172,19 +176,19 @@ def cars(root: Path) -> None:
         jpeg(base / "cars_train" / f"{i:05d}.jpg", label - 1)
         rows[i] = (1, 1, 50, 50, label, f"{i:05d}.jpg")
     savemat(base / "cars_test_annos_withlabels.mat", {"annotations": rows})
-    savemat(base / "devkit" / "cars_train_annos.mat", {"annotations": rows})
+    savemat(base / "devkit" / "cars_train_annos.mat", {"annotations": rows[::2]})
     names = np.array(["AM General Hummer SUV 2000", "Ram C/V Cargo Van Minivan 2012"], dtype=object)
     savemat(base / "devkit" / "cars_meta.mat", {"class_names": names})
 
 
 def pcam(root: Path) -> None:
     (root / "pcam").mkdir()
-    for split in ("train", "test"):
+    for split, labels in (("train", (1, 1)), ("test", (1, 0, 1, 0))):
         stem = root / "pcam" / f"camelyonpatch_level_2_split_{split}"
         with h5py.File(f"{stem}_x.h5", "w") as file:
-            file["x"] = np.stack([pixels(label, 96) for label in (1, 0, 1, 0)])
+            file["x"] = np.stack([pixels(label, 96) for label in labels])
         with h5py.File(f"{stem}_y.h5", "w") as file:
-            file["y"] = np.array([1, 0, 1, 0], np.uint8).reshape(4, 1, 1, 1)
+            file["y"] = np.array(labels, np.uint8).reshape(-1, 1, 1, 1)
 
 
 WRITERS = {

@@ -48,15 +48,15 @@ def test_boxes_go_through_the_same_crop_as_images(photo_root):
 def test_preprocessing_is_pils_bilinear_resize_and_centre_crop(photo_root):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (90, 140, 3), dtype=np.uint8)
-    folder = photo_root / "one" / "class"
-    folder.mkdir(parents=True)
-    Image.fromarray(pixels).save(folder / "image.png")
-    (loaded,) = load_dataset("one", "train", photo_root).images
+    for name in ("a", "b"):
+        (photo_root / "one" / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(photo_root / "one" / name / "image.png")
+    loaded, _ = load_dataset("one", "train", photo_root).images
     resized = Image.fromarray(pixels).resize((int(64 * 140 / 90), 64), Image.Resampling.BILINEAR)
     left = round((resized.width - 56) / 2)
     expected = np.asarray(resized.crop((left, 4, left + 56, 60)))
     np.testing.assert_array_equal(loaded.permute(1, 2, 0).numpy(), expected)
-    (squashed,) = load_dataset("one", "train", photo_root, preprocess="resize").images
+    squashed, _ = load_dataset("one", "train", photo_root, preprocess="resize").images
     expected = np.asarray(Image.fromarray(pixels).resize((56, 56), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(squashed.permute(1, 2, 0).numpy(), expected)
 
@@ -85,7 +85,7 @@ def test_bad_input_is_named(photo_root):
         load_dataset("triangles", "test")
     with pytest.raises(ValueError, match="'nowhere' is not a folder"):
         load_dataset("animals", "test", "nowhere")
-    with pytest.raises(ValueError, match="'plants' is not in .*animals, tiny"):
+    with pytest.raises(ValueError, match="'plants' in .* not there; there are: animals, tiny"):
         load_dataset("plants", "test", photo_root)
     broken = photo_root / "animals" / "images" / "017.red_Fox" / "3.png"
     broken.write_bytes(b"not an image")

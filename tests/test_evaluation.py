@@ -104,19 +104,23 @@ def test_the_leaderboard_refuses_mixtures(records, changes):
         leaderboard([*records, *other])
 
 
-def test_the_published_table_and_what_may_stand_beside_it(records):
+def test_the_published_table_and_what_may_stand_beside_it(records, capsys):
     table = results.published()
     assert table.loc["TGA-ZSR", ["robust", "clean", "average"]].tolist() == [42.09, 56.44, 49.27]
     np.testing.assert_allclose((table.robust + table.clean) / 2, table.average, atol=0.011)
-    pd.testing.assert_frame_equal(results.beside_published(records), table)
+    beside = lambda records: results.beside_published(records, "openai", "tinyImageNet")
+    pd.testing.assert_frame_equal(beside(records), table)
     as_published = {"arch": "ViT-B-32-quickgelu", "published": True, "world": "photographs", "available": 500}
-    attacked = {"attack": "pgd-100", "eps_255": 1.0}
+    attacked = {"attack": "pgd-100", "eps_255": 1.0, "settings": {"test_stepsize": 1.0}}
     pretend = [change(r, **as_published, **(attacked if r.attack != "none" else {})) for r in records]
-    ours, both = leaderboard(pretend), results.beside_published(pretend)
+    ours, both = leaderboard(pretend), beside(pretend)
     assert both.loc["CLIP", "difference_clean"] == pytest.approx(ours.loc["CLIP", "clean"] - 64.42)
     assert both.loc["CLIP", ["ours_sets", "ours_images"]].tolist() == ["2 of 16", "60 of 1,000"]
-    for other in ({"published": False}, {"arch": "ViT-B-16"}, {"world": PLUMBING}, {"eps_255": 2.0}):
-        pd.testing.assert_frame_equal(results.beside_published([*pretend, change(pretend[-1], **other)]), table)
+    capsys.readouterr()
+    for other in ({"published": False}, {"arch": "ViT-B-32-256"}, {"world": PLUMBING}, {"settings": {"test_stepsize": 2.0}}):
+        pd.testing.assert_frame_equal(beside([*pretend, change(pretend[-1], **other)]), table)
+        assert "not comparable with the published table: " in capsys.readouterr().out
+    pd.testing.assert_frame_equal(results.beside_published(pretend, "laion2b_s34b_b79k", "tinyImageNet"), table)
 
 
 def test_images_left_out_or_not_used_are_told_in_the_table(records):

@@ -3,9 +3,11 @@
 import hashlib
 import http.server
 import io
+import pickle
 import tarfile
 import threading
 import urllib.request
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from PIL import Image
 from tgazsr_utils import datasets
 from tgazsr_utils.datasets import DATASETS, choose_datasets, list_datasets, load_dataset
 from tgazsr_utils.datasets_command import main
+from tgazsr_utils.evaluation import evaluate
+from tgazsr_utils.models import load_clip
 
 # key -> images and classes as published, preprocessing, labels of the miniature, its prompts
 EXPECTED = {
@@ -66,37 +70,94 @@ def test_the_published_layout_is_read(key, root):
     images, classes, preprocess, labels, prompts = EXPECTED[key]
     spec = DATASETS[key]
     assert (spec.images, spec.classes, spec.preprocess) == (images, classes, preprocess)
-    data = load_dataset(key, "test", root, test_fraction=None)
+    data = load_dataset(key, "test", root)
     assert data.labels.tolist() == labels
     assert list(data.prompts[: len(prompts)]) == prompts
     assert len(data.prompts) == (102 if key == "flowers102" else len(prompts))  # torchvision lists all flowers itself
     assert not data.published and data.images.shape[1:] == (3, 56, 56)
     shown = data.images.float().mean((2, 3))
     shift = 1 if key == "Caltech101" else 0  # the miniature's background folder comes first and is no class
-    expected = torch.tensor([[red(label + shift), 90, 0] for label in labels]).float()
-    assert (shown - expected).abs().max() < 4  # each image is its label's, up to JPEG
+    expected = torch.tensor([[red(label + shift), 90] for label in labels]).float()
+    assert (shown[:, :2] - expected).abs().max() < 4  # each image is its label's, up to JPEG
+
+    undecoded = load_dataset(key, "test", root, image_size=224, decode=False)
+    source, chosen = undecoded.images.source, int(undecoded.images.chosen[-1])
+    original = source.open(chosen).convert("RGB")
+    (pixels,) = pickle.loads(pickle.dumps(undecoded.images))[[len(labels) - 1]].images  # as a worker process gets it
+    np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), by_pil(original, preprocess, 224))
 
 
-@pytest.mark.parametrize("key", [key for key, spec in DATASETS.items() if spec.train is not None or key == "tinyImageNet"])
-def test_sets_with_a_part_to_tune_on(key, root):
-    train = load_dataset(key, "train", root)
-    assert len(train) >= 2 and not train.published and train.images.shape[1:] == (3, 56, 56)
-
-
-@pytest.mark.parametrize("preprocess, side", [("resize", 224), ("crop", 224), ("crop", 336), ("resize", 56)])
-def test_preprocessing_is_pils_to_the_bit(preprocess, side, root):
-    """Both ways of REFERENCE section 6 against PIL alone, at several sizes."""
-    rng = np.random.default_rng(0)
-    original = Image.fromarray(rng.integers(0, 256, (150, 91, 3), dtype=np.uint8))
-    original.save(root / "Food101.png")
+def by_pil(original, preprocess, side):
+    """Both ways of REFERENCE section 6, in PIL alone."""
     if preprocess == "resize":
-        expected = original.resize((side, side), Image.Resampling.BILINEAR)
-    else:
-        shorter = {224: 256, 336: 384}[side]
-        resized = original.resize((shorter, int(shorter * 150 / 91)), Image.Resampling.BILINEAR)
-        left, top = round((shorter - side) / 2), round((resized.height - side) / 2)
-        expected = resized.crop((left, top, left + side, top + side))
-    np.testing.assert_array_equal(np.asarray(datasets.fit(original, side, preprocess)), np.asarray(expected))
+        return np.asarray(original.resize((side, side), Image.Resampling.BILINEAR))
+    shorter = {224: 256, 336: 384}[side]
+    width, height = (shorter * original.width // min(original.size), shorter * original.height // min(original.size))
+    resized = original.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return np.asarray(resized.crop((left, top, left + side, top + side)))
+
+
+TRAIN = {"tinyImageNet": [0] * 4 + [1] * 4, "cifar10": [1] * 10, "oxfordpet": [0, 1, 1], "dtd": [0, 1]}
+TRAIN |= {key: [1, 1] for key in ("cifar100", "STL10", "Food101", "flowers102", "fgvc_aircraft", "StanfordCars", "PCAM")}
+
+
+@pytest.mark.parametrize("key", DATASETS)
+def test_parts_to_tune_on(key, root):
+    if key in TRAIN:
+        train = load_dataset(key, "train", root)
+        assert train.labels.tolist() == TRAIN[key] and not train.published
+        return
+    with pytest.raises(ValueError, match=f"{key!r} in .* cannot be read: (it has no part|no train images)"):
+        load_dataset(key, "train", root)
+
+
+@pytest.mark.parametrize("preprocess, side", [("resize", 224), ("crop", 224), ("crop", 336)])
+def test_preprocessing_is_pils_to_the_bit(preprocess, side):
+    rng = np.random.default_rng(0)
+    for shape in ((150, 91, 3), (91, 150, 3), (64, 64, 3)):
+        original = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+        np.testing.assert_array_equal(np.asarray(datasets.fit(original, side, preprocess)), by_pil(original, preprocess, side))
+
+
+def test_sets_that_are_badly_unpacked_are_refused(tmp_path, root):
+    """What one class alone would be: an accuracy of 100 %."""
+    for i in range(3):
+        path = tmp_path / "ImageNet" / "val" / f"ILSVRC2012_val_{i:08d}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(path)
+    with pytest.raises(ValueError, match="'ImageNet' in .* no test images in class folders below"):
+        load_dataset("ImageNet", "test", tmp_path)
+    (tmp_path / "mine" / "only").mkdir(parents=True)
+    for i in range(2):
+        Image.new("RGB", (64, 64)).save(tmp_path / "mine" / "only" / f"{i}.png")
+    with pytest.raises(ValueError, match="'mine' in .* only one class, 'only'"):
+        load_dataset("mine", "test", tmp_path, test_fraction=0.5)
+    (root / "tiny-imagenet-200" / "wnids.txt").unlink()
+    with pytest.raises(ValueError, match="'tinyImageNet' in .* missing: tiny-imagenet-200/wnids.txt"):
+        load_dataset("tinyImageNet", "test", root)
+    (root / "cifar-10-batches-py" / "data_batch_3").unlink()
+    with pytest.raises(ValueError, match="'cifar10' in .* missing: cifar-10-batches-py/data_batch_3"):
+        load_dataset("cifar10", "test", root)
+
+
+def test_imagenets_own_parts(root):
+    for label, wnid in enumerate(("n01440764", "n01443537")):
+        for i in range(3):
+            path = root / "ImageNet" / "train" / wnid / f"{wnid}_{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64)).save(path)
+    (root / "ImageNet" / "test").mkdir()
+    train, test = (load_dataset("ImageNet", split, root, test_fraction=0.2) for split in ("train", "test"))
+    assert (len(train), len(test)) == (6, 4)
+    assert train.prompts == test.prompts == ("This is a photo of a tench", "This is a photo of a goldfish")
+
+
+def test_what_counts_as_published(root, monkeypatch):
+    monkeypatch.setitem(DATASETS, "dtd", replace(DATASETS["dtd"], images=4, classes=2))
+    load = lambda **options: load_dataset("dtd", "test", root, **options).published
+    assert load() and load(n=2) and load(preprocess="crop", prompt="A surface with a {} texture.")
+    assert not load(preprocess="resize") and not load(prompt="{}") and not load_dataset("dtd", "train", root).published
 
 
 def test_any_key_may_be_class_folders_instead(tmp_path):
@@ -104,12 +165,12 @@ def test_any_key_may_be_class_folders_instead(tmp_path):
         (tmp_path / "EuroSAT" / name).mkdir(parents=True)
         for i in range(5):
             Image.new("RGB", (64, 64), (10 * i,) * 3).save(tmp_path / "EuroSAT" / name / f"{i}.png")
-    data = load_dataset("EuroSAT", "test", tmp_path, test_fraction=None)
+    data = load_dataset("EuroSAT", "test", tmp_path)
     assert len(data) == 10 and data.prompts[1] == "A centered satellite photo of a sea or a lake."
-    train, test = (load_dataset("EuroSAT", split, tmp_path) for split in ("train", "test"))
+    train, test = (load_dataset("EuroSAT", split, tmp_path, test_fraction=0.2) for split in ("train", "test"))
     assert (len(train), len(test)) == (8, 2)
     assert list_datasets(tmp_path) == ["EuroSAT"]
-    other = load_dataset("EuroSAT", "test", tmp_path, prompt="Seen: {}")
+    other = load_dataset("EuroSAT", "test", tmp_path, prompt="Seen: {}", test_fraction=0.2)
     assert other.prompts[1] == "Seen: a sea or a lake" and other.fingerprint() != test.fingerprint()
 
 
@@ -119,8 +180,12 @@ def test_which_of_the_published_sets_are_there(root, tmp_path, capsys):
     for key in ("dtd", "PCAM"):
         WRITERS[key](tmp_path)
     (tmp_path / "mine" / "class").mkdir(parents=True)
+    (tmp_path / "flowers-102").mkdir()  # half unpacked
     assert choose_datasets("published", tmp_path) == ["dtd", "PCAM"]
-    assert "2 of 16 published sets are there; missing: tinyImageNet" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 of 16 published sets are there; missing: tinyImageNet" in printed
+    assert "'flowers102' in" in printed and "missing: flowers-102/imagelabels.mat" in printed
+    (tmp_path / "flowers-102").rmdir()
     assert choose_datasets(None, tmp_path) == ["dtd", "PCAM", "mine"]
     with pytest.raises(ValueError, match="none of the 16 published sets"):
         choose_datasets("published", tmp_path / "mine")
@@ -152,19 +217,23 @@ def test_damaged_images_stop_the_run_or_are_left_out(large, root, monkeypatch, c
     batches = read(on_bad_image="leave_out")
     assert sum(len(b.rows) for b in batches) == 3 and torch.cat([b.labels for b in batches]).tolist() == [0, 1, 1]
     assert "left out: image" in capfd.readouterr().err
+    clip = load_clip("mini-clip", "mini", "cpu")
+    for n in (None, 4):
+        record = evaluate(clip, load_dataset("Food101", "test", root, n, on_bad_image="leave_out"), None, method="CLIP")
+        assert (record.n, record.left_out, record.available) == (3, 1, 4)
 
 
 def test_lists_that_are_missing_or_damaged_are_named(root):
     (root / "oxford-iiit-pet" / "annotations" / "test.txt").unlink()
-    with pytest.raises(ValueError, match="'oxfordpet' is not whole; missing below .*: oxford-iiit-pet/annotations/test.txt"):
+    with pytest.raises(ValueError, match="'oxfordpet' in .* missing: oxford-iiit-pet/annotations/test.txt"):
         load_dataset("oxfordpet", "test", root)
     (root / "food-101" / "meta" / "test.json").write_text("{")
-    with pytest.raises(ValueError, match="'Food101' below .* cannot be read: "):
+    with pytest.raises(ValueError, match="'Food101' in .* cannot be read: "):
         load_dataset("Food101", "test", root)
     (root / "dtd" / "dtd" / "images" / "banded" / "banded_1.jpg").unlink()
     with pytest.raises(ValueError, match="banded_1.jpg cannot be read: .*No such file"):
         load_dataset("dtd", "test", root)
-    with pytest.raises(ValueError, match="'SUN397' has no part to train on"):
+    with pytest.raises(ValueError, match="'SUN397' in .* it has no part to train on"):
         load_dataset("SUN397", "train", root)
 
 
@@ -247,4 +316,4 @@ def test_a_killed_unpacking_is_done_again_from_the_archive(server, tmp_path):
     asked = server.asked
     assert main(["fetch", "dtd", "--root", str(tmp_path / "sets")]) == 0
     assert server.asked == asked
-    assert len(load_dataset("dtd", "test", tmp_path / "sets", test_fraction=None)) == 4
+    assert len(load_dataset("dtd", "test", tmp_path / "sets")) == 4

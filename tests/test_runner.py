@@ -22,6 +22,7 @@ from tgazsr_utils.runner import fingerprint, main, parameters_of, load_profile
         (["mini", "-p", "data_root", "no/such/folder"], "parameter data_root = 'no/such/folder': .*no such folder"),
         (["mini", "-p", "device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["mini", "-p", "lr", "[1, 2"], "-p: "),
+        (["mini", "-p", "testdata", "foo"], "parameter testdata = 'foo': .*list of sets, 'published'"),
     ],
 )
 def test_bad_calls_stop_with_one_line_and_leave_nothing(arguments, message, tmp_path, capsys):
@@ -102,6 +103,6 @@ def test_the_photo_profile_runs_on_folders_of_photographs(photo_root, tmp_path_f
     assert main(["photo", *(word for item in given.items() for word in ("-p", item[0], str(item[1])))]) == 0
     log = capfd.readouterr().out
     assert "pre-train mini-clip: 3/3" in log and "2 sets" in log
-    assert "2 of 16" in log and "photographs" in log
+    assert re.search(r"\n.* 2  +8 +photographs", log)  # sets, images, world
     assert (out / "models" / "pretrained_mini-clip.safetensors").exists()
     assert (out / "figures" / "01_energy_inside.png").exists()  # the boxes were found

@@ -32,6 +32,7 @@ from .settings import resolve
 Split = Literal["train", "test"]
 OnBadImage = Literal["stop", "leave_out"]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+TEST_FRACTION = 0.2  # of each class, for folders that come without a split
 KEEP_DECODED = 2**28  # bytes: a set up to this size is decoded once, a larger one anew each time it is read
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, inclusive
@@ -110,7 +111,8 @@ class ImageSet:
     masks: Tensor | None = None  # [N,H,W] bool: where the object is; only of sets kept decoded
     mask_kind: str = "mask"  # "mask": its exact outline; "box": its bounding box
     available: int | None = None  # images in the whole part, if this is a cut of it
-    published: bool = False  # the whole part has the published number of images and classes
+    published: bool = False  # as published: number of images and classes of the whole part, preprocessing, prompts
+    left_out: int = 0  # images that are not among these since they cannot be read
     on_bad_image: OnBadImage = "stop"
     unreadable: list[str] = field(default_factory=list)  # what was left out so far, a line an image
 
@@ -134,8 +136,8 @@ class ImageSet:
             parts = self._decode([chunk.tolist() for chunk in chunks])
         for number, (rows, images, _) in enumerate(parts, start=skip):
             if len(rows):
-                moved = images.to(device, non_blocking=True).float() / 255
-                yield Batch(number, rows, moved, self.labels[rows].to(device, non_blocking=True))
+                moved = images.to(device, non_blocking=images.is_pinned()).float() / 255
+                yield Batch(number, rows, moved, self.labels[rows].to(device))
 
     def _decode(self, chunks: Sequence[list[int]]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """(rows, images, masks) of each chunk, without those that cannot be read."""
@@ -167,7 +169,8 @@ class ImageSet:
         if not len(kept):
             raise ValueError(f"image set {self.key!r}: none of its {len(self)} images can be read")
         joined = torch.cat([part for part in masks if part is not None]) if self.images.source.boxes else None
-        return replace(self, images=torch.cat(images), labels=self.labels[kept], masks=joined)
+        bad = len(self) - len(kept)
+        return replace(self, images=torch.cat(images), labels=self.labels[kept], masks=joined, left_out=bad)
 
     def subset(self, n: int | None, seed: int = 0) -> "ImageSet":
         """At most ``n`` images, drawn by ``seed`` so that every class is there as often, within one, as it can be."""
@@ -220,7 +223,14 @@ def choose_datasets(wanted: list[str] | Literal["published"] | None, root: str |
     """The test sets to use: those named; all there are (None); or those of the 16 published that are there."""
     if wanted != "published":
         return wanted or list_datasets(root)
-    there = [key for key in DATASETS if root is not None and is_there(key, _existing_root(root))]
+    there = []
+    for key in DATASETS if root is not None else ():
+        if is_there(key, folder := _existing_root(root)):
+            try:
+                open_source(key, "test", folder)
+                there.append(key)
+            except ValueError as error:
+                print(error)
     missing = [key for key in DATASETS if key not in there]
     if not there:
         raise ValueError(f"none of the {len(DATASETS)} published sets is in data_root {str(root)!r}; see "
@@ -240,7 +250,7 @@ def load_dataset(
     *,
     preprocess: Preprocess | None = None,
     prompt: str | None = None,
-    test_fraction: float | None = 0.2,
+    test_fraction: float | None = None,
     on_bad_image: OnBadImage = "stop",
     world: str | None = None,
     decode: bool = True,
@@ -250,8 +260,9 @@ def load_dataset(
     ``root=None``: the mini-world, ``key`` a task, ``n`` images (default 1000) rendered anew for each ``seed``. Else
     ``key`` is one of ``DATASETS``, in its published layout below ``root``, or any folder ``<root>/<key>`` in
     Tiny-ImageNet's layout, with ``train`` and ``test`` (or ``val``) folders of ``<class>/*``, or with just
-    ``<class>/*``, perhaps one level further down; the latter are split for each class by ``seed``, ``test_fraction``
-    for testing (None: all of it is for testing). ``n`` caps the number of images, evenly over classes.
+    ``<class>/*``, perhaps one level further down. A set without a split of its own is split for each class by ``seed``,
+    ``test_fraction`` of it for testing; None: a fifth, but all of a published set. ``n`` caps the number of images,
+    evenly over classes.
     ``preprocess`` and ``prompt`` replace the set's own: "resize" both sides, or "crop" (resize the shorter side to
     256/224 of ``image_size``, centre-crop); bilinear, by PIL. Sets of more than 256 MiB, and any with ``decode`` False, are read as
     they are needed.
@@ -276,7 +287,10 @@ def load_dataset(
         tuple(template.format(name) for name in names),
         mask_kind="box",
         available=len(labels),
-        published=spec is not None and split == "test" and (len(labels), len(names)) == (spec.images, spec.classes),
+        published=spec is not None
+        and split == "test"
+        and (len(labels), len(names)) == (spec.images, spec.classes)
+        and (preprocess or spec.preprocess, template) == (spec.preprocess, spec.prompt),
         on_bad_image=on_bad_image,
     )
     return data.decoded() if decode and len(data) * 3 * image_size**2 <= KEEP_DECODED else data
@@ -310,29 +324,38 @@ def is_there(key: str, root: Path) -> bool:
     return (root / key).is_dir() or (root / DATASETS[key].folder).is_dir()
 
 
-def open_source(key: str, split: Split, root: Path, test_fraction: float | None, seed: int) -> Source:
+def open_source(key: str, split: Split, root: Path, test_fraction: float | None = None, seed: int = 0) -> Source:
     """Finds one part of a set below ``root`` and reads its lists; see ``load_dataset``."""
     spec = DATASETS.get(key)
     missing = missing_parts(key, root) if spec else []
-    if spec and not spec.folders and not missing:
-        return _torchvision(key, spec, root, split)
     folder = root / key
-    if spec and spec.folders and not folder.is_dir():
-        folder = root / spec.folders
-    if not folder.is_dir():
-        if spec and is_there(key, root):
-            raise ValueError(f"image set {key!r} is not whole; missing below {root}: {', '.join(missing)}")
-        raise ValueError(f"image set {key!r} is not in {root}; there are: {', '.join(list_datasets(root)) or 'none'}")
     try:
-        if (folder / "wnids.txt").exists():
+        if spec and not missing and spec.torchvision and not spec.folders:
+            source = _torchvision(key, spec, root, split)
+        elif key == "tinyImageNet" and (root / spec.folder).is_dir() and not missing:
+            folder = root / spec.folder
             source = _tiny_imagenet(folder, split)
         else:
-            source = _class_folders(folder, split, test_fraction, seed)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"image set {key!r} below {root} cannot be read: {' '.join(str(error).split())}") from error
-    if not source.labels:
-        lacking = f"; its published layout also has {', '.join(missing)}" if missing else ""
-        raise ValueError(f"image set {key!r}: no {split} images below {folder}{lacking}")
+            part = spec and (spec.folders if split == "test" else spec.train_folders or spec.folders)
+            folder = root / part if part and (root / part).is_dir() else folder
+            if not folder.is_dir():
+                if missing and (root / spec.folder).is_dir():
+                    raise ValueError(f"missing: {', '.join(missing)}")
+                raise ValueError(f"it is not there; there are: {', '.join(list_datasets(root)) or 'none'}")
+            if (folder / "wnids.txt").exists():
+                source = _tiny_imagenet(folder, split)
+            else:
+                fraction = TEST_FRACTION if test_fraction is None and spec is None else test_fraction
+                whole = bool(part and spec.train_folders and (root / spec.train_folders).is_dir())
+                source = _class_folders(folder, split, fraction, seed, whole)
+        if not source.labels:
+            raise ValueError(f"no {split} images in class folders below {folder}")
+        if len(source.classes) < 2:
+            raise ValueError(f"only one class, {source.classes[0]!r}, below {folder}; are its images in class folders?")
+    except Exception as error:  # torchvision lets through whatever the parser of a damaged list raises
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason.replace("You can use download=True to download it", f"(python -m tgazsr_utils.datasets fetch {key})")
+        raise ValueError(f"image set {key!r} in {root} cannot be read: {reason}") from error
     return source
 
 
@@ -346,41 +369,32 @@ class _WithReader:
     """Opens images through a torchvision data set, which each process makes for itself."""
 
     arguments: tuple
-    order: list[int]
 
     def __call__(self, index: int) -> Image.Image:
-        return _reader(*self.arguments)[self.order[index]][0]
+        return _reader(*self.arguments)[index][0]
 
 
 def _torchvision(key: str, spec: DatasetSpec, root: Path, split: Split) -> Source:
     """A published set through torchvision's own class; images of a folder in the order of their names."""
     given = spec.test if split == "test" else spec.train
     if given is None:
-        raise ValueError(f"image set {key!r} has no part to train on; choose another, or class folders of your own")
+        raise ValueError("it has no part to train on; choose another set, or class folders of your own")
     arguments = spec.torchvision, root, tuple(given.items())
-    first = lambda data, *names: next((getattr(data, name) for name in names if hasattr(data, name)), None)
-    try:
-        data = _reader(*arguments)
-        labels, files = first(data, "targets", "_labels", "labels", "_samples"), first(data, "_image_files", "_images", "_samples")
-        if labels is None:  # PCAM keeps them in a file
-            with h5py.File(root / f"pcam/camelyonpatch_level_2_split_{given['split']}_y.h5") as file:
-                labels = file["y"][:, 0, 0, 0]
-        labels = [int(entry[1] if isinstance(entry, tuple) else entry) for entry in labels]
-        classes = list(first(data, "classes") or sorted(spec.name))
-    except Exception as error:  # torchvision lets through whatever the parser of a damaged list raises
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"image set {key!r} below {root} cannot be read: {reason}") from error
-    order = list(range(len(labels)))
+    data = _reader(*arguments)
+    first = lambda *names: next((getattr(data, name) for name in names if hasattr(data, name)), None)
+    labels, files = first("targets", "_labels", "labels", "_samples"), first("_image_files", "_images", "_samples")
+    if labels is None:  # PCAM keeps them in a file
+        with h5py.File(root / f"pcam/camelyonpatch_level_2_split_{given['split']}_y.h5") as file:
+            labels = file["y"][:, 0, 0, 0]
+    labels = [int(entry[1] if isinstance(entry, tuple) else entry) for entry in labels]
+    classes = list(first("classes") or sorted(spec.name))
     if files is not None:
-        where = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in files]
-        contents = _contents(where, root)
-        order.sort(key=where.__getitem__)
-    else:
-        where = [f"{key} {split} number {i}" for i in order]
-        pixels = first(data, "data")
-        contents = where if pixels is None else [digest(torch.from_numpy(row.copy())) for row in pixels]
-    pick = lambda values: [values[i] for i in order]
-    return Source(pick(labels), classes, pick(where), _WithReader(arguments, order), pick(contents))
+        paths = [Path(entry[0] if isinstance(entry, tuple) else entry) for entry in files]
+        paths, labels = zip(*sorted(zip(paths, labels)))  # torchvision lists some in the order of the file system
+        return _from_files(paths, labels, classes, root)
+    where, pixels = [f"{key} {split} number {i}" for i in range(len(labels))], first("data")
+    contents = where if pixels is None else [digest(torch.from_numpy(row.copy())) for row in pixels]
+    return Source(labels, classes, where, _WithReader(arguments), contents)
 
 
 @dataclass(frozen=True)
@@ -401,19 +415,20 @@ def _from_files(files: Sequence[Path], labels: Sequence[int], classes: list[str]
     return Source(list(labels), classes, paths, _Files(paths), _contents(paths, root), boxes)
 
 
-def _class_folders(folder: Path, split: Split, test_fraction: float | None, seed: int) -> Source:
+def _class_folders(folder: Path, split: Split, test_fraction: float | None, seed: int, whole: bool = False) -> Source:
+    """Class folders below ``folder``; ``whole``: all of them are of this part, whatever ``test_fraction`` says."""
     while len(inner := _folders(folder)) == 1 and _folders(inner[0]):
         folder = inner[0]
     parts = {p.name: p for p in inner}
     has_split = "train" in parts and bool({"test", "val"} & set(parts))
     if has_split:
-        inner = _folders(parts["train"] if split == "train" else parts.get("test", parts.get("val")))
+        inner = _folders(parts["train"] if split == "train" else next(parts[p] for p in ("test", "val") if p in parts))
     folders = [p for p in inner if p.name != "BACKGROUND_Google" and _images(p)]
     files: list[Path] = []
     labels: list[int] = []
     for label, directory in enumerate(folders):
         paths = _images(directory)
-        if not has_split:
+        if not has_split and not whole:
             order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
             held_out = len(paths) if test_fraction is None else 0
             if test_fraction is not None and len(paths) > 1:

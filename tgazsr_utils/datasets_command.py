@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def list_sets(root: Path) -> pd.DataFrame:
             "classes": spec.classes,
             "split": spec.split,
             "size": f"{spec.gigabytes:g} GB",
-            "there": "yes" if is_there(key, root) else "no",
+            "there": _state(key, root),
             "licence": spec.licence,
         }
         for key, spec in DATASETS.items()
@@ -36,11 +37,17 @@ def list_sets(root: Path) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
+def _state(key: str, root: Path) -> str:
+    if not is_there(key, root):
+        return "no"
+    return "yes" if (root / key).is_dir() or not missing_parts(key, root) else "incomplete"
+
+
 def check_set(key: str, root: Path, every_image: bool = False) -> tuple[bool, list[str]]:
     """Reads a set's lists and one image of each class, or all images; (is it readable, lines that say what was found)."""
     spec = DATASETS[key]
     try:
-        data = load_dataset(key, "test", root, image_size=8, test_fraction=None, on_bad_image="leave_out", decode=False)
+        data = load_dataset(key, "test", root, image_size=8, on_bad_image="leave_out", decode=False)
     except ValueError as error:
         return False, [str(error), *by_hand(spec, root)]
     found = f"{len(data):,} images, {len(data.class_names)} classes"
@@ -121,6 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         total = sum(DATASETS[key].gigabytes for key in keys)
         print(f"{total:.0f} GB to download in all; once unpacked they take about as much again")
         return 0
+    socket.setdefaulttimeout(60)  # torchvision's downloads would wait for a silent server for ever
     if options.action == "check" and not options.keys:
         keys = [key for key in keys if is_there(key, root)]
     failed = []

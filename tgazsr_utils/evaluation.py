@@ -144,7 +144,7 @@ class Record(Settings):
     n: int
     available: int | None = None  # images in the whole part of the set, if not all were used
     left_out: int = 0  # images that could not be read
-    published: bool = False  # the set has the published number of images and classes
+    published: bool = False  # the set is as published: number of images and classes, preprocessing, prompts
     correct: int
     hits: str  # one bit an image, packed, as hex: what paired comparisons need
     settings: dict[str, Any]  # of the attack
@@ -204,7 +204,7 @@ def evaluate(
         seed=seed,
         n=len(hits),
         available=data.available,
-        left_out=len(data) - len(hits),
+        left_out=data.left_out + len(data) - len(hits),
         published=data.published,
         correct=int(hits.sum()),
         hits=np.packbits(hits).tobytes().hex(),

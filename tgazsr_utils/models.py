@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import open_clip
 import safetensors.torch
 import torch
@@ -151,13 +152,15 @@ def load_clip(
         source, encoder = _find_source(arch, pretrained)
         logging.disable(logging.WARNING)  # open_clip warns of random weights even where others are put in afterwards
         options = {"precision": precision, "device": target, "force_image_size": image_size}
+        normalisation = {}
+        if source is not None and source.endswith(".safetensors"):
+            normalisation = {k: v for k, v in read_metadata(Path(source)).items() if k in ("mean", "std")}
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*QuickGELU")  # the weights would run, with wrong numbers
             if source is not None and source.startswith(_SCHEMAS):
-                hub = open_clip.create_model(source, **options)
-                model = open_clip.create_model(arch, **options)
-                model.load_state_dict(hub.state_dict())
-                model.visual.preprocess_cfg = hub.visual.preprocess_cfg
+                model = open_clip.create_model(source, **options)
+                if repr(model) != repr(open_clip.create_model(arch, **options)):
+                    raise ValueError(f"what it holds is another architecture than {arch}")
             elif image_size is not None and source is not None and Path(source).is_file():
                 model = open_clip.create_model(arch, **options)
                 # In fp32, since open_clip cannot interpolate fp16 position embeddings on the CPU.
@@ -167,16 +170,24 @@ def load_clip(
             else:
                 model = open_clip.create_model(arch, pretrained=source, **options)
         if encoder is not None:
-            model.visual.load_state_dict({name.removeprefix("module."): value for name, value in encoder.items()})
+            state = {f"visual.{name.removeprefix('module.')}": value.float() for name, value in encoder.items()}
+            resize_pos_embed(state, model)
+            model.visual.load_state_dict({name.removeprefix("visual."): value for name, value in state.items()})
     except Exception as error:  # whatever a foreign file makes torch, safetensors or open_clip raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"pretrained {str(pretrained)!r} cannot be loaded into {arch}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
-    return Clip(model, arch).to(target).eval().requires_grad_(False)
+    clip = Clip(model, arch).to(target).eval().requires_grad_(False)
+    for name, values in normalisation.items():
+        getattr(clip, name).copy_(torch.tensor(values).view(3, 1, 1))
+    return clip
 
 
 _SCHEMAS = ("hf-hub:", "local-dir:")
+# Released checkpoints keep an accuracy beside the weights as a NumPy scalar, under this or that name by NumPy's version.
+_scalar = np.float64(0).__reduce__()[0]
+_NUMPY_SCALARS = [np.dtype, type(np.dtype("float64")), *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
 
 def _find_source(arch: str, pretrained: str | Path | None) -> tuple[str | None, dict[str, Tensor] | None]:
@@ -191,7 +202,8 @@ def _find_source(arch: str, pretrained: str | Path | None) -> tuple[str | None, 
     if path.suffix == ".safetensors":
         return str(path), None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError("reading this file would run code that it brings along, which is refused") from None
     if "vision_encoder_state_dict" not in checkpoint:
@@ -224,11 +236,13 @@ def find_weights(name: str | None, models: Path) -> str | None:
 def save_clip(clip: Clip, path: Path, precision: str = "fp32", **metadata: Any) -> Path:
     """Writes all weights as safetensors that plain open_clip loads too, with JSON-able ``metadata``; in one step."""
     weights = {k: v.detach().to(PRECISIONS[precision]).contiguous() for k, v in clip.model.state_dict().items()}
-    header = {k: json.dumps(v) for k, v in {**metadata, "arch": clip.arch}.items()}
+    own = {"arch": clip.arch, "mean": clip.mean.flatten().tolist(), "std": clip.std.flatten().tolist()}
+    header = {k: json.dumps(v) for k, v in {**metadata, **own}.items()}
     return write_atomic(path, lambda temporary: safetensors.torch.save_file(weights, temporary, header))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What ``save_clip`` wrote beside the weights."""
+    """What ``save_clip`` wrote beside the weights; nothing for a file of somebody else's."""
     with safe_open(path, "pt") as file:
-        return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+        metadata = file.metadata() or {}
+    return {k: json.loads(v) for k, v in metadata.items()} if "arch" in metadata else {}

@@ -54,10 +54,11 @@ class DatasetSpec:
     images: int
     classes: int
     needs: tuple[str, ...]  # files and folders below the data root, in the published layout
-    torchvision: str | None  # its class in torchvision.datasets
+    torchvision: str | None  # its class in torchvision.datasets, which fetches it and, without ``folders``, reads it
     test: Mapping[str, Any] = field(default_factory=dict)  # that class's arguments for the test part
     train: Mapping[str, Any] | None = None  # and for a part to tune on, if there is one
     folders: str | None = None  # where the published layout is class folders, which are then read as such
+    train_folders: str | None = None  # and those to tune on
     preprocess: Preprocess = "crop"  # of the test part; training images are always cropped
     prompt: str = DEFAULT_PROMPT
     name: Callable[[str], str] | Mapping[str, str] = clean_name  # raw class name -> name in the prompt
@@ -80,22 +81,25 @@ DATASETS: dict[str, DatasetSpec] = {
     "tinyImageNet": DatasetSpec(
         "Tiny-ImageNet", "val", 10_000, 200,
         ("tiny-imagenet-200/wnids.txt", "tiny-imagenet-200/words.txt", "tiny-imagenet-200/val/val_annotations.txt",
-         "tiny-imagenet-200/val/images"), None, folders="tiny-imagenet-200",
+         "tiny-imagenet-200/val/images", "tiny-imagenet-200/train"), None,
         gigabytes=0.24, source="http://cs231n.stanford.edu/tiny-imagenet-200.zip", licence=_RESEARCH,
     ),
     "cifar10": DatasetSpec(
-        "CIFAR-10", "test", 10_000, 10, ("cifar-10-batches-py/test_batch", "cifar-10-batches-py/batches.meta"), "CIFAR10",
+        "CIFAR-10", "test", 10_000, 10,
+        tuple(f"cifar-10-batches-py/{name}" for name in ("test_batch", "batches.meta", *(f"data_batch_{i}" for i in range(1, 6)))),
+        "CIFAR10",
         {"train": False}, {"train": True}, preprocess="resize",
         gigabytes=0.17, source="https://www.cs.toronto.edu/~kriz/cifar.html", licence="none stated",
     ),
     "cifar100": DatasetSpec(
-        "CIFAR-100", "test", 10_000, 100, ("cifar-100-python/test", "cifar-100-python/meta"), "CIFAR100",
+        "CIFAR-100", "test", 10_000, 100, tuple(f"cifar-100-python/{name}" for name in ("test", "train", "meta")), "CIFAR100",
         {"train": False}, {"train": True}, preprocess="resize",
         gigabytes=0.17, source="https://www.cs.toronto.edu/~kriz/cifar.html", licence="none stated",
     ),
     "STL10": DatasetSpec(
         "STL-10", "test", 8_000, 10,
-        ("stl10_binary/test_X.bin", "stl10_binary/test_y.bin", "stl10_binary/class_names.txt"), "STL10",
+        tuple(f"stl10_binary/{name}" for name in ("test_X.bin", "test_y.bin", "class_names.txt", "train_X.bin", "train_y.bin",
+                                                  "unlabeled_X.bin")), "STL10",
         {"split": "test"}, {"split": "train"}, preprocess="resize",
         gigabytes=2.64, source="https://cs.stanford.edu/~acoates/stl10/", licence="none stated; images from ImageNet",
     ),
@@ -141,7 +145,7 @@ DATASETS: dict[str, DatasetSpec] = {
         gigabytes=2.75, source="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/", licence=_RESEARCH,
     ),
     "ImageNet": DatasetSpec(
-        "ImageNet", "val", 50_000, 1000, ("ImageNet/val",), None, folders="ImageNet",
+        "ImageNet", "val", 50_000, 1000, ("ImageNet/val",), None, folders="ImageNet/val", train_folders="ImageNet/train",
         gigabytes=6.3, source="https://image-net.org/download (asks for registration)", licence=_RESEARCH,
         by_hand="unpack ILSVRC2012_img_val.tar and sort its images into ImageNet/val/<wnid>/*.JPEG "
         "(1000 folders such as n01440764); to tune on it, ILSVRC2012_img_train.tar into ImageNet/train/<wnid>/",

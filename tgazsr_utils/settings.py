@@ -84,7 +84,7 @@ class WorkbookSettings(Settings):
     data_root: str | None  # folder of image sets; None: the rendered mini-world
     preprocess: Literal["resize", "crop"] | None = None  # None: each set's own
     prompt: str | None = None  # template such as "A photo of a {}."; None: each set's own
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = 0.2  # of sets without a split; None: all is for testing
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of sets without a split; None: see load_dataset
     on_bad_image: Literal["stop", "leave_out"] = "stop"  # what to do about a file that cannot be read
     output: str  # folder for models, records, figures and tables
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
@@ -176,9 +176,16 @@ class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
 class EvaluateNotebook(TrainNotebook):
     """04_evaluate_16_datasets"""
 
-    testdata: Distinct[str] | Literal["published"] | None  # "published": those of the 16 there are; None: all there are
+    testdata: list[str] | str | None  # "published": those of the 16 there are; None: all there are
     quick_eval: Count | None = None  # at most this many images of each set, for a first look; tables then say so
     seeds: Distinct[Annotated[int, Field(ge=0)]] | None  # None: seed alone
+
+    @field_validator("testdata")
+    @classmethod
+    def _sets_or_published(cls, value: list[str] | str | None) -> list[str] | str | None:
+        if isinstance(value, str) and value != "published":
+            raise ValueError("should be a list of sets, 'published', or None")
+        return _distinct(value) if isinstance(value, list) else value
 
 
 NOTEBOOKS: dict[str, type[WorkbookSettings]] = {
