@@ -216,7 +216,7 @@ def accuracy_heatmap(frame: pd.DataFrame, title: str) -> Figure:
         plt.setp(axis.get_yticklabels(), rotation=0)
     axes[0].set_xticklabels([])
     plt.setp(axes[1].get_xticklabels(), rotation=35, ha="right")
-    figure.suptitle(title)
+    figure.suptitle(_wrapped(title, figure))
     return figure
 
 
@@ -229,7 +229,7 @@ def trade_off(table: pd.DataFrame, title: str) -> Figure:
     for marker, (method, row) in zip(cycle(MARKERS), table.iterrows()):
         axis.errorbar(row.clean, row.robust, xerr=_or_none(row.clean_sd), yerr=_or_none(row.robust_sd), fmt=marker, ms=11,
                       capsize=3, label=f"{method} (average {row.average:.1f})")  # fmt: skip
-    x_limits = table.clean.min() - 6, min(100, table.clean.max() + 6)
+    x_limits = max(0, table.clean.min() - 6), min(100, table.clean.max() + 6)
     y_limits = max(0, table.robust.min() - 6), table.robust.max() + 6
     for average in range(5, 100, 5):
         axis.plot(x_limits, [2 * average - x for x in x_limits], color="grey", lw=0.7, alpha=0.5, zorder=0)
@@ -237,9 +237,13 @@ def trade_off(table: pd.DataFrame, title: str) -> Figure:
         if y_limits[0] < y < y_limits[1]:
             axis.text(x_limits[1], y, f" {average}", color="grey", fontsize=8, va="center")
     axis.plot([], [], color="grey", lw=0.7, alpha=0.5, label="equal average")
-    axis.set(xlim=x_limits, ylim=y_limits, xlabel="clean accuracy (%)", ylabel="robust accuracy (%)", title=title)
+    axis.set(xlim=x_limits, ylim=y_limits, xlabel="clean accuracy (%)", ylabel="robust accuracy (%)", title=_wrapped(title, figure))
     axis.legend(loc="best", fontsize=9)
     return figure
+
+
+def _wrapped(title: str, figure: Figure) -> str:
+    return textwrap.fill(title, int(9 * figure.get_figwidth()))
 
 
 def _or_none(value: float) -> float | None:
