@@ -42,6 +42,30 @@ def distance(a, b, metric, size):
     return 1 - a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b))
 
 
+def log_softmax(pooled, text, scale):
+    """[B, D], [C, D] -> [B, C]"""
+    rows = []
+    for row in pooled.astype(np.float64):
+        logits = np.array([scale * (row @ t) / np.sqrt(row @ row) for t in text])
+        rows.append(logits - logits.max() - np.log(np.exp(logits - logits.max()).sum()))
+    return np.array(rows)
+
+
+def divergence(p, q):
+    """KL(p || q) summed over the batch, from log probabilities."""
+    return sum(np.exp(a) * (a - b) for a, b in zip(p.ravel(), q.ravel()))
+
+
+def contrastive(pooled, text, scale):
+    """Image i belongs to text i; cross-entropy over texts and over images, halved."""
+    unit = pooled.astype(np.float64) / np.sqrt((pooled.astype(np.float64) ** 2).sum(1, keepdims=True))
+    total = 0.0
+    for logits in (scale * unit @ text.T, scale * text @ unit.T):
+        for i, row in enumerate(logits):
+            total += np.log(np.exp(row - row.max()).sum()) + row.max() - row[i]
+    return total / 2 / len(pooled)
+
+
 def cross_entropy(pooled, text, labels, scale):
     total = 0.0
     for row, label in zip(pooled.astype(np.float64), labels):

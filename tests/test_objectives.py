@@ -3,9 +3,12 @@ import pytest
 import slow_reference as slow
 import torch
 
+from tgazsr_utils.attacks import pgd
+from tgazsr_utils.attention import grad_cam
 from tgazsr_utils.models import Clip, ImageTokens
-from tgazsr_utils.objectives import OBJECTIVES, Step, objective
-from tgazsr_utils.settings import ObjectiveSettings
+from tgazsr_utils.objectives import OBJECTIVES, PRESET, Step, negated, objective
+from tgazsr_utils.results import published
+from tgazsr_utils.settings import FinetuneSettings, ObjectiveSettings
 
 SETTINGS = ObjectiveSettings(Alpha=0.08, Beta=0.05, Distance_metric="l2", attention_variant="reference", distance_size=12)
 
@@ -20,7 +23,7 @@ def step(mini, shapes, generator):
     tuned.visual.requires_grad_(True)
     images = shapes.images[:6].float() / 255
     adversarial = (images + 0.05 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
-    return Step(tuned, mini, images, adversarial, shapes.labels[:6], mini.encode_text(shapes.prompts))
+    return Step(tuned, mini, images, shapes.labels[:6], shapes.prompts, adversarial)
 
 
 def as_arrays(tokens: ImageTokens):
@@ -56,8 +59,123 @@ def test_tecoa_is_cross_entropy_on_attacked_images(step):
     assert term.value.item() == pytest.approx(expected_terms(step, "l2", "reference")[0], rel=1e-5)
 
 
-def test_published_learning_rates():
-    assert (OBJECTIVES["TeCoA"].lr, OBJECTIVES["TGA-ZSR"].lr) == (1e-5, 1e-4)
+def test_every_row_of_the_published_table_can_be_trained():
+    assert set(published().index) - {"CLIP"} == set(OBJECTIVES) - {"Vision-based-grad"}
+
+
+def test_published_settings():
+    """REFERENCE section 5: what is said there, and TGA-ZSR's own where nothing is."""
+    preset = {name: objective.preset for name, objective in OBJECTIVES.items()}
+    assert preset["TGA-ZSR"] == PRESET == preset["FT-Adv."] and preset["TeCoA"] == PRESET | {"lr": 1e-5}
+    assert preset["PMG-AFT"] == PRESET | {"lr": 5e-5, "train_eps": 2.0, "train_numsteps": 5, "batch_size": 256}
+    assert preset["Comp-TGA"] == PRESET | {"Alpha": 0.10, "Beta": 0.07}
+    given = dict(epochs=1, batch_size=None, lr=None, warmup_steps=1, train_eps=3.0, train_stepsize=None, train_numsteps=None, seed=0)
+    settings = FinetuneSettings(Alpha=None, Beta=0.5, Distance_metric="l2", attention_variant="reference", **given)
+    filled = OBJECTIVES["PMG-AFT"].with_preset(settings)
+    assert (filled.lr, filled.batch_size, filled.train_numsteps, filled.Alpha) == (5e-5, 256, 5, 0.08)
+    assert (filled.train_eps, filled.Beta) == (3.0, 0.5)  # what is given stays
+
+
+def parts(step):
+    """Pooled tokens as float64 arrays: f(x'), f(x), f0(x'), f0(x); text of the classes, labels, logit scale."""
+    sides = [(step.clip, step.adversarial), (step.clip, step.images), (step.original, step.adversarial), (step.original, step.images)]
+    pooled = [as_arrays(clip.encode_image(x))[0] for clip, x in sides]
+    scale = min(100.0, float(step.clip.model.logit_scale.exp()))
+    return *pooled, step.text.double().numpy(), step.labels.numpy(), scale
+
+
+def values(step, name, settings=SETTINGS):
+    return {term.name: term.value.item() for term in OBJECTIVES[name].terms(step, settings)}
+
+
+def test_the_contrastive_baselines(step):
+    attacked, clean, _, _, text, labels, scale = parts(step)
+    assert values(step, "FT-Clean")["L_con"] == pytest.approx(slow.contrastive(clean, text[labels], scale), rel=1e-4)
+    assert values(step, "FT-Adv.")["L_con"] == pytest.approx(slow.contrastive(attacked, text[labels], scale), rel=1e-4)
+    assert OBJECTIVES["FT-Clean"].attack is None
+
+
+def test_pmg_aft_is_cross_entropy_and_two_divergences_summed_over_the_batch(step):
+    attacked, clean, original, _, text, labels, scale = parts(step)
+    logs = [slow.log_softmax(pooled, text, scale) for pooled in (attacked, clean, original)]
+    assert values(step, "PMG-AFT") == pytest.approx(
+        {
+            "CE": slow.cross_entropy(attacked, text, labels, scale),
+            "L_general": slow.divergence(logs[2], logs[0]),
+            "L_clean": slow.divergence(logs[1], logs[0]),
+        },
+        rel=1e-3,
+    )
+    terms = {t.name: t.value for t in OBJECTIVES["PMG-AFT"].terms(step, SETTINGS)}
+    (through_clean,) = torch.autograd.grad(terms["L_clean"], step.clean_tokens.pooled, retain_graph=True)
+    assert through_clean.abs().max() > 0  # gradients flow through f(x) too
+
+
+def test_fare_is_the_squared_distance_of_unnormalised_embeddings_and_attacks_it(step):
+    attacked, _, _, original, *_ = parts(step)
+    expected = np.mean([((a - b) ** 2).sum() for a, b in zip(attacked, original)])
+    assert values(step, "FARE") == pytest.approx({"L_emb": expected}, rel=1e-4)
+    loss = OBJECTIVES["FARE"].attack(step)
+    assert loss(step.adversarial_tokens).item() == pytest.approx(6 * expected, rel=1e-4)
+    found = pgd(step.clip, step.images, step.labels, step.text, 0.02, 0.01, 3, loss=loss)
+    noise = (step.images + 0.02 * torch.randn_like(step.images).sign()).clamp(0, 1)
+    assert loss(step.clip.encode_image(found)) > loss(step.clip.encode_image(noise))
+
+
+@pytest.mark.parametrize("variant", ["reference", "cosine"])
+def test_comp_tga_takes_away_what_the_negated_prompt_finds(step, variant):
+    text, labels = step.text.double().numpy(), step.labels.numpy()
+    prompts = [prompt.replace("This is a", "This is not a") for prompt in step.prompts]
+    against = step.original.encode_text(prompts).double().numpy()
+    maps = [
+        [
+            (slow.attention(p, q, text[y], variant) * (1 - slow.attention(p, q, against[y], variant))).reshape(7, 7)
+            for p, q, y in zip(*as_arrays(clip.encode_image(x)), labels)
+        ]
+        for clip, x in ((step.clip, step.adversarial), (step.clip, step.images), (step.original, step.images))
+    ]
+    mean = lambda a: np.mean([slow.distance(m, t, "l2", SETTINGS.distance_size) for m, t in zip(a, maps[2])])
+    found = values(step, "Comp-TGA", SETTINGS.model_copy(update={"attention_variant": variant}))
+    assert (found["L_AR"], found["L_AMC"]) == pytest.approx((mean(maps[0]), mean(maps[1])), rel=1e-3)
+
+
+def test_prompts_are_negated():
+    assert negated("This is a photo of a cat") == negated("A photo of a cat") == "This is not a photo of a cat"
+    assert negated("A photo of a pug, a type of pet.") == "This is not a photo of a pug, a type of pet."
+
+
+def test_grad_cam_equals_the_forward_written_out(step):
+    """The image encoder's last block by hand, in float64, from the tokens that enter its attention."""
+    clip, images = step.clip.frozen_copy(), step.images[:2].double()
+    clip.visual.double()
+    block = clip.visual.transformer.resblocks[-1]
+    entering = []
+    handle = block.register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0]))
+    clip.visual((images - clip.mean) / clip.std)
+    handle.remove()
+    activations = block.ln_1(entering[0]).detach().requires_grad_(True)
+    x = entering[0].detach() + block.attn(activations, activations, activations)[0]
+    x = clip.visual.ln_post(x + block.mlp(block.ln_2(x)))[:, 0] @ clip.visual.proj
+    unit = x / x.norm(dim=1, keepdim=True)
+    scale = step.clip.model.logit_scale.detach().exp().clamp(max=100)
+    logits = scale * (unit * step.text[step.labels[:2]]).sum()
+    (slope,) = torch.autograd.grad(logits, activations)
+    expected = []
+    for a, g in zip(activations[:, 1:].detach().numpy(), slope[:, 1:].numpy()):
+        cam = np.maximum((a * g.mean(0)).sum(1), 0)
+        expected.append(((cam - cam.min()) / (cam.max() - cam.min())).reshape(7, 7))
+    maps = grad_cam(step.clip, step.images[:2], step.text, step.labels[:2])
+    np.testing.assert_allclose(maps.numpy(), expected, atol=2e-3)
+
+
+def test_released_grad_cam_trains_nothing_and_the_differentiable_one_does(step):
+    released = {t.name: t.value for t in OBJECTIVES["Vision-based"].terms(step, SETTINGS)}
+    assert not released["L_AR"].requires_grad and not released["L_AMC"].requires_grad and released["CE"].requires_grad
+    trained = {t.name: t.value for t in OBJECTIVES["Vision-based-grad"].terms(step, SETTINGS)}
+    assert {k: v.item() for k, v in trained.items()} == pytest.approx({k: v.item() for k, v in released.items()}, rel=1e-4)
+    gradients = torch.autograd.grad(trained["L_AR"], step.clip.visual.conv1.weight)
+    assert gradients[0].isfinite().all() and gradients[0].abs().max() > 0
+    assert all(p.grad is None for p in step.original.parameters())
 
 
 def test_each_image_passes_the_encoder_once_and_the_original_without_a_graph(step, monkeypatch):
@@ -73,7 +191,7 @@ def test_each_image_passes_the_encoder_once_and_the_original_without_a_graph(ste
     OBJECTIVES["TGA-ZSR"].terms(step, SETTINGS)
     assert sorted(calls) == [(False, False, False), (True, False, True), (True, True, True)]
     calls.clear()
-    fresh = Step(step.clip, step.original, step.images, step.adversarial, step.labels, step.text)
+    fresh = Step(step.clip, step.original, step.images, step.labels, step.prompts, step.adversarial)
     OBJECTIVES["TeCoA"].terms(fresh, SETTINGS)
     assert calls == [(True, True, True)]
 
@@ -89,8 +207,8 @@ def test_adding_a_method_is_adding_one_function(monkeypatch):
     monkeypatch.setattr("tgazsr_utils.objectives.OBJECTIVES", dict(OBJECTIVES))
     from tgazsr_utils import objectives
 
-    @objective("Mine", lr=0.5)
+    @objective("Mine", lr=0.5, attack=None)
     def mine(step, settings):
         return []
 
-    assert objectives.OBJECTIVES["Mine"].lr == 0.5 and "Mine" not in OBJECTIVES
+    assert objectives.OBJECTIVES["Mine"].preset["lr"] == 0.5 and "Mine" not in OBJECTIVES

@@ -86,7 +86,7 @@ def test_an_objective_with_another_body_is_another_run(mini, train_set, tmp_path
     settings = SETTINGS.model_copy(update={"epochs": 1})
     half = lambda step, settings: [Term("CE", 0.5, step.cross_entropy(step.adversarial_tokens))]
     whole = lambda step, settings: [Term("CE", 1.0, step.cross_entropy(step.adversarial_tokens))]
-    runs = [finetune(mini, train_set, Objective("Mine", 1e-3, terms), settings, tmp_path) for terms in (half, whole)]
+    runs = [finetune(mini, train_set, Objective("Mine", terms), settings, tmp_path) for terms in (half, whole)]
     assert runs[0].clip.fingerprint() != runs[1].clip.fingerprint()
 
 
@@ -132,10 +132,10 @@ def test_the_published_learning_rate_is_the_default(mini, train_set, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_term(mini, train_set, tmp_path):
-    broken = Objective("Broken", 1e-3, lambda step, settings: [Term("CE", 1.0, torch.tensor(float("nan")))])
+    broken = Objective("Broken", lambda step, settings: [Term("CE", 1.0, torch.tensor(float("nan")))])
     with pytest.raises(FloatingPointError, match="Broken is not finite at step 0: CE nan"):
         finetune(mini, train_set, broken, SETTINGS, tmp_path)
-    with pytest.raises(ValueError, match="method 'Nonsense' is unknown; there are: TeCoA, TGA-ZSR"):
+    with pytest.raises(ValueError, match="method 'Nonsense' is unknown; there are: FT-Clean, FT-Adv., TeCoA"):
         finetune(mini, train_set, "Nonsense", SETTINGS, tmp_path)
 
 

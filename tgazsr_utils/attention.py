@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .models import ImageTokens
+from .models import Clip, ImageTokens
 
 Variant = Literal["reference", "cosine"]
 Metric = Literal["l2", "l1", "cos"]
@@ -31,6 +31,47 @@ def text_guided_attention(
     """
     maps = min_max(_patch_scores(tokens, text, variant)).unflatten(1, grid or _square_grid(tokens.patches.shape[1]))
     return maps if size is None else resize(maps, size)
+
+
+def complementary_attention(
+    tokens: ImageTokens,
+    text: Tensor,
+    not_text: Tensor,
+    variant: Variant = "reference",
+    size: int | tuple[int, int] | None = None,
+    grid: tuple[int, int] | None = None,
+) -> Tensor:
+    """``A(text) * (1 - A(not_text))`` (Comp-TGA, TPAMI 2026): what a prompt finds and its negation does not.
+
+    Arguments and shapes as in ``text_guided_attention``; the product is taken on the patch grid, then resized.
+    """
+    maps = text_guided_attention(tokens, text, variant, grid=grid)
+    maps = maps * (1 - text_guided_attention(tokens, not_text, variant, grid=grid))
+    return maps if size is None else resize(maps, size)
+
+
+def grad_cam(clip: Clip, images: Tensor, text: Tensor, labels: Tensor, differentiable: bool = False) -> Tensor:
+    """Grad-CAM maps ``[B,h,w]`` in [0,1] for each image's true class (Selvaraju et al. 2017): attention without text.
+
+    Activations A are the patch tokens that enter the last block's self-attention (after its first layer norm), the
+    last ones that the class token still reads: ``min_max(relu(sum_d mean_p(d logit_y / d A_pd) * A_pd))``.
+    ``images`` ``[B,3,H,W]`` in [0,1], ``text`` ``[C,D]`` unit norm, ``labels`` ``[B]``. ``differentiable`` keeps the
+    graph, so that a loss on the maps trains the weights (a second derivative); otherwise the maps are constants.
+    """
+    kept = []
+    handle = clip.visual.transformer.resblocks[-1].ln_1.register_forward_hook(
+        lambda module, inputs, output: kept.append(output if output.requires_grad else output.requires_grad_(True))
+    )
+    math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # others have no second derivative
+    try:
+        with torch.enable_grad(), math_only:
+            true = clip.logits(images, text).gather(1, labels[:, None]).sum()
+            (slope,) = torch.autograd.grad(true, kept[0], create_graph=differentiable)
+    finally:
+        handle.remove()
+    activations, slope = kept[0][:, 1:], slope[:, 1:]  # without the class token
+    maps = min_max((activations * slope.mean(1, keepdim=True)).sum(2).relu()).unflatten(1, clip.grid)
+    return maps if differentiable else maps.detach()
 
 
 def _patch_scores(tokens: ImageTokens, text: Tensor, variant: str) -> Tensor:

@@ -1,11 +1,12 @@
 """What each method trains: one short function per row of the published table.
 
 An objective takes one training `Step` and gives its weighted terms; the loss is their sum. To add a method, write such
-a function and decorate it with ``@objective(name, lr)``.
+a function and decorate it with ``@objective(name, lr=...)``.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import attention_distance, text_guided_attention
+from .attacks import AttackLoss
+from .attention import attention_distance, complementary_attention, grad_cam, text_guided_attention
 from .models import Clip, ImageTokens
-from .settings import ObjectiveSettings
+from .settings import FinetuneSettings, ObjectiveSettings
 
 
 class Term(NamedTuple):
@@ -31,14 +33,19 @@ class Step:
     clip: Clip  # being tuned: f
     original: Clip  # frozen pre-trained copy: f0
     images: Tensor  # [B,3,H,W] in [0,1]: x
-    adversarial: Tensor  # the same against f: x'
     labels: Tensor  # [B]
-    text: Tensor  # [C,D] unit norm, one row a class
+    prompts: tuple[str, ...]  # one a class
+    adversarial: Tensor | None = None  # images attacked against f: x'; the very same images for a method without attack
+
+    @cached_property
+    def text(self) -> Tensor:
+        """Unit-norm embeddings ``[C,D]`` of the classes' prompts."""
+        return self.original.encode_text(self.prompts)
 
     @cached_property
     def adversarial_tokens(self) -> ImageTokens:
         """f(x')"""
-        return self.clip.encode_image(self.adversarial)
+        return self.clean_tokens if self.adversarial is self.images else self.clip.encode_image(self.adversarial)
 
     @cached_property
     def clean_tokens(self) -> ImageTokens:
@@ -51,30 +58,71 @@ class Step:
         with torch.no_grad():
             return self.original.encode_image(self.images)
 
+    @cached_property
+    def original_adversarial_tokens(self) -> ImageTokens:
+        """f0(x'), without a graph"""
+        with torch.no_grad():
+            return self.original.encode_image(self.adversarial)
+
     @property
     def true_text(self) -> Tensor:
         """t_y: the embedding ``[B,D]`` of each image's true class."""
         return self.text[self.labels]
 
+    @property
+    def not_text(self) -> Tensor:
+        """t_not_y: the embedding ``[B,D]`` of what each image is not, "This is not a photo of a ..."."""
+        return self.original.encode_text([negated(prompt) for prompt in self.prompts])[self.labels]
+
     def cross_entropy(self, tokens: ImageTokens) -> Tensor:
         return F.cross_entropy(self.clip.similarity(tokens.pooled, self.text), self.labels)
+
+    def log_probabilities(self, tokens: ImageTokens) -> Tensor:
+        """Log of the zero-shot class probabilities ``[B,C]``."""
+        return self.clip.similarity(tokens.pooled, self.text).log_softmax(1)
+
+
+def negated(prompt: str) -> str:
+    """ "This is a photo of a cat" or "A photo of a cat." -> "This is not a photo of a cat" (with its full stop)."""
+    return re.sub(r"^(this is )?an? ", "This is not a ", prompt, flags=re.IGNORECASE)
+
+
+Attack = Callable[[Step], AttackLoss | None]
+# What TGA-ZSR was published with, and every other method where nothing else is said.
+PRESET = {"lr": 1e-4, "Alpha": 0.08, "Beta": 0.05, "train_eps": 1.0, "train_stepsize": 1.0, "train_numsteps": 2, "batch_size": 128}
+
+
+def cross_entropy_attack(step: Step) -> AttackLoss:
+    """The batch's summed cross-entropy over the class prompts."""
+    return lambda tokens: F.cross_entropy(step.clip.similarity(tokens.pooled, step.text), step.labels, reduction="sum")
+
+
+def embedding_attack(step: Step) -> AttackLoss:
+    """The squared l2 distance to the original model's clean class embedding; no labels."""
+    target = step.original_tokens.pooled
+    return lambda tokens: (tokens.pooled - target).square().sum()
 
 
 @dataclass(frozen=True)
 class Objective:
     name: str
-    lr: float  # published learning rate
     terms: Callable[[Step, ObjectiveSettings], list[Term]]
+    attack: Attack | None = cross_entropy_attack  # what the training attack maximises on f's tokens; None: it trains on clean images
+    preset: Mapping[str, float] = field(default_factory=lambda: PRESET)  # hyper-parameters it was published with
+
+    def with_preset(self, settings: FinetuneSettings) -> FinetuneSettings:
+        """Settings in which what is None is as published."""
+        return settings.model_copy(update={k: v for k, v in self.preset.items() if getattr(settings, k) is None})
 
 
 OBJECTIVES: dict[str, Objective] = {}
 
 
-def objective(name: str, lr: float) -> Callable:
-    """Registers a loss function under its name, with the learning rate it was published with."""
+def objective(name: str, *, attack: Attack | None = cross_entropy_attack, **preset: float) -> Callable:
+    """Registers a loss function under its name, with what its training attack maximises and its published settings."""
 
     def register(terms: Callable[[Step, ObjectiveSettings], list[Term]]) -> Callable:
-        OBJECTIVES[name] = Objective(name, lr, terms)
+        OBJECTIVES[name] = Objective(name, terms, attack, PRESET | preset)
         return terms
 
     return register
@@ -87,13 +135,70 @@ def find_objective(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
+@objective("FT-Clean", attack=None)
+def ft_clean(step: Step, settings: ObjectiveSettings) -> list[Term]:
+    """Symmetric in-batch contrastive loss on clean images: image-to-text and text-to-image CE, halved."""
+    return [Term("L_con", 1.0, _contrastive(step, step.clean_tokens))]
+
+
+@objective("FT-Adv.")
+def ft_adv(step: Step, settings: ObjectiveSettings) -> list[Term]:
+    """The same loss on attacked images."""
+    return [Term("L_con", 1.0, _contrastive(step, step.adversarial_tokens))]
+
+
+def _contrastive(step: Step, tokens: ImageTokens) -> Tensor:
+    logits = step.clip.similarity(tokens.pooled, step.true_text)  # [B,B]: each image against each one's text
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
 @objective("TeCoA", lr=1e-5)
 def tecoa(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """CE(logits(f, x'), y): text-guided contrastive adversarial training (Mao et al., ICLR 2023)."""
     return [Term("CE", 1.0, step.cross_entropy(step.adversarial_tokens))]
 
 
-@objective("TGA-ZSR", lr=1e-4)
+@objective("PMG-AFT", lr=5e-5, train_eps=2.0, train_numsteps=5, batch_size=256)
+def pmg_aft(step: Step, settings: ObjectiveSettings) -> list[Term]:
+    """CE(f, x') + KL(p_f0(x') || p_f(x')) + KL(p_f(x) || p_f(x')), each KL summed over the batch (CVPR 2024)."""
+    attacked = step.log_probabilities(step.adversarial_tokens)
+    divergence = lambda p: F.kl_div(attacked, p, reduction="sum", log_target=True)  # KL(p || attacked)
+    return [
+        Term("CE", 1.0, step.cross_entropy(step.adversarial_tokens)),
+        Term("L_general", 1.0, divergence(step.log_probabilities(step.original_adversarial_tokens))),
+        Term("L_clean", 1.0, divergence(step.log_probabilities(step.clean_tokens))),
+    ]
+
+
+@objective("FARE", attack=embedding_attack)
+def fare(step: Step, settings: ObjectiveSettings) -> list[Term]:
+    """Batch mean of ||f(x') - f0(x)||^2 between unnormalised class embeddings; no labels (ICML 2024)."""
+    distance = (step.adversarial_tokens.pooled - step.original_tokens.pooled).square().sum(1).mean()
+    return [Term("L_emb", 1.0, distance)]
+
+
+@objective("Vision-based")
+def vision_based(step: Step, settings: ObjectiveSettings) -> list[Term]:
+    """TGA-ZSR with Grad-CAM maps in place of text-guided ones, as released: no gradient reaches the weights through them."""
+    return _held_in_place(step, settings, *_grad_cams(step, differentiable=False))
+
+
+@objective("Vision-based-grad")
+def vision_based_differentiable(step: Step, settings: ObjectiveSettings) -> list[Term]:
+    """The same with Grad-CAM maps that train the weights."""
+    return _held_in_place(step, settings, *_grad_cams(step, differentiable=True))
+
+
+def _grad_cams(step: Step, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
+    sides = (step.clip, step.adversarial), (step.clip, step.images), (step.original, step.images)
+    return tuple(
+        grad_cam(clip, images, step.text, step.labels, differentiable=differentiable and clip is step.clip)
+        for clip, images in sides
+    )
+
+
+@objective("TGA-ZSR")
 def tga_zsr(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """CE(logits(f, x'), y) + Alpha * L_AR + Beta * L_AMC (Yu et al., NeurIPS 2024).
 
@@ -103,10 +208,23 @@ def tga_zsr(step: Step, settings: ObjectiveSettings) -> list[Term]:
     attend = lambda tokens: text_guided_attention(
         tokens, step.true_text, settings.attention_variant, grid=step.clip.grid
     )
-    distance = lambda a, b: attention_distance(a, b, settings.Distance_metric, settings.distance_size).mean()
-    target = attend(step.original_tokens)
+    return _held_in_place(step, settings, *map(attend, (step.adversarial_tokens, step.clean_tokens, step.original_tokens)))
+
+
+@objective("Comp-TGA", Alpha=0.10, Beta=0.07)
+def comp_tga(step: Step, settings: ObjectiveSettings) -> list[Term]:
+    """TGA-ZSR with A = A(t_y) * (1 - A(t_not_y)), t_not_y from "This is not a photo of a ..." (TPAMI 2026)."""
+    attend = lambda tokens: complementary_attention(
+        tokens, step.true_text, step.not_text, settings.attention_variant, grid=step.clip.grid
+    )
+    return _held_in_place(step, settings, *map(attend, (step.adversarial_tokens, step.clean_tokens, step.original_tokens)))
+
+
+def _held_in_place(step: Step, settings: ObjectiveSettings, attacked: Tensor, clean: Tensor, target: Tensor) -> list[Term]:
+    """CE + Alpha * L_AR + Beta * L_AMC from maps A(f, x'), A(f, x) and A(f0, x)."""
+    distance = lambda maps: attention_distance(maps, target, settings.Distance_metric, settings.distance_size).mean()
     return [
         Term("CE", 1.0, step.cross_entropy(step.adversarial_tokens)),
-        Term("L_AR", settings.Alpha, distance(attend(step.adversarial_tokens), target)),
-        Term("L_AMC", settings.Beta, distance(attend(step.clean_tokens), target)),
+        Term("L_AR", settings.Alpha, distance(attacked)),
+        Term("L_AMC", settings.Beta, distance(clean)),
     ]

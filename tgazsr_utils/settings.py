@@ -45,8 +45,8 @@ class Settings(BaseModel):
 class ObjectiveSettings(Settings):
     """What the loss terms need (REFERENCE of the method: Alpha 0.08, Beta 0.05, l2 at 224)."""
 
-    Alpha: NonNegative  # weight of L_AR
-    Beta: NonNegative  # weight of L_AMC
+    Alpha: NonNegative | None  # weight of L_AR; None, here and below: what the method was published with
+    Beta: NonNegative | None  # weight of L_AMC
     Distance_metric: Literal["l2", "l1", "cos"]
     attention_variant: Literal["reference", "cosine"]
     distance_size: Count = 224  # side in pixels at which maps are compared; Alpha and Beta belong to 224
@@ -56,12 +56,12 @@ class FinetuneSettings(ObjectiveSettings):
     """One fine-tuning run, but for the method's name."""
 
     epochs: Count
-    batch_size: Count
-    lr: Annotated[float, Field(gt=0)] | None  # None: the one the method was published with
+    batch_size: Count | None
+    lr: Annotated[float, Field(gt=0)] | None
     warmup_steps: Annotated[int, Field(ge=0)]
-    train_eps: Eps255
-    train_stepsize: Eps255
-    train_numsteps: Annotated[int, Field(ge=0)]
+    train_eps: Eps255 | None
+    train_stepsize: Eps255 | None
+    train_numsteps: Annotated[int, Field(ge=0)] | None
     last_num_ft: Annotated[int, Field(ge=0)] = 0  # 0: the whole image encoder; k: its last k parameter tensors
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegative = 0.0

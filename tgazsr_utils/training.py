@@ -42,8 +42,9 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
 
 def tuned_path(folder: Path, objective: Objective, settings: FinetuneSettings, data: ImageSet, original: str) -> Path:
     """The weights file of a run; its name holds a digest of all the run depends on."""
-    source = inspect.getsource(objective.terms)  # also of one that a notebook cell defines
-    key = digest(source, objective.lr, settings.model_dump(), data.fingerprint(), original, code_version(MODULES))
+    # Also of functions that a notebook cell defines.
+    source = [inspect.getsource(part) for part in (objective.terms, objective.attack) if part is not None]
+    key = digest(source, settings.model_dump(), data.fingerprint(), original, code_version(MODULES))
     return folder / f"{objective.name}_seed{settings.seed}_{key}.safetensors"
 
 
@@ -64,6 +65,7 @@ def finetune(
     """
     if isinstance(objective, str):
         objective = find_objective(objective)
+    settings = objective.with_preset(settings)
     weights = tuned_path(folder, objective, settings, data, clip.fingerprint())
     if weights.exists():
         weights.touch()  # now the latest of its method
@@ -71,7 +73,6 @@ def finetune(
         return TrainResult(tuned, pd.DataFrame(read_metadata(weights)["history"]), weights)
 
     original, tuned = clip.frozen_copy(), clip.frozen_copy()
-    text = clip.encode_text(data.prompts)
     parameters = trainable(tuned.visual, settings.last_num_ft)
     optimizer = torch.optim.SGD(
         parameters, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay
@@ -80,30 +81,20 @@ def finetune(
     state = load_checkpoint(checkpoint, tuned.visual, optimizer)
     per_epoch = math.ceil(len(data) / settings.batch_size)
     total = per_epoch * settings.epochs
-    lr = objective.lr if settings.lr is None else settings.lr
     bar = progress(total=total, initial=state["step"], desc=f"{objective.name} seed {settings.seed}")
     with deferred_interrupt() as interrupted, bar:
         for step, images, labels in batches(data, settings, state["step"], clip.device):
             started = time.perf_counter()
-            optimizer.param_groups[0]["lr"] = lr * warmup_cosine(step, settings.warmup_steps, total)
-            adversarial = pgd(
-                tuned,
-                images,
-                labels,
-                text,
-                settings.train_eps / 255,
-                settings.train_stepsize / 255,
-                settings.train_numsteps,
-                generator=torch.Generator().manual_seed(_seed(settings.seed, 1, step)),
-            )
-            batch = Step(tuned, original, images, adversarial, labels, text)
+            optimizer.param_groups[0]["lr"] = settings.lr * warmup_cosine(step, settings.warmup_steps, total)
+            batch = Step(tuned, original, images, labels, data.prompts)
+            batch.adversarial = attacked(batch, objective, settings, step)
             terms = objective.terms(batch, settings)
             loss = sum(term.weight * term.value for term in terms)
             if not torch.isfinite(loss):
                 values = ", ".join(f"{term.name} {term.value.item():g}" for term in terms)
                 raise FloatingPointError(f"loss of {objective.name} is not finite at step {step}: {values}")
             with torch.no_grad():
-                correct = tuned.similarity(batch.adversarial_tokens.pooled, text).argmax(1) == labels
+                correct = tuned.similarity(batch.adversarial_tokens.pooled, batch.text).argmax(1) == labels
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -123,6 +114,23 @@ def finetune(
     save_clip(tuned, weights, method=objective.name, settings=settings.model_dump(), history=state["history"])
     checkpoint.unlink(missing_ok=True)
     return TrainResult(tuned.requires_grad_(False), pd.DataFrame(state["history"]), weights)
+
+
+def attacked(batch: Step, objective: Objective, settings: FinetuneSettings, step: int) -> Tensor:
+    """The batch's images as the objective's attack makes them against the model being tuned; seeded by the step."""
+    if objective.attack is None:
+        return batch.images
+    return pgd(
+        batch.clip,
+        batch.images,
+        batch.labels,
+        batch.text,
+        settings.train_eps / 255,
+        settings.train_stepsize / 255,
+        settings.train_numsteps,
+        loss=objective.attack(batch),
+        generator=torch.Generator().manual_seed(_seed(settings.seed, 1, step)),
+    )
 
 
 def trainable(visual: nn.Module, last: int) -> list[nn.Parameter]:
