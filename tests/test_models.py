@@ -140,6 +140,11 @@ def test_a_file_that_needs_pickled_code_is_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_images_of_another_size_are_refused(mini):
+    with pytest.raises(ValueError, match="images are 64x56; this mini-clip takes 56x56"):
+        mini.encode_image(torch.rand(1, 3, 64, 56))
+
+
 def test_a_frozen_copy_has_weights_of_its_own(mini):
     copy = mini.frozen_copy()
     with torch.no_grad():

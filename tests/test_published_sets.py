@@ -186,9 +186,12 @@ def test_which_of_the_published_sets_are_there(root, tmp_path, capsys):
     assert "2 of 16 published sets are there; missing: tinyImageNet" in printed
     assert "'flowers102' in" in printed and "missing: flowers-102/imagelabels.mat" in printed
     (tmp_path / "flowers-102").rmdir()
-    assert choose_datasets(None, tmp_path) == ["dtd", "PCAM", "mine"]
-    with pytest.raises(ValueError, match="none of the 16 published sets"):
+    assert choose_datasets(None, tmp_path) == ["dtd", "PCAM"]
+    assert "left out: image set 'mine' in" in capsys.readouterr().out
+    assert choose_datasets(["mine"], tmp_path) == ["mine"]  # what is named is not left out
+    with pytest.raises(ValueError, match="has no image set to use"):
         choose_datasets("published", tmp_path / "mine")
+    assert "left out: image set 'class'" not in capsys.readouterr().out
 
 
 def test_a_large_set_is_read_as_it_is_needed_with_the_same_outcome(root, monkeypatch):

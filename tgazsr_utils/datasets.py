@@ -219,23 +219,27 @@ def list_datasets(root: str | Path | None) -> list[str]:
     return there + [p.name for p in _folders(folder) if p.name not in known]
 
 
-def choose_datasets(wanted: list[str] | Literal["published"] | None, root: str | Path | None) -> list[str]:
-    """The test sets to use: those named; all there are (None); or those of the 16 published that are there."""
-    if wanted != "published":
+def choose_datasets(
+    wanted: list[str] | Literal["published"] | None, root: str | Path | None, test_fraction: float | None = None
+) -> list[str]:
+    """The test sets to use: those named; all there are (None); or those of the 16 published that are there.
+
+    Unless named, a set without readable lists of test images is left out, and a line says why.
+    """
+    if isinstance(wanted, list) or root is None and wanted is None:
         return wanted or list_datasets(root)
     there = []
-    for key in DATASETS if root is not None else ():
-        if is_there(key, folder := _existing_root(root)):
+    for key in list_datasets(root) if root is not None else ():
+        if wanted is None or key in DATASETS:
             try:
-                open_source(key, "test", folder)
+                open_source(key, "test", _existing_root(root), test_fraction)
                 there.append(key)
             except ValueError as error:
-                print(error)
+                print(f"left out: {error}")
     missing = [key for key in DATASETS if key not in there]
     if not there:
-        raise ValueError(f"none of the {len(DATASETS)} published sets is in data_root {str(root)!r}; see "
-                         "python -m tgazsr_utils.datasets list")  # fmt: skip
-    if missing:
+        raise ValueError(f"data_root {str(root)!r} has no image set to use; see python -m tgazsr_utils.datasets list")
+    if missing and wanted == "published":
         print(f"{len(there)} of {len(DATASETS)} published sets are there; missing: {', '.join(missing)}")
     return there
 

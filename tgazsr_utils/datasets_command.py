@@ -12,7 +12,7 @@ import torch
 import torchvision.datasets
 from torchvision.datasets.utils import download_and_extract_archive
 
-from .datasets import is_there, load_dataset, missing_parts
+from .datasets import is_there, list_datasets, load_dataset, missing_parts
 from .progress import progress
 from .published_sets import DATASETS, DatasetSpec
 from .settings import DEFAULT_ROOT, resolve
@@ -45,14 +45,14 @@ def _state(key: str, root: Path) -> str:
 
 def check_set(key: str, root: Path, every_image: bool = False) -> tuple[bool, list[str]]:
     """Reads a set's lists and one image of each class, or all images; (is it readable, lines that say what was found)."""
-    spec = DATASETS[key]
+    spec = DATASETS.get(key)
     try:
         data = load_dataset(key, "test", root, image_size=8, on_bad_image="leave_out", decode=False)
     except ValueError as error:
-        return False, [str(error), *by_hand(spec, root)]
+        return False, [str(error), *(by_hand(spec, root) if spec else [])]
     found = f"{len(data):,} images, {len(data.class_names)} classes"
-    lines = [f"as published: {found}"]
-    if not data.published:
+    lines = [f"as published: {found}" if spec else f"{found} to test on; the rest is for training"]
+    if spec and not data.published:
         lines = [f"usable, but not the published set: {found} instead of {spec.images:,} and {spec.classes}"]
     lines.append("prompts: " + "; ".join(_some(data.prompts)))
     if repeated := len(data.prompts) - len(set(data.prompts)):
@@ -117,9 +117,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="check: decode every image, not one of each class")
     options = parser.parse_args(arguments)
     root = resolve(options.root)
-    unknown = [key for key in options.keys if key not in DATASETS]
+    own = [] if options.action != "check" or not root.is_dir() else list_datasets(root)
+    unknown = [key for key in options.keys if key not in DATASETS and key not in own]
     if unknown:
-        print(f"error: set {unknown[0]!r} is unknown; there are: {', '.join(DATASETS)}", file=sys.stderr)
+        print(f"error: set {unknown[0]!r} is unknown; there are: {', '.join(dict.fromkeys([*DATASETS, *own]))}", file=sys.stderr)
+        return 2
+    if options.action == "check" and not root.is_dir():
+        print(f"error: there is no folder {root}", file=sys.stderr)
         return 2
     keys = options.keys or list(DATASETS)
     print(f"data root: {root}")
@@ -130,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     socket.setdefaulttimeout(60)  # torchvision's downloads would wait for a silent server for ever
     if options.action == "check" and not options.keys:
-        keys = [key for key in keys if is_there(key, root)]
+        keys = own
     failed = []
     for key in keys:
         try:
@@ -143,7 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\n{key}: interrupted; the same command goes on from here", file=sys.stderr)
             return 130
         except Exception as error:  # one failing set must not stop the others, whatever a server answers
-            good, lines = False, [f"failed: {' '.join(str(error).split())}", *by_hand(DATASETS[key], root)]
+            good, lines = False, [f"failed: {' '.join(str(error).split())}"]
+            lines += by_hand(DATASETS[key], root) if key in DATASETS else []
         print(f"{key}: " + "\n    ".join(lines), flush=True)
         failed += [] if good else [key]
     if options.action == "check":

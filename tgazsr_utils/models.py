@@ -73,7 +73,10 @@ class Clip(nn.Module):
         return self.model.visual
 
     def encode_image(self, pixels: Tensor) -> ImageTokens:
-        """Tokens of images ``[B,3,H,W]`` in [0,1]; one forward of the image encoder."""
+        """Tokens of images ``[B,3,H,W]`` in [0,1]; one forward. Raises ValueError for images of another size."""
+        if tuple(pixels.shape[-2:]) != tuple(self.image_size):
+            sizes = ["x".join(map(str, size)) for size in (pixels.shape[-2:], self.image_size)]
+            raise ValueError(f"images are {sizes[0]}; this {self.arch} takes {sizes[1]}")
         pooled, tokens = self.visual(((pixels - self.mean) / self.std).to(self.visual.proj.dtype))
         if self.visual.final_ln_after_pool:
             tokens = self.visual.ln_post(tokens)
@@ -190,15 +193,23 @@ _scalar = np.float64(0).__reduce__()[0]
 _NUMPY_SCALARS = [np.dtype, type(np.dtype("float64")), *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
 
-def _find_source(arch: str, pretrained: str | Path | None) -> tuple[str | None, dict[str, Tensor] | None]:
-    """(what open_clip is to load, an image encoder's weights to put in afterwards if there are any)."""
+def locate_weights(arch: str, pretrained: str | Path | None) -> str | Path | None:
+    """A weights file that is there, or a name that open_clip knows for ``arch``. Raises ValueError for anything else."""
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if pretrained is None or pretrained in tags or str(pretrained).startswith(_SCHEMAS):
-        return pretrained, None
+        return pretrained
     path = SHIPPED.get(str(pretrained)) or resolve(pretrained)
     if not path.is_file():
         named = ", ".join([*tags, *(SHIPPED if arch == MINI_ARCH else [])]) or "none"
-        raise ValueError(f"this is neither a file nor a name known for {arch} ({named})")
+        raise ValueError(f"{str(pretrained)!r} is neither a file nor a name known for {arch} ({named})")
+    return path
+
+
+def _find_source(arch: str, pretrained: str | Path | None) -> tuple[str | None, dict[str, Tensor] | None]:
+    """(what open_clip is to load, an image encoder's weights to put in afterwards if there are any)."""
+    path = locate_weights(arch, pretrained)
+    if not isinstance(path, Path):
+        return path, None
     if path.suffix == ".safetensors":
         return str(path), None
     try:
@@ -208,7 +219,7 @@ def _find_source(arch: str, pretrained: str | Path | None) -> tuple[str | None, 
         raise ValueError("reading this file would run code that it brings along, which is refused") from None
     if "vision_encoder_state_dict" not in checkpoint:
         return str(path), None
-    if arch != MINI_ARCH and "openai" not in tags:
+    if arch != MINI_ARCH and "openai" not in open_clip.list_pretrained_tags_by_model(arch):
         raise ValueError(f"this file holds an image encoder only, and {arch} has no 'openai' weights for the rest")
     base = str(SHIPPED["mini"]) if arch == MINI_ARCH else "openai"
     return base, checkpoint["vision_encoder_state_dict"]

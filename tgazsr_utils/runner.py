@@ -28,8 +28,10 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from . import ROOT
+from .datasets import list_datasets
 from .files import code_version, digest, write_atomic, write_json
-from .models import SHIPPED, pick_device
+from .models import SHIPPED, image_size_of, locate_weights, pick_device
+from .objectives import find_objective
 from .progress import HEADLESS
 from .settings import NOTEBOOKS, Settings, SettingsError, resolve, unknown_parameter, validate
 
@@ -95,6 +97,27 @@ def parameters_of(notebook: str, profile: Profile, output: str, given: dict[str,
         raise SettingsError(f"{notebook}: {error}") from None
 
 
+def check_choices(notebook: str, values: dict[str, Any]) -> None:
+    """Sets, methods and models that parameters name must be there before anything runs, not hours later."""
+    root, testdata = values.get("data_root"), values.get("testdata")
+    keys = [values.get("dataset"), *(values.get("sets") or []), *(testdata if isinstance(testdata, list) else [])]
+    cells = (FOLDER / f"{notebook}.ipynb").read_text()
+    try:
+        image_size_of(values["arch"])
+        for name in ("pretrained", "tuned"):
+            if not str(values.get(name)).startswith("latest:"):  # made by a notebook before
+                locate_weights(values["arch"], values.get(name))
+        there = list_datasets(root)
+        for key in filter(None, keys):
+            if key not in there and not (root and (resolve(root) / key).is_dir()):
+                raise ValueError(f"image set {key!r} is not there; there are: {', '.join(there) or 'none'}")
+        for method in values.get("methods", []):
+            if f'\\"{method}\\"' not in cells:  # it may define it itself
+                find_objective(method)
+    except ValueError as error:
+        raise SettingsError(f"{notebook}: {error}") from None
+
+
 def check_names(profile: Profile, given: dict[str, Any], notebooks: list[str]) -> None:
     """Every parameter must be known to a notebook that will run; in a profile, to any notebook."""
     everywhere = {name: None for model in NOTEBOOKS.values() for name in model.model_fields}
@@ -102,6 +125,9 @@ def check_names(profile: Profile, given: dict[str, Any], notebooks: list[str]) -
     for names, known in ((profile.parameters, everywhere), (given, here)):
         for name in names:
             if name not in known:
+                owners = [notebook for notebook, model in NOTEBOOKS.items() if name in model.model_fields]
+                if owners:
+                    raise SettingsError(f"parameter {name!r} is one of {', '.join(owners)}, not of what is to run")
                 raise SettingsError(unknown_parameter(name, known))
     for notebook, values in profile.by_notebook.items():
         for name in values:
@@ -187,6 +213,8 @@ def run(profile_name: str, numbers: list[str], given: dict[str, Any], fresh: boo
     extra = [name for name in chosen if name not in profile.notebooks]
     in_order = [*extra, *profile.notebooks]
     parameters = {name: parameters_of(name, profile, output, given) for name in in_order}
+    for name in chosen:
+        check_choices(name, parameters[name])
     now = environment(next(iter(parameters.values()))["device"])
     if fresh and folder.exists():
         aside = folder.with_name(f"{folder.name}-before-{datetime.now():%Y%m%d-%H%M%S}")

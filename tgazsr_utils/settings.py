@@ -94,7 +94,10 @@ class WorkbookSettings(Settings):
     @classmethod
     def _is_there(cls, value: str | None) -> str | None:
         if value is not None and not resolve(value).is_dir():
-            raise ValueError("there is no such folder")
+            raise ValueError(
+                "there is no such folder; name that of your image sets with -p data_root FOLDER "
+                "(python -m tgazsr_utils.datasets fetch gets the published ones)"
+            )
         return value
 
     @field_validator("prompt")
@@ -209,7 +212,8 @@ def validate(model: type[AnySettings], values: Mapping[str, Any]) -> AnySettings
         errors = error.errors()
         first = next((e for e in errors if e["type"] != "missing"), errors[0])
         name = ".".join(map(str, first["loc"]))
-        problem = first["msg"][0].lower() + first["msg"][1:]
+        problem = first["msg"].removeprefix("Value error, ")
+        problem = problem[0].lower() + problem[1:]
         given = "" if first["type"] == "missing" else f" = {first['input']!r}"
         raise SettingsError(f"parameter {name}{given}: {problem}" if name else problem) from None
 
