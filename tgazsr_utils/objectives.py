@@ -5,7 +5,7 @@ a function and decorate it with ``@objective(name, lr=...)``.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -181,21 +181,19 @@ def fare(step: Step, settings: ObjectiveSettings) -> list[Term]:
 @objective("Vision-based")
 def vision_based(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """TGA-ZSR with Grad-CAM maps in place of text-guided ones, as released: no gradient reaches the weights through them."""
-    return _held_in_place(step, settings, *_grad_cams(step, differentiable=False))
+    return _held_in_place(step, settings, _grad_cams(step, differentiable=False))
 
 
 @objective("Vision-based-grad")
 def vision_based_differentiable(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """The same with Grad-CAM maps that train the weights."""
-    return _held_in_place(step, settings, *_grad_cams(step, differentiable=True))
+    return _held_in_place(step, settings, _grad_cams(step, differentiable=True))
 
 
-def _grad_cams(step: Step, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _grad_cams(step: Step, differentiable: bool) -> Iterator[Tensor]:
     sides = (step.clip, step.adversarial), (step.clip, step.images), (step.original, step.images)
-    return tuple(
-        grad_cam(clip, images, step.text, step.labels, differentiable=differentiable and clip is step.clip)
-        for clip, images in sides
-    )
+    for clip, images in sides:
+        yield grad_cam(clip, images, step.text, step.labels, differentiable=differentiable and clip is step.clip)
 
 
 @objective("TGA-ZSR")
@@ -208,7 +206,7 @@ def tga_zsr(step: Step, settings: ObjectiveSettings) -> list[Term]:
     attend = lambda tokens: text_guided_attention(
         tokens, step.true_text, settings.attention_variant, grid=step.clip.grid
     )
-    return _held_in_place(step, settings, *map(attend, (step.adversarial_tokens, step.clean_tokens, step.original_tokens)))
+    return _held_in_place(step, settings, _attended(step, attend))
 
 
 @objective("Comp-TGA", Alpha=0.10, Beta=0.07)
@@ -217,14 +215,22 @@ def comp_tga(step: Step, settings: ObjectiveSettings) -> list[Term]:
     attend = lambda tokens: complementary_attention(
         tokens, step.true_text, step.not_text, settings.attention_variant, grid=step.clip.grid
     )
-    return _held_in_place(step, settings, *map(attend, (step.adversarial_tokens, step.clean_tokens, step.original_tokens)))
+    return _held_in_place(step, settings, _attended(step, attend))
 
 
-def _held_in_place(step: Step, settings: ObjectiveSettings, attacked: Tensor, clean: Tensor, target: Tensor) -> list[Term]:
+def _attended(step: Step, attend: Callable[[ImageTokens], Tensor]) -> Iterator[Tensor]:
+    yield attend(step.adversarial_tokens)
+    yield attend(step.clean_tokens)
+    yield attend(step.original_tokens)
+
+
+def _held_in_place(step: Step, settings: ObjectiveSettings, maps: Iterator[Tensor]) -> list[Term]:
     """CE + Alpha * L_AR + Beta * L_AMC from maps A(f, x'), A(f, x) and A(f0, x)."""
+    cross_entropy = step.cross_entropy(step.adversarial_tokens)  # before the maps: the order of sums shows in the last bits
+    attacked, clean, target = maps
     distance = lambda maps: attention_distance(maps, target, settings.Distance_metric, settings.distance_size).mean()
     return [
-        Term("CE", 1.0, step.cross_entropy(step.adversarial_tokens)),
+        Term("CE", 1.0, cross_entropy),
         Term("L_AR", settings.Alpha, distance(attacked)),
         Term("L_AMC", settings.Beta, distance(clean)),
     ]

@@ -112,7 +112,7 @@ def _sets_used(keys: Sequence[str]) -> str:
 def _images_used(part: pd.DataFrame) -> str:
     """How many images a method's means are over, and what is missing from them."""
     sets = part.drop_duplicates("dataset")
-    used, whole = int(sets.n.sum()), int(sets.available.fillna(sets.n).sum())
+    used, whole = int(sets.n.sum()), int(sets.available.astype(float).fillna(sets.n).sum())
     text = f"{used:,}" if used == whole else f"{used:,} of {whole:,}"
     return text + (f", {sets.left_out.sum()} unreadable left out" if sets.left_out.any() else "")
 
