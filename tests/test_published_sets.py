@@ -258,6 +258,21 @@ def test_the_command_lists_and_checks(root, capsys):
     assert "set 'mnist' is unknown; there are: tinyImageNet" in capsys.readouterr().err
 
 
+def test_the_command_checks_all_of_ones_own_folders(tmp_path, capsys):
+    for name in ("ant", "bee"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (64, 64)).save(tmp_path / "mine" / name / f"{i}.png")
+    assert main(["check", "--all", "--root", str(tmp_path)]) == 0
+    assert "mine: 10 images, 2 classes" in (printed := capsys.readouterr().out) and "10 of 10 images decoded" in printed
+    for i in range(5):  # whichever part it is in
+        whole = (tmp_path / "mine" / "bee" / f"{i}.png").read_bytes()
+        (tmp_path / "mine" / "bee" / f"{i}.png").write_bytes(b"broken")
+        assert main(["check", "--all", "--root", str(tmp_path)]) == 1
+        assert f"{i}.png cannot be read" in capsys.readouterr().err
+        (tmp_path / "mine" / "bee" / f"{i}.png").write_bytes(whole)
+
+
 def test_the_command_says_where_to_get_what_is_missing(tmp_path, capsys):
     assert main(["check", "--root", str(tmp_path)]) == 1
     assert main(["fetch", "ImageNet", "StanfordCars", "--root", str(tmp_path)]) == 1

@@ -103,7 +103,7 @@ class ImageSet:
     """Labelled images of one size, with the prompts of their classes."""
 
     key: str
-    world: str  # "mini-world" or "photographs": results of different worlds are never mixed
+    world: str  # "mini-world", "photographs" or settings.PLUMBING: results of different worlds are never mixed
     images: Tensor | Undecoded  # [N,3,H,W] uint8, or the means to read them
     labels: Tensor  # [N] int64
     class_names: tuple[str, ...]
@@ -182,7 +182,7 @@ class ImageSet:
         return replace(self, images=images, labels=self.labels[chosen], masks=masks, available=whole)
 
     def fingerprint(self) -> str:
-        """Names images, labels and prompts: equal for equal data."""
+        """Names images, labels and prompts: equal for equal data. Files read as needed are told by name and size."""
         return self._fingerprint
 
     @cached_property
@@ -268,8 +268,9 @@ def load_dataset(
     ``test_fraction`` of it for testing; None: a fifth, but all of a published set. ``n`` caps the number of images,
     evenly over classes.
     ``preprocess`` and ``prompt`` replace the set's own: "resize" both sides, or "crop" (resize the shorter side to
-    256/224 of ``image_size``, centre-crop); bilinear, by PIL. Sets of more than 256 MiB, and any with ``decode`` False, are read as
-    they are needed.
+    256/224 of ``image_size``, centre-crop); bilinear, by PIL. ``on_bad_image``: what an unreadable file does.
+    ``world`` replaces what the numbers are said to be about. Sets of more than 256 MiB, and any with ``decode`` False,
+    are read as they are needed.
     Raises ValueError for an unknown key, a missing folder, or an unreadable image unless ``on_bad_image`` is "leave_out".
     """
     if root is None:

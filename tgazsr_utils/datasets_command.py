@@ -44,27 +44,39 @@ def _state(key: str, root: Path) -> str:
 
 
 def check_set(key: str, root: Path, every_image: bool = False) -> tuple[bool, list[str]]:
-    """Reads a set's lists and one image of each class, or all images; (is it readable, lines that say what was found)."""
+    """Reads a set's lists and one image of each class, or all images; (is it readable, lines that say what was found).
+
+    Of a published set this is the part to test on, of class folders of one's own all of it.
+    """
     spec = DATASETS.get(key)
+    options = {"image_size": 8, "on_bad_image": "leave_out", "decode": False}
     try:
-        data = load_dataset(key, "test", root, image_size=8, on_bad_image="leave_out", decode=False)
+        parts = [load_dataset(key, split, root, **options) for split in (("test",) if spec else ("train", "test"))]
     except ValueError as error:
         return False, [str(error), *(by_hand(spec, root) if spec else [])]
-    found = f"{len(data):,} images, {len(data.class_names)} classes"
-    lines = [f"as published: {found}" if spec else f"{found} to test on; the rest is for training"]
+    data = parts[0]
+    found = f"{sum(map(len, parts)):,} images, {len(data.class_names)} classes"
+    lines = [f"as published: {found}" if data.published else found]
     if spec and not data.published:
         lines = [f"usable, but not the published set: {found} instead of {spec.images:,} and {spec.classes}"]
     lines.append("prompts: " + "; ".join(_some(data.prompts)))
     if repeated := len(data.prompts) - len(set(data.prompts)):
         lines.append(f"{repeated} prompts are the same as another class's")
-    labels = data.labels.tolist()
-    rows = range(len(data)) if every_image else [labels.index(label) for label in dict.fromkeys(labels)]
-    with progress(total=len(rows), desc=f"decode {key}", unit="image", leave=False) as bar:
-        for batch in data.batches(torch.tensor(list(rows)).split(64)):
-            bar.update(len(batch.rows))
-    read = len(rows) - len(data.unreadable)
-    lines.append(f"{read:,} of {len(rows):,} images decoded{'' if every_image else ', one of each class'}")
-    return not data.unreadable, lines
+    chosen = [range(len(part)) if every_image else _one_of_each_class(part.labels) for part in parts]
+    total, bad = sum(map(len, chosen)), 0
+    with progress(total=total, desc=f"decode {key}", unit="image", leave=False) as bar:
+        for part, rows in zip(parts, chosen):
+            for batch in part.batches(torch.tensor(list(rows)).split(64)):
+                bar.update(len(batch.rows))
+            bad += len(part.unreadable)
+    lines.append(f"{total - bad:,} of {total:,} images decoded{'' if every_image else ', one of each class'}")
+    return not bad, lines
+
+
+def _one_of_each_class(labels: torch.Tensor) -> list[int]:
+    """Rows of the first image of each class among ``labels`` ``[N]``."""
+    first = {label: row for row, label in reversed(list(enumerate(labels.tolist())))}
+    return sorted(first.values())
 
 
 def _some(prompts: Sequence[str], n: int = 3) -> list[str]:

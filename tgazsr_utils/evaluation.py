@@ -95,7 +95,6 @@ def predict(
 class AttentionUnderAttack:
     """What an attack did to each image of a set: pixels and maps on the CPU, and a row of measures an image."""
 
-    rows: Tensor  # [N] of the set
     images: Tensor  # [N,3,H,W]
     adversarial: Tensor  # [N,3,H,W]
     clean_maps: Tensor  # [N,h,w], guided by the true class
@@ -124,7 +123,7 @@ def attention_under_attack(
     frame["attacked_prediction"] = attacked_guess.numpy()
     frame["clean_correct"] = frame.clean_prediction == frame.label
     frame["flipped"] = frame.clean_correct & (frame.attacked_prediction != frame.label)
-    return AttentionUnderAttack(rows, images, attacked, clean_maps, attacked_maps, frame)
+    return AttentionUnderAttack(images, attacked, clean_maps, attacked_maps, frame)
 
 
 class Record(Settings):
