@@ -1,8 +1,11 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tgazsr_utils.attacks import pgd
+from tgazsr_utils.attacks import autoattack, cw, cw_margin, pgd
+from tgazsr_utils.datasets import load_dataset
+from tgazsr_utils.models import Clip
 
 EPS = 3 / 255
 
@@ -83,3 +86,121 @@ def test_bad_input_is_named(mini, shapes):
         pgd(mini, shapes.images.float() / shapes.images.max() * 255, shapes.labels, text, EPS, EPS, 1)
     with pytest.raises(ValueError, match="eps is -1"):
         pgd(mini, shapes.images.float() / 255, shapes.labels, text, -1, EPS, 1)
+
+
+def test_cw_follows_the_margin(generator):
+    """-sum relu(correct - best wrong + 50), REFERENCE Q6, image by image in float64."""
+    logits, labels = 60 * torch.randn(20, 5, generator=generator), torch.arange(20) % 5
+    total = 0.0
+    for row, label in zip(logits.double().numpy(), labels.tolist()):
+        total -= max(0.0, row[label] - max(np.delete(row, label)) + 50)
+    assert cw_margin(logits, labels).item() == pytest.approx(total)
+    assert any(row[label] - max(np.delete(row, label)) < -50 for row, label in zip(logits.numpy(), labels.tolist()))
+
+
+def test_cw_is_pgd_on_that_margin(mini, shapes):
+    images, text = shapes.images.float() / 255, mini.encode_text(shapes.prompts)
+    margin = lambda tokens: cw_margin(mini.similarity(tokens.pooled, text), shapes.labels)
+    seeded = lambda: torch.Generator().manual_seed(0)
+    by_hand = attack(mini, shapes, steps=3, loss=margin)[1]
+    assert torch.equal(cw(mini, images, shapes.labels, text, EPS, 1 / 255, 3, generator=seeded()), by_hand)
+    assert not torch.equal(attack(mini, shapes, steps=3)[1], by_hand)
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_the_l2_ball(mini, shapes, steps):
+    eps = 128 / 255
+    images, text = shapes.images.float() / 255, mini.encode_text(shapes.prompts)
+    run = lambda steps, size: pgd(mini, images, shapes.labels, text, eps, size, steps, norm="l2", generator=torch.Generator().manual_seed(0))
+    adversarial = run(steps, eps / 2)
+    distance = (adversarial.double() - images.double()).flatten(1).norm(dim=1)
+    assert (distance <= eps * (1 + 1e-5)).all() and adversarial.min() >= 0 and adversarial.max() <= 1
+    if steps:
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+        noisy = (images + eps * noise / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).clamp(0, 1)
+        loss = lambda x: F.cross_entropy(mini.logits(x, text), shapes.labels)
+        assert loss(adversarial) > 2 * loss(noisy)
+    else:  # a step of the gradient's direction, of the given length
+        x = adversarial.clone().requires_grad_()
+        F.cross_entropy(mini.logits(x, text), shapes.labels, reduction="sum").backward()
+        direction = x.grad / x.grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        expected = adversarial + 0.01 * direction - images
+        expected *= (eps / expected.flatten(1).norm(dim=1)).clamp(max=1).view(-1, 1, 1, 1)
+        assert torch.allclose(run(1, 0.01), (images + expected).clamp(0, 1), atol=1e-6)
+
+
+def test_worst_counts_every_iterate_and_its_work_shrinks(mini, shapes, monkeypatch):
+    text, steps = mini.encode_text(shapes.prompts), 6
+    wrong = lambda x: mini.logits(x, text).argmax(1) != shapes.labels
+    seen = []
+    encode = Clip.encode_image
+    monkeypatch.setattr(Clip, "encode_image", lambda self, x: seen.append(len(x)) or encode(self, x))
+    images, adversarial = attack(mini, shapes, steps=steps, protocol="worst")
+    sizes = list(seen)
+    ever = wrong(images)
+    for k in range(steps + 1):  # the same start and the same steps, cut off after k of them
+        ever |= wrong(attack(mini, shapes, steps=k)[1])
+    last = wrong(attack(mini, shapes, steps=steps)[1])
+    assert (wrong(adversarial) != ever).sum() <= 1  # another batch may round the odd one otherwise
+    assert (wrong(adversarial) | ~last).all() and 0 < last.sum() <= ever.sum() < len(shapes)
+    assert sizes[0] == len(shapes) and sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.8 * len(shapes)
+    assert ((adversarial.double() - images.double()).abs() <= EPS).all()
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", EPS), ("l2", 100 / 255)])
+def test_autoattack_finds_at_least_what_pgd_does(mini, shapes, norm, eps):
+    images, text = shapes.images.float() / 255, mini.encode_text(shapes.prompts)
+    right = lambda x: (mini.logits(x, text).argmax(1) == shapes.labels).sum()
+    seeded = lambda: torch.Generator().manual_seed(0)
+    before = torch.get_rng_state()
+    adversarial = autoattack(mini, images, shapes.labels, text, eps, steps=20, norm=norm, generator=seeded())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(adversarial, autoattack(mini, images, shapes.labels, text, eps, steps=20, norm=norm, generator=seeded()))
+    weaker = pgd(mini, images, shapes.labels, text, eps, eps / 4, 5, norm=norm, generator=seeded())
+    assert right(adversarial) <= right(weaker) < right(images)
+    delta = (adversarial.double() - images.double()).flatten(1)
+    assert (delta.abs().amax(1) <= eps).all() if norm == "linf" else (delta.norm(dim=1) <= eps * (1 + 1e-5)).all()
+    assert adversarial.min() >= 0 and adversarial.max() <= 1
+
+
+@pytest.mark.parametrize("classes, expected", [(2, ["apgd-ce"]), (3, ["apgd-ce", "apgd-dlr"])])
+def test_autoattack_leaves_dlr_out_for_two_classes(mini, classes, expected, monkeypatch):
+    import pyautoattack
+
+    chosen = []
+
+    class Watched(pyautoattack.AutoAttack):
+        def run_standard_evaluation(self, *args, **options):
+            chosen.extend(self.attacks_to_run)
+            assert self.apgd.n_iter == 3 and self.apgd.n_restarts == 1
+            return super().run_standard_evaluation(*args, **options)
+
+    monkeypatch.setattr(pyautoattack, "AutoAttack", Watched)
+    data = load_dataset("shapes", "test", n=6)
+    text = mini.encode_text(data.prompts)[:classes]
+    autoattack(mini, data.images.float() / 255, data.labels % classes, text, EPS, steps=3)
+    assert chosen == expected
+
+
+def test_the_standard_autoattack_stops_at_what_is_fooled(mini, shapes):
+    """At a huge epsilon APGD-CE fools all, and the slow attacks have nothing left to do."""
+    few = shapes.subset(2, 0)
+    text = mini.encode_text(few.prompts)
+    adversarial = autoattack(mini, few.images.float() / 255, few.labels, text, 0.3, version="standard")
+    assert (mini.logits(adversarial, text).argmax(1) != few.labels).all()
+
+
+def test_bad_choices_of_an_attack_are_named(mini, shapes):
+    text, few = mini.encode_text(shapes.prompts), shapes.subset(2, 0)
+    images = few.images.float() / 255
+    run = lambda attack, *a, **o: attack(mini, images, few.labels % 3, text[:3], EPS, EPS, 1, *a, **o)
+    with pytest.raises(ValueError, match="norm 'l1' is unknown; choose one of linf, l2"):
+        run(pgd, norm="l1")
+    with pytest.raises(ValueError, match="protocol 'best' is unknown"):
+        run(pgd, protocol="best")
+    with pytest.raises(ValueError, match="worst.*no loss of one's own"):
+        run(pgd, protocol="worst", loss=lambda tokens: tokens.pooled.sum())
+    with pytest.raises(ValueError, match="at least 4 classes.*there are 3"):
+        run(autoattack, version="standard")
+    with pytest.raises(ValueError, match="version 'fast' is unknown"):
+        run(autoattack, version="fast")

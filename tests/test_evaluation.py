@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tgazsr_utils import evaluation, plots, results
-from tgazsr_utils.attacks import pgd
+from tgazsr_utils.attacks import attack_as_set
 from tgazsr_utils.datasets import load_dataset
 from tgazsr_utils.evaluation import attention_under_attack, evaluate, predict, wilson
 from tgazsr_utils.results import RecordStore, evaluate_all, leaderboard, paired_difference
@@ -91,8 +91,19 @@ def test_the_leaderboard_averages_sets_then_seeds(records):
     clean, robust = [(10 + 12) / 60, 1.0], [(20 + 22) / 60, 50 / 60]
     assert row.clean == pytest.approx(100 * np.mean(clean)) and row.robust == pytest.approx(100 * np.mean(robust))
     assert row.average == pytest.approx((row.clean + row.robust) / 2)
-    assert row.clean_sd == pytest.approx(100 * np.std(clean, ddof=1))
-    assert row.sets == "2 of 16" and row.seeds == 2 and row.world == "mini-world"
+    # Two values: Student's t for 97.5 % with one degree of freedom is 12.706, and s / sqrt(2) is half their distance.
+    assert row.clean_ci == pytest.approx(100 * 12.7062 * abs(clean[0] - clean[1]) / 2, rel=1e-4)
+    assert row.sets == "2 of 16" and row.interval == "2 seeds" and row.world == "mini-world"
+
+
+def test_one_seed_has_intervals_over_images(records):
+    row = leaderboard(records).loc["CLIP"]
+    for kind in ("clean", "robust"):
+        rates = [r.correct / r.n for r in records if (r.attack == "none") == (kind == "clean")]
+        half = 196 * np.sqrt(sum(p * (1 - p) / 30 for p in rates)) / len(rates)
+        assert row[f"{kind}_ci"] == pytest.approx(half)
+    assert row.interval == "images"
+    assert max(row.clean_ci, row.robust_ci) / 2 <= row.average_ci <= (row.clean_ci + row.robust_ci) / 2
 
 
 @pytest.mark.parametrize(
@@ -146,7 +157,7 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(mini, tmp_path, mon
         predict(mini, data, ATTACK, bar=Stop(), partial=partial)
     assert partial.exists()
     attacks = []
-    monkeypatch.setattr(evaluation, "pgd", lambda *a, **k: attacks.append(len(a[1])) or pgd(*a, **k))
+    monkeypatch.setattr(evaluation, "attack_as_set", lambda *a: attacks.append(len(a[1])) or attack_as_set(*a))
     assert torch.equal(predict(mini, data, ATTACK, partial=partial), whole)
     assert attacks == [8, 6]
     partial.write_bytes(b"half a file")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,17 +15,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .attacks import pgd
+from .attacks import attack_as_set
 from .attention import Variant, attention_shift, text_guided_attention
 from .datasets import Batch, ImageSet
 from .files import code_version, digest, write_atomic
 from .models import Clip
-from .settings import AttackSettings, Settings
+from .settings import AttackSettings, Protocol, Settings
 
 MODULES = ("models", "attacks", "evaluation", "datasets", "miniworld")  # the source a record depends on
 BATCH = 128  # images attacked at once; the attack's random start is drawn for each batch
 SAVE_EVERY = 20.0  # seconds of work that a killed evaluation may lose
-Protocol = Literal["last"]
 
 
 def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -40,7 +39,7 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def attacked_batches(
-    clip: Clip, data: ImageSet, attack: AttackSettings | None, seed: int = 0, skip: int = 0
+    clip: Clip, data: ImageSet, attack: AttackSettings | None, protocol: Protocol = "last", seed: int = 0, skip: int = 0
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Batches of clean images, without the first ``skip`` of them, and the attacked images (the same without attack)."""
     text = clip.encode_text(data.prompts)
@@ -49,10 +48,7 @@ def attacked_batches(
         if attack is not None:
             stream = digest("evaluation", data.key, seed, batch.number * BATCH)
             generator = torch.Generator().manual_seed(int(stream, 16))
-            eps, step_size = attack.test_eps / 255, attack.test_stepsize / 255
-            attacked = pgd(
-                clip, batch.images, batch.labels, text, eps, step_size, attack.test_numsteps, generator=generator
-            )
+            attacked = attack_as_set(clip, batch.images, batch.labels, text, attack, protocol, generator)
         yield batch, attacked
 
 
@@ -61,6 +57,7 @@ def predict(
     clip: Clip,
     data: ImageSet,
     attack: AttackSettings | None,
+    protocol: Protocol = "last",
     seed: int = 0,
     bar=None,
     partial: Path | None = None,
@@ -80,7 +77,7 @@ def predict(
             print(f"{partial} is damaged ({error}); starting this set anew", flush=True)
     if bar is not None:
         bar.update(min(done * BATCH, len(data)))
-    for batch, attacked in attacked_batches(clip, data, attack, seed, skip=done):
+    for batch, attacked in attacked_batches(clip, data, attack, protocol, seed, skip=done):
         predictions[batch.rows] = clip.logits(attacked, text).argmax(1).cpu()
         if bar is not None:
             bar.update(len(batch.rows))
@@ -112,7 +109,7 @@ def attention_under_attack(
     """
     text = clip.encode_text(data.prompts)
     parts = []
-    for batch, attacked in attacked_batches(clip, data, attack, seed):
+    for batch, attacked in attacked_batches(clip, data, attack, seed=seed):
         tokens = clip.encode_image(batch.images), clip.encode_image(attacked)
         maps = [text_guided_attention(t, text[batch.labels], variant, grid=clip.grid) for t in tokens]
         guesses = [clip.similarity(t.pooled, text).argmax(1) for t in tokens]
@@ -136,7 +133,7 @@ class Record(Settings):
     world: str
     dataset: str
     data: str  # fingerprint of the images, labels and prompts
-    attack: str  # "none" or attack-steps
+    attack: str  # "none" or AttackSettings.label
     eps_255: float
     protocol: Protocol
     seed: int
@@ -162,9 +159,17 @@ def record_key(
     clip: Clip, data: ImageSet, attack: AttackSettings | None, protocol: Protocol, method: str, seed: int
 ) -> str:
     settings = {} if attack is None else attack.model_dump()
+    protocol = protocol_of(attack, protocol)
     return digest(
         method, clip.fingerprint(), data.fingerprint(), settings, protocol, seed, str(clip.device), code_version(MODULES)
     )
+
+
+def protocol_of(attack: AttackSettings | None, wanted: Protocol) -> Protocol:
+    """What an accuracy is read at: clean images know no iterates, and AutoAttack keeps the first image that fools."""
+    if attack is None:
+        return "last"
+    return "worst" if attack.attack == "autoattack" else wanted
 
 
 def evaluate(
@@ -180,11 +185,12 @@ def evaluate(
 ) -> Record:
     """Top-1 zero-shot accuracy of ``clip`` on one set; ``attack=None`` for clean images.
 
-    ``protocol`` "last": accuracy at the attack's last iterate, as published. ``bar`` is updated by images; ``partial``:
-    see ``predict``. Images that cannot be read are not counted.
+    ``protocol`` "last": accuracy at the attack's last iterate, as published; "worst": on images that withstand every
+    iterate (see ``attacks.pgd``), the stricter one. ``bar`` is updated by images; ``partial``: see ``predict``. Images
+    that cannot be read are not counted.
     """
     started = time.perf_counter()
-    predictions = predict(clip, data, attack, seed, bar, partial)
+    predictions = predict(clip, data, attack, protocol, seed, bar, partial)
     read = predictions >= 0
     if not read.any():
         raise ValueError(f"image set {data.key!r}: none of its {len(data)} images can be read")
@@ -197,9 +203,9 @@ def evaluate(
         world=data.world,
         dataset=data.key,
         data=data.fingerprint(),
-        attack="none" if attack is None else f"{attack.attack}-{attack.test_numsteps}",
+        attack="none" if attack is None else attack.label,
         eps_255=0.0 if attack is None else attack.test_eps,
-        protocol=protocol,
+        protocol=protocol_of(attack, protocol),
         seed=seed,
         n=len(hits),
         available=data.available,

@@ -220,25 +220,65 @@ def accuracy_heatmap(frame: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def trade_off(table: pd.DataFrame, title: str) -> Figure:
-    """Robust against clean accuracy, a point a method, error bars over seeds; grey lines join equal averages.
+def trade_off(table: pd.DataFrame, title: str, published: pd.DataFrame | None = None) -> Figure:
+    """Robust against clean accuracy, a point a method, its area the average; grey lines join equal averages.
 
-    ``table``: results.leaderboard.
+    ``table``: results.leaderboard, whose 95 % intervals become error bars; ``published``: the published table, in grey.
     """
-    figure, axis = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
-    for marker, (method, row) in zip(cycle(MARKERS), table.iterrows()):
-        axis.errorbar(row.clean, row.robust, xerr=_or_none(row.clean_sd), yerr=_or_none(row.robust_sd), fmt=marker, ms=11,
-                      capsize=3, label=f"{method} (average {row.average:.1f})")  # fmt: skip
-    x_limits = max(0, table.clean.min() - 6), min(100, table.clean.max() + 6)
-    y_limits = max(0, table.robust.min() - 6), table.robust.max() + 6
+    figure, axis = plt.subplots(figsize=(8.2, 5.2), layout="constrained")
+    every = pd.concat([table, published]) if published is not None else table
+    largest = every.average.max()
+    size = lambda average: 260 * max(average, 0) / largest  # in square points
+    for color, marker, (method, row) in zip(cycle(sns.color_palette()), cycle(MARKERS), table.iterrows()):
+        axis.errorbar(row.clean, row.robust, xerr=_or_none(row.clean_ci), yerr=_or_none(row.robust_ci), fmt="none", color=color,
+                      capsize=3, alpha=0.7)  # fmt: skip
+        axis.scatter(row.clean, row.robust, size(row.average), color=color, marker=marker, label=f"{method}: {row.average:.1f}", zorder=3)
+        if published is not None and method in published.index:
+            there = published.loc[method]
+            axis.scatter(there.clean, there.robust, size(there.average), color="grey", marker=marker, alpha=0.6)
+            axis.plot([row.clean, there.clean], [row.robust, there.robust], color="grey", lw=0.7)
+    x_limits = max(0, every.clean.min() - 6), min(100, every.clean.max() + 6)
+    y_limits = max(0, every.robust.min() - 6), every.robust.max() + 6
     for average in range(5, 100, 5):
         axis.plot(x_limits, [2 * average - x for x in x_limits], color="grey", lw=0.7, alpha=0.5, zorder=0)
         y = 2 * average - x_limits[1]
         if y_limits[0] < y < y_limits[1]:
             axis.text(x_limits[1], y, f" {average}", color="grey", fontsize=8, va="center")
     axis.plot([], [], color="grey", lw=0.7, alpha=0.5, label="equal average")
+    if published is not None:
+        axis.scatter([], [], color="grey", alpha=0.6, label="published")
     axis.set(xlim=x_limits, ylim=y_limits, xlabel="clean accuracy (%)", ylabel="robust accuracy (%)", title=_wrapped(title, figure))
-    axis.legend(loc="best", fontsize=9)
+    # Markers of one size, since areas of the largest would push the lines of the legend apart.
+    legend = axis.legend(title="average (%), area", loc="center left", bbox_to_anchor=(1.04, 0.5), fontsize=9)
+    for handle in legend.legend_handles:
+        if hasattr(handle, "set_sizes"):
+            handle.set_sizes([60])
+    return figure
+
+
+def difference_matrix(differences: pd.DataFrame, title: str) -> Figure:
+    """Row minus column, robust left and clean right, with half the interval; bold where it leaves out zero.
+
+    ``differences``: results.differences.
+    """
+    methods = list(dict.fromkeys(differences.method))
+    n = len(methods)
+    figure, axes = plt.subplots(1, 2, figsize=(2 * (0.82 * n + 1.2) + 0.6, 0.62 * n + 2), sharey=True, layout="constrained")
+    for axis, kind in zip(axes, ("robust", "clean")):
+        part = differences[differences.kind == kind]
+        grid = part.pivot(index="method", columns="other", values="difference").loc[methods, methods]
+        largest = max(1.0, float(grid.abs().max().max()))
+        sns.heatmap(grid, cmap="vlag", vmin=-largest, vmax=largest, ax=axis, linewidths=0.5, cbar_kws={"label": "points"},
+                    mask=np.eye(n, dtype=bool))  # fmt: skip
+        for row in part[part.method != part.other].itertuples():
+            y, x = methods.index(row.method), methods.index(row.other)
+            clear = row.low > 0 or row.high < 0
+            color = "white" if abs(row.difference) > 0.6 * largest else "black"
+            axis.text(x + 0.5, y + 0.5, f"{row.difference:+.1f}\n±{(row.high - row.low) / 2:.1f}", ha="center", va="center",
+                      fontsize=8, color=color, fontweight="bold" if clear else "normal")  # fmt: skip
+        axis.set(title=f"{kind} accuracy: row minus column", xlabel="", ylabel="")
+        plt.setp(axis.get_xticklabels(), rotation=35, ha="right")
+    figure.suptitle(_wrapped(title, figure))
     return figure
 
 
@@ -248,3 +288,71 @@ def _wrapped(title: str, figure: Figure) -> str:
 
 def _or_none(value: float) -> float | None:
     return None if np.isnan(value) else value
+
+
+def ablation(table: pd.DataFrame, seeds: pd.DataFrame, title: str, kinds: Sequence[str] = ("robust", "clean", "average")) -> Figure:
+    """One panel a kind of accuracy, one line a variant: its mean with its 95 % interval, and a small point a seed.
+
+    ``table`` and ``seeds``: ablations.table and ablations.by_seed. With two columns to the index, the last one is along the
+    axis and the first one has a marker of its own.
+    """
+    names = list(table.index.names)
+    rows = list(dict.fromkeys(table.index.get_level_values(-1)))
+    groups = list(dict.fromkeys(table.index.get_level_values(0))) if len(names) > 1 else [None]
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(3.7 * len(kinds) + 2, 0.42 * len(rows) * max(1, 0.6 * len(groups)) + 1.6), sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    several = seeds.groupby(names, sort=False).size().max() > 1
+    for axis, kind in zip(axes[0], kinds):
+        for g, (group, marker) in enumerate(zip(groups, cycle(MARKERS))):
+            part = table if group is None else table.xs(group, level=0)
+            own = seeds if group is None else seeds[seeds[names[0]] == group]
+            shift = 0.0 if group is None else 0.5 * ((g + 0.5) / len(groups) - 0.5)
+            y = np.array([rows.index(row) + shift for row in part.index])
+            color = sns.color_palette()[g]
+            axis.errorbar(part[kind], y, xerr=part[f"{kind}_ci"].fillna(0), fmt=marker, ms=7, capsize=3, label=group, color=color)
+            if several:
+                spots = [rows.index(row) + shift for row in own[names[-1]]]
+                axis.plot(own[kind], spots, "o", ms=3, color="black", alpha=0.5, zorder=4)
+        axis.set(xlabel=f"{kind} accuracy (%)", yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
+    if groups != [None]:
+        axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(_wrapped(title, figure))
+    return figure
+
+
+def alpha_beta(table: pd.DataFrame, title: str) -> Figure:
+    """Robust, clean and average accuracy over Alpha and Beta; only measured points are filled. ``table``: ablations.table."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    for axis, kind in zip(axes, ("robust", "clean", "average")):
+        grid = table.reset_index().pivot_table(index="Alpha", columns="Beta", values=kind).sort_index(ascending=False)
+        sns.heatmap(grid, annot=True, fmt=".1f", cmap="viridis", ax=axis, linewidths=0.5, cbar_kws={"label": f"{kind} (%)"})
+        plt.setp(axis.get_yticklabels(), rotation=0)
+        axis.set(title=f"{kind} accuracy (%)", xlabel="Beta (weight of L_AMC)", ylabel="Alpha (weight of L_AR)", facecolor="0.92")
+        axis.grid(False)
+    figure.suptitle(_wrapped(title, figure))
+    return figure
+
+
+def budgets(table: pd.DataFrame, title: str) -> Figure:
+    """Robust accuracy against the test's epsilon, a line a training epsilon, and against its steps, a line a number of
+    training steps. ``table``: that of ablations.epsilon."""
+    frame = table.reset_index()
+    base = frame.iloc[0]
+    panels = (
+        ("test_eps", "train_eps", "test epsilon (1/255)", "trained at {:g}/255", frame.test_numsteps == base.test_numsteps),
+        ("test_numsteps", "train_numsteps", "PGD steps of the test", "trained with {:g} steps", frame.test_eps == base.test_eps),
+    )
+    other = {"train_eps": "train_numsteps", "train_numsteps": "train_eps"}
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.2), layout="constrained")
+    for axis, (x, hue, label, legend, chosen) in zip(axes, panels):
+        part = frame[chosen & (frame[other[hue]] == base[other[hue]])]
+        for style, marker, (value, line) in zip(cycle(STYLES), cycle(MARKERS), part.groupby(hue, sort=False)):
+            line = line.sort_values(x)
+            name = value if isinstance(value, str) else legend.format(value)
+            axis.errorbar(line[x], line.robust, yerr=line.robust_ci.fillna(0), fmt=marker, ls=style, capsize=3, label=name)
+        axis.set(xlabel=label, ylabel="robust accuracy (%)", xticks=sorted(part[x].unique()), ylim=(0, None))
+        axis.legend(fontsize=9)
+    figure.suptitle(_wrapped(title, figure))
+    return figure

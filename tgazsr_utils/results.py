@@ -1,11 +1,13 @@
 """The append-only store of Records, and the tables made from them."""
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from pydantic import ValidationError
+from scipy.stats import t as student_t
 
 from . import DATA
 from .datasets import DATASETS, ImageSet
@@ -14,7 +16,7 @@ from .files import write_atomic
 from .miniworld import TASKS
 from .models import Clip
 from .progress import progress
-from .settings import AttackSettings
+from .settings import AttackSettings, Protocol
 
 PUBLISHED_SETS = 16
 _COLUMNS = {"method", "world", "dataset", "attack", "eps_255", "protocol", "seed", "n", "available", "left_out", "correct"}
@@ -44,24 +46,26 @@ def _read(path: Path) -> Record:
 
 
 def evaluate_all(
-    clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings, *, method: str, seed: int = 0, store: RecordStore
+    clip: Clip,
+    sets: Sequence[ImageSet],
+    attack: AttackSettings,
+    protocol: Protocol = "last",
+    *,
+    method: str,
+    seed: int = 0,
+    store: RecordStore,
 ) -> list[Record]:
     """Two records a set, clean and attacked, each stored when done; what the store has is not measured again."""
-    records = []
-    with progress(total=2 * sum(map(len, sets)), desc=f"evaluate {method} seed {seed}", unit="image") as bar:
-        for data in sets:
-            bar.set_postfix(set=data.key, refresh=False)
-            for kind in (None, attack):
-                key = record_key(clip, data, kind, "last", method, seed)
-                record = store.get(key)
-                if record is None:
-                    partial = store.folder / "unfinished" / f"{key}.safetensors"
-                    record = store.add(evaluate(clip, data, kind, method=method, seed=seed, bar=bar, partial=partial))
-                    partial.unlink(missing_ok=True)
-                else:
-                    bar.update(len(data))
-                records.append(record)
-    return records
+    wanted = [(data, kind, record_key(clip, data, kind, protocol, method, seed)) for data in sets for kind in (None, attack)]
+    missing = {key: (data, kind) for data, kind, key in wanted if store.get(key) is None}
+    if missing:
+        with progress(total=sum(len(data) for data, _ in missing.values()), desc=f"evaluate {method} seed {seed}", unit="image") as bar:
+            for key, (data, kind) in missing.items():
+                bar.set_postfix(set=data.key, refresh=False)
+                partial = store.folder / "unfinished" / f"{key}.safetensors"
+                store.add(evaluate(clip, data, kind, protocol, method=method, seed=seed, bar=bar, partial=partial))
+                partial.unlink(missing_ok=True)
+    return [store.get(key) for _, _, key in wanted]
 
 
 def to_frame(records: Sequence[Record]) -> pd.DataFrame:
@@ -75,24 +79,50 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def leaderboard(records: Sequence[Record]) -> pd.DataFrame:
-    """One row a method: mean robust and clean accuracy over its sets, their mean, in percent, best average first.
+def per_seed(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a seed: robust and clean accuracy, each a mean over its sets, and their average, in percent."""
+    means = to_frame(records).pivot_table(index="seed", columns="kind", values="accuracy", aggfunc="mean")
+    means = means.reindex(columns=["robust", "clean"])
+    return means.assign(average=means.mean(axis=1, skipna=False))
 
-    A mean over sets is taken for each seed; ``robust_sd`` and so on are the standard deviation over seeds (NaN for one
-    seed). ``sets`` says "n of 16" when some are missing. Raises ValueError for records of several worlds, attacks or
+
+def summary(records: Sequence[Record]) -> dict[str, float | str]:
+    """Of one model or method: robust and clean accuracy and their average, means over sets and then seeds, in percent.
+
+    Each with ``_ci``, half the width of its 95 % interval. ``interval`` says what that is over: "3 seeds" (Student's t
+    on their means), or "images" (normal; sets weigh the same) where there is one seed.
+    """
+    means = per_seed(records)
+    if len(means) > 1:
+        halves = student_t.ppf(0.975, len(means) - 1) * means.std() / np.sqrt(len(means))
+        interval = f"{len(means)} seeds"
+    else:
+        kinds = {"robust": [_bits(r) for r in records if r.attack != "none"], "clean": [_bits(r) for r in records if r.attack == "none"]}
+        pairs = [pair for pair in zip(*kinds.values()) if len(pair[0]) == len(pair[1])]
+        kinds["average"] = [np.add(*pair, dtype=float) / 2 for pair in pairs]
+        halves = {kind: 100 * _half_interval(sets) for kind, sets in kinds.items()}
+        interval = "images"
+    row = {}
+    for kind in means:
+        row |= {kind: means[kind].mean(), f"{kind}_ci": halves[kind]}
+    return row | {"interval": interval}
+
+
+def _half_interval(sets: Sequence[np.ndarray], z: float = 1.96) -> float:
+    """Half the 95 % interval of a mean over sets of means over images; NaN without any."""
+    return float(z * np.sqrt(np.sum([values.var() / len(values) for values in sets])) / len(sets)) if sets else float("nan")
+
+
+def leaderboard(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a method, best average first: its ``summary``, and what it was measured on.
+
+    ``sets`` says "n of 16" when some are missing. Raises ValueError for records of several worlds, attacks or
     protocols, or methods measured on different sets, which no one table may mix.
     """
     frame = to_frame(records)
     _refuse_mixture(frame)
-    means = frame.pivot_table(index=["method", "seed"], columns="kind", values="accuracy", aggfunc="mean")
-    means = means.reindex(columns=["robust", "clean"])
-    means["average"] = means.mean(axis=1, skipna=False)
-    table = means.groupby("method").mean()
-    spread = means.groupby("method").std()
-    for column in table.columns:
-        spread = spread.rename(columns={column: f"{column}_sd"})
-    table = table.join(spread)
-    table["seeds"] = frame.groupby("method")["seed"].nunique()
+    rows = {method: summary([r for r in records if r.method == method]) for method in frame.method.unique()}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
     table["sets"] = _sets_used(frame.dataset.unique())
     table["images"] = frame.groupby("method").apply(_images_used, include_groups=False)
     table["world"] = frame.world.iloc[0]
@@ -119,7 +149,7 @@ def _images_used(part: pd.DataFrame) -> str:
 
 def _refuse_mixture(frame: pd.DataFrame) -> None:
     attacked = frame[frame.kind == "robust"]
-    for part, column in ((frame, "world"), (attacked, "attack"), (attacked, "eps_255"), (frame, "protocol")):
+    for part, column in ((frame, "world"), (attacked, "attack"), (attacked, "eps_255"), (attacked, "protocol")):
         if part[column].nunique() > 1:
             values = ", ".join(map(str, sorted(part[column].unique())))
             raise ValueError(f"records differ in {column} ({values}); one table holds one {column}")
@@ -161,30 +191,67 @@ def _difference_from_published(record: Record) -> str | None:
         return record.arch
     if not record.published:
         return f"{record.dataset} is not as published"
-    attack = record.attack, record.eps_255, record.settings.get("test_stepsize", 1.0)
-    return None if attack in (("none", 0.0, 1.0), ("pgd-100", 1.0, 1.0)) else f"{attack[0]}, epsilon and step {attack[1:]}/255"
+    attack = record.attack, record.eps_255, record.settings.get("test_stepsize", 1.0), record.protocol
+    if attack in (("none", 0.0, 1.0, "last"), ("pgd-100", 1.0, 1.0, "last")):
+        return None
+    return f"{attack[0]}, epsilon {attack[1]:g}/255, step {attack[2]:g}/255, protocol {attack[3]}"
 
 
-def paired_difference(a: Sequence[Record], b: Sequence[Record], z: float = 1.96) -> tuple[float, float, float]:
+def paired_difference(a: Sequence[Record], b: Sequence[Record]) -> tuple[float, float, float]:
     """Mean over sets of accuracy(a) - accuracy(b) in percentage points, with its 95 % interval, on the same images.
 
-    Raises ValueError if the two were not measured on the same images, attack and seeds.
+    The interval is over images, not over trainings. Raises ValueError if the two were not measured on the same images and
+    seeds, each both clean or both under an attack.
     """
-    match = {(r.data, r.attack, r.seed): r for r in b}
-    if {(r.data, r.attack, r.seed) for r in a} != set(match) or len(a) != len(match):
-        raise ValueError("a paired difference needs both methods measured on the same images, attack and seeds")
+    key = lambda r: (r.data, r.attack == "none", r.seed)
+    match = {key(r): r for r in b}
+    if {key(r) for r in a} != set(match) or len(a) != len(match):
+        raise ValueError("a paired difference needs both methods measured on the same images and seeds")
     by_set: dict[str, list[np.ndarray]] = {}
     for r in a:
-        difference = _bits(r).astype(float) - _bits(match[r.data, r.attack, r.seed])
+        difference = _bits(r).astype(float) - _bits(match[key(r)])
         by_set.setdefault(r.data, []).append(difference)
     each_image = [np.mean(seeds, axis=0) for seeds in by_set.values()]  # seeds share images: first averaged for each
     mean = 100 * np.mean([d.mean() for d in each_image])
-    half = 100 * z * np.sqrt(np.sum([d.var() / len(d) for d in each_image])) / len(each_image)
+    half = 100 * _half_interval(each_image)
     return float(mean), float(mean - half), float(mean + half)
+
+
+def differences(records: Sequence[Record]) -> pd.DataFrame:
+    """Every pair of methods: ``paired_difference`` of robust and of clean accuracy, best average first.
+
+    Columns ``kind``, ``method``, ``other``, ``difference`` (method - other), ``low``, ``high``. A method with one seed, as
+    the untuned model has, stands for itself beside each seed of the other.
+    """
+    rows = []
+    for method, other in product(leaderboard(records).index, repeat=2):
+        for kind in ("robust", "clean"):
+            a, b = (
+                [r for r in records if r.method == name and (r.attack == "none") == (kind == "clean")]
+                for name in (method, other)
+            )
+            a, b = _beside_each_seed(a, b), _beside_each_seed(b, a)
+            rows.append((kind, method, other, *paired_difference(a, b)))
+    return pd.DataFrame(rows, columns=["kind", "method", "other", "difference", "low", "high"])
+
+
+def _beside_each_seed(records: Sequence[Record], others: Sequence[Record]) -> list[Record]:
+    if len({r.seed for r in records}) > 1:
+        return list(records)
+    return [r.model_copy(update={"seed": seed}) for r in records for seed in {o.seed for o in others}]
 
 
 def _bits(record: Record) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(record.hits), np.uint8))[: record.n]
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of summaries to look at: "48.6 ± 0.3" for an accuracy and half its interval."""
+    shown = table.copy()
+    for kind in ("robust", "clean", "average"):
+        halves = shown.pop(f"{kind}_ci")
+        shown[kind] = [f"{a:.1f}" + ("" if np.isnan(h) else f" ± {h:.1f}") for a, h in zip(table[kind], halves)]
+    return shown
 
 
 def save_table(table: pd.DataFrame, folder: Path, name: str) -> Path:

@@ -111,7 +111,7 @@ def check_choices(notebook: str, values: dict[str, Any]) -> None:
         for key in filter(None, keys):
             if key not in there and not (root and (resolve(root) / key).is_dir()):
                 raise ValueError(f"image set {key!r} is not there; there are: {', '.join(there) or 'none'}")
-        for method in values.get("methods", []):
+        for method in [*values.get("methods", []), *values.get("overrides", {})]:
             if f'\\"{method}\\"' not in cells:  # it may define it itself
                 find_objective(method)
     except ValueError as error:

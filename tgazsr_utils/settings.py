@@ -16,6 +16,8 @@ DEFAULT_ROOT = "data/sets"  # where published image sets are looked for
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Eps255 = Annotated[float, Field(ge=0, le=255, description="1/255 of the pixel range")]
+Norm = Literal["linf", "l2"]  # of the perturbation
+Protocol = Literal["last", "worst"]  # robust at the attack's last iterate (as published), or at every one of them
 
 
 Item = TypeVar("Item")
@@ -71,10 +73,23 @@ class FinetuneSettings(ObjectiveSettings):
 class AttackSettings(Settings):
     """The attack that robust accuracy is measured with."""
 
-    attack: Literal["pgd"] = "pgd"
+    attack: Literal["pgd", "cw", "autoattack"] = "pgd"
+    norm: Norm = "linf"
+    autoattack_version: Literal["apgd", "standard"] = "apgd"  # see attacks.autoattack
     test_eps: Eps255
     test_stepsize: Eps255
     test_numsteps: Count
+
+    @field_validator("attack", mode="before")
+    @classmethod
+    def _in_lower_case(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value  # "CW" in the original code
+
+    @property
+    def label(self) -> str:
+        """Such as "pgd-100", with what is not usual: "pgd-10-l2", "autoattack-standard"."""
+        standard = self.attack == "autoattack" and self.autoattack_version == "standard"
+        return f"{self.attack}-{'standard' if standard else self.test_numsteps}" + ("" if self.norm == "linf" else f"-{self.norm}")
 
 
 class WorkbookSettings(Settings):
@@ -174,6 +189,20 @@ class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
     train_images: Count | None  # None: all (the mini-world renders 1000)
     test_images: Count | None
     methods: Distinct[str]
+    overrides: dict[str, dict[str, Any]] = {}  # method -> parameters of fine-tuning that differ for it
+
+    @model_validator(mode="after")
+    def _overrides_are_settings(self) -> "TrainNotebook":
+        for method in self.overrides:
+            try:
+                self.finetuning(method)
+            except SettingsError as error:
+                raise ValueError(f"overrides of {method}: {error}") from None
+        return self
+
+    def finetuning(self, method: str, **changes: Any) -> FinetuneSettings:
+        """How a method is trained: these settings, its overrides, then ``changes``."""
+        return self.only(FinetuneSettings, **self.overrides.get(method, {}) | changes)
 
 
 class EvaluateNotebook(TrainNotebook):
@@ -181,7 +210,13 @@ class EvaluateNotebook(TrainNotebook):
 
     testdata: list[str] | str | None  # "published": those of the 16 there are; None: all there are
     quick_eval: Count | None = None  # at most this many images of each set, for a first look; tables then say so
+    protocol: Protocol = "last"
     seeds: Distinct[Annotated[int, Field(ge=0)]] | None  # None: seed alone
+
+    @property
+    def at_most_images(self) -> int | None:
+        """Of each test set; None: all."""
+        return min((n for n in (self.quick_eval, self.test_images) if n), default=None)
 
     @field_validator("testdata")
     @classmethod
@@ -191,10 +226,33 @@ class EvaluateNotebook(TrainNotebook):
         return _distinct(value) if isinstance(value, list) else value
 
 
+AblationName = Literal["loss_parts", "distance", "attention", "alpha_beta", "epsilon", "tuned_part", "attacks", "seeds"]
+
+
+class AblationNotebook(EvaluateNotebook):
+    """03_ablations"""
+
+    ablations: Literal["cut", "all"] | Distinct[AblationName]  # "cut": a few runs of each; a list: all runs of these
+    Alpha_list: Distinct[NonNegative]
+    Beta_list: Distinct[NonNegative]
+    train_eps_list: Distinct[Eps255]
+    test_eps_list: Distinct[Eps255]
+    train_numsteps_list: Distinct[Count]
+    test_numsteps_list: Distinct[Count]
+    last_num_ft_list: Distinct[Annotated[int, Field(ge=0)]]  # 0: the whole encoder
+    attack_images: Count  # for each set, under the attacks of "epsilon" and "attacks"
+
+    @field_validator("ablations", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) and value not in ("cut", "all") else value
+
+
 NOTEBOOKS: dict[str, type[WorkbookSettings]] = {
     "00_pretrain_mini_clip": PretrainNotebook,
     "01_attention_shift": AttentionShiftNotebook,
     "02_train_tga_zsr": TrainNotebook,
+    "03_ablations": AblationNotebook,
     "04_evaluate_16_datasets": EvaluateNotebook,
 }
 

@@ -19,7 +19,7 @@ from .attacks import pgd
 from .datasets import ImageSet
 from .files import code_version, digest, write_atomic
 from .models import Clip, load_clip, read_metadata, save_clip
-from .objectives import Objective, Step, find_objective
+from .objectives import Objective, Step, Term, find_objective
 from .progress import progress
 from .settings import FinetuneSettings
 
@@ -87,12 +87,7 @@ def finetune(
             started = time.perf_counter()
             optimizer.param_groups[0]["lr"] = settings.lr * warmup_cosine(step, settings.warmup_steps, total)
             batch = Step(tuned, original, images, labels, data.prompts)
-            batch.adversarial = attacked(batch, objective, settings, step)
-            terms = objective.terms(batch, settings)
-            loss = sum(term.weight * term.value for term in terms)
-            if not torch.isfinite(loss):
-                values = ", ".join(f"{term.name} {term.value.item():g}" for term in terms)
-                raise FloatingPointError(f"loss of {objective.name} is not finite at step {step}: {values}")
+            loss, terms = attack_and_loss(batch, objective, settings, step)
             with torch.no_grad():
                 correct = tuned.similarity(batch.adversarial_tokens.pooled, batch.text).argmax(1) == labels
             optimizer.zero_grad(set_to_none=True)
@@ -114,6 +109,33 @@ def finetune(
     save_clip(tuned, weights, method=objective.name, settings=settings.model_dump(), history=state["history"])
     checkpoint.unlink(missing_ok=True)
     return TrainResult(tuned.requires_grad_(False), pd.DataFrame(state["history"]), weights)
+
+
+def attack_and_loss(
+    batch: Step, objective: Objective, settings: FinetuneSettings, step: int
+) -> tuple[Tensor, list[Term]]:
+    """Attacks the batch; the loss to minimise and the terms it is the weighted sum of."""
+    batch.adversarial = attacked(batch, objective, settings, step)
+    terms = objective.terms(batch, settings)
+    loss = sum(term.weight * term.value for term in terms)
+    if not torch.isfinite(loss):
+        values = ", ".join(f"{term.name} {term.value.item():g}" for term in terms)
+        raise FloatingPointError(f"loss of {objective.name} is not finite at step {step}: {values}")
+    return loss, terms
+
+
+def seconds_per_step(clip: Clip, data: ImageSet, objective: Objective, settings: FinetuneSettings) -> float:
+    """Wall time of one training step, measured on a copy of ``clip``; a first step, which is slower, is not counted."""
+    settings = objective.with_preset(settings)
+    original, tuned = clip.frozen_copy(), clip.frozen_copy()
+    trainable(tuned.visual, settings.last_num_ft)
+    _, images, labels = next(batches(data, settings, 0, clip.device))
+    for step in range(2):
+        started = time.perf_counter()
+        loss, _ = attack_and_loss(Step(tuned, original, images, labels, data.prompts), objective, settings, step)
+        loss.backward()
+        loss.item()  # waits for the device
+    return time.perf_counter() - started
 
 
 def attacked(batch: Step, objective: Objective, settings: FinetuneSettings, step: int) -> Tensor:

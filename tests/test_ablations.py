@@ -1,0 +1,118 @@
+from typing import get_args
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tgazsr_utils import ablations
+from tgazsr_utils.ablations import ABLATIONS, Sweep, base_training, by_seed, plan, table
+from tgazsr_utils.datasets import load_dataset
+from tgazsr_utils.objectives import OBJECTIVES
+from tgazsr_utils.runner import default_parameters
+from tgazsr_utils.training import finetune
+from tgazsr_utils.settings import AblationName, AblationNotebook, SettingsError, validate
+
+
+def settings(**changes):
+    return validate(AblationNotebook, default_parameters("03_ablations") | changes)
+
+
+@pytest.fixture
+def sweep(mini, tmp_path):
+    """Eight steps of training and two sets of a few images."""
+    train = load_dataset("shapes", "train", n=32)
+    tests, few = ([load_dataset(key, "test", n=n) for key in ("shapes", "colours")] for n in (12, 6))
+    return Sweep(mini, train, tests, few, tmp_path)
+
+
+QUICK = {"train_images": 32, "batch_size": 8, "warmup_steps": 1, "test_numsteps": 2, "test_numsteps_list": [2, 4]}
+
+
+def test_every_ablation_has_a_name_a_question_and_a_cut():
+    assert tuple(ABLATIONS) == get_args(AblationName)
+    everything, cut = plan(settings(ablations="all")), plan(settings())
+    for name, make in ABLATIONS.items():
+        assert make.__doc__.split("\n")[0].rstrip(".").endswith("?") or "?" in make.__doc__
+        labels = lambda variants: [tuple(v.label.items()) for v in variants]
+        assert len(set(labels(everything[name]))) == len(everything[name])
+        assert 2 <= len(cut[name]) <= len(everything[name])
+        assert set(labels(cut[name])) <= set(labels(everything[name]))
+        assert cut[name][0].label == everything[name][0].label
+    assert sum(map(len, cut.values())) < 0.7 * sum(map(len, everything.values()))
+
+
+def test_subsets_are_chosen_by_name():
+    assert list(plan(settings(ablations="seeds"))) == ["seeds"]
+    chosen = plan(settings(ablations=["alpha_beta", "loss_parts"], Alpha_list=[0.0, 0.5], Beta_list=[0.1]))
+    assert list(chosen) == ["alpha_beta", "loss_parts"]
+    pairs = {tuple(v.label.values()) for v in chosen["alpha_beta"]}
+    assert pairs == {(a, b) for a in (0.0, 0.08, 0.5) for b in (0.05, 0.1)}  # the base is always among them
+    for bad in ("loss_part", ["seeds", "nothing"]):
+        with pytest.raises(SettingsError, match="parameter ablations"):
+            settings(ablations=bad)
+
+
+def test_one_thing_varies_in_each_ablation():
+    s = settings(ablations="all", overrides={"FARE": {"lr": 1.0}})
+    base = base_training(s)
+    assert (base.Alpha, base.Beta) == (0.08, 0.05)
+    for name in ("loss_parts", "distance", "attention", "alpha_beta", "tuned_part"):
+        for v in plan(s)[name]:
+            changed = {k for k, value in v.training.model_dump().items() if value != getattr(base, k)}
+            assert len(changed) + (v.method != "TGA-ZSR") <= (2 if name == "alpha_beta" else 1), v
+            assert v.attack.test_eps == s.test_eps and not v.few_images
+    for v in plan(s)["epsilon"]:
+        attack = v.attack
+        assert attack.test_stepsize / attack.test_eps == pytest.approx(s.test_stepsize / s.test_eps)
+        if v.training is not None:
+            assert v.training.train_stepsize == v.training.train_eps  # as in the base
+    by_method = {v.method: v for v in plan(settings(ablations="seeds", methods=["FARE", "PMG-AFT"], overrides={"FARE": {"lr": 1.0}}))["seeds"]}
+    assert by_method["FARE"].training.lr == 1.0 and by_method["FARE"].seeds == (0, 1, 2)
+
+
+def test_what_another_notebook_trained_is_shared(sweep):
+    """04 trains a method with its own settings, and the ablations find that very file."""
+    s = settings(**QUICK)
+    for name, method in (("loss_parts", "TeCoA"), ("attention", "Vision-based"), ("seeds", "TGA-ZSR")):
+        v = next(v for v in plan(s)[name] if v.method == method)
+        assert v.training == OBJECTIVES[method].with_preset(s.finetuning(method))
+
+
+def test_a_sweep_resumes_and_says_what_is_left(sweep, monkeypatch):
+    s = settings(**QUICK, ablations=["loss_parts", "attacks", "seeds"], methods=["TeCoA", "TGA-ZSR"])
+    variants = [v for variants in plan(s).values() for v in variants]
+    trainings, measurements, seconds = sweep.seconds_left(variants)
+    # CE, both (seeds 0, 1, 2 each) and one for each of the two terms; "attacks" asks for no others
+    assert trainings == 8
+    # 8 models and 2 sets, clean and attacked; then 3 models under 6 attacks, and clean, on the few images
+    assert measurements == 8 * 2 * 2 + 3 * 2 * (6 + 1) and seconds > 0
+    done = {name: [(v, sweep.run(v)) for v in variants] for name, variants in plan(s).items()}
+    assert sweep.seconds_left(variants) == (0, 0, 0)
+    monkeypatch.setattr(ablations, "finetune", lambda *a: finetune(*a, stop=lambda: pytest.fail("trained again")))
+    again = {name: [(v, sweep.run(v)) for v in variants] for name, variants in plan(s).items()}
+    for name in done:
+        pd.testing.assert_frame_equal(table(done[name]), table(again[name]))
+
+    shown = table(done["loss_parts"])
+    assert list(shown.index) == ["CE", "CE + L_AR", "CE + L_AMC", "CE + L_AR + L_AMC"]
+    assert set(shown.interval) == {"images"} and np.isnan(shown.robust_minus_first.iloc[0])
+    np.testing.assert_allclose(shown.robust_minus_first.iloc[1:], shown.robust.iloc[1:] - shown.robust.iloc[0])
+    several = table(done["seeds"])
+    assert set(several.interval) == {"3 seeds"} and len(by_seed(done["seeds"])) == 6
+    assert several.robust.iloc[0] == pytest.approx(by_seed(done["seeds"]).query("method == 'TeCoA'").robust.mean())
+
+    attacks = table(done["attacks"])
+    for method in ("TeCoA", "TGA-ZSR", "CLIP"):
+        robust = attacks.loc[method].robust
+        assert robust["PGD-2, worst"] <= robust["PGD-2, last"]
+        assert robust["PGD-4, worst"] <= robust["PGD-4, last"] and robust["AutoAttack"] <= robust["PGD-4, worst"]
+        assert attacks.loc[method].clean.nunique() == 1
+
+
+def test_a_seed_of_its_own_has_no_difference_to_others(sweep):
+    s = settings(**QUICK, ablations="epsilon", train_eps_list=[3.5], test_eps_list=[3.5], train_numsteps_list=[2], seeds=[0, 1])
+    done = [(v, sweep.run(v)) for v in plan(s)["epsilon"]]
+    shown = table(done)
+    untuned = shown.index.get_level_values("train_eps") == "CLIP"
+    assert shown.robust_minus_first[untuned].isna().all() and (shown.interval[untuned] == "images").all()
+    assert (shown.interval[~untuned] == "2 seeds").all()

@@ -1,0 +1,281 @@
+"""The ablations: what each one varies, and the sweep that trains and measures its variants, resumable.
+
+An ablation is one function that lists its variants from the notebook's settings; the first is what the others are
+compared with. To add one, write such a function, put it into ``ABLATIONS`` and name it in ``settings.AblationName``.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from .attacks import pgd
+from .datasets import ImageSet
+from .evaluation import Record, protocol_of, record_key
+from .models import Clip, load_clip
+from .objectives import find_objective
+from .results import RecordStore, evaluate_all, paired_difference, per_seed, summary
+from .settings import AblationNotebook, AttackSettings, FinetuneSettings, Protocol, validate
+from .training import finetune, seconds_per_step, tuned_path
+
+UNTUNED = "CLIP"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of an ablation's table: what is trained, and what it is measured with."""
+
+    label: Mapping[str, Any]  # what is varied -> its value here
+    method: str
+    training: FinetuneSettings | None  # None: the untuned model
+    attack: AttackSettings
+    protocol: Protocol
+    seeds: tuple[int, ...]
+    few_images: bool = False  # measured on ``attack_images`` of each set: many or long attacks on one model
+    in_cut: bool = True  # part of the quick look
+
+
+def base_training(s: AblationNotebook) -> FinetuneSettings:
+    """The settings of TGA-ZSR, which variants start from whatever their method, so that one thing varies."""
+    return find_objective("TGA-ZSR").with_preset(s.finetuning("TGA-ZSR"))
+
+
+def variant(
+    s: AblationNotebook,
+    label: Mapping[str, Any],
+    method: str = "TGA-ZSR",
+    *,
+    training: FinetuneSettings | None = None,
+    attack: Mapping[str, Any] = {},
+    protocol: Protocol | None = None,
+    seeds: Sequence[int] | None = None,
+    few_images: bool = False,
+    in_cut: bool = True,
+    **changes: Any,
+) -> Variant:
+    """A variant trained with ``base_training`` (or ``training``) but for ``changes``."""
+    trained = validate(FinetuneSettings, (training or base_training(s)).model_dump() | changes)
+    return Variant(
+        label,
+        method,
+        None if method == UNTUNED else trained,
+        s.only(AttackSettings, **attack),
+        protocol or s.protocol,
+        (s.seed,) if method == UNTUNED else tuple(seeds or s.seeds or [s.seed]),
+        few_images,
+        in_cut,
+    )
+
+
+def loss_parts(s: AblationNotebook) -> Iterator[Variant]:
+    """Which of the two attention terms does what?"""
+    yield variant(s, {"loss": "CE"}, "TeCoA")
+    yield variant(s, {"loss": "CE + L_AR"}, Beta=0.0)
+    yield variant(s, {"loss": "CE + L_AMC"}, Alpha=0.0)
+    yield variant(s, {"loss": "CE + L_AR + L_AMC"})
+
+
+def distance(s: AblationNotebook) -> Iterator[Variant]:
+    """Does it matter how the distance of two maps is measured? Alpha and Beta stay what they are for l2."""
+    for metric in ("l2", "l1", "cos"):
+        yield variant(s, {"distance": metric}, Distance_metric=metric)
+
+
+def attention(s: AblationNotebook) -> Iterator[Variant]:
+    """Which attention is worth holding in place?"""
+    yield variant(s, {"attention": "reference"}, attention_variant="reference")
+    yield variant(s, {"attention": "cosine"}, attention_variant="cosine")
+    yield variant(s, {"attention": "complementary"}, "Comp-TGA")
+    yield variant(s, {"attention": "visual, detached"}, "Vision-based")
+    yield variant(s, {"attention": "visual, differentiable"}, "Vision-based-grad")
+    yield variant(s, {"attention": "none (TeCoA)"}, "TeCoA")
+
+
+def alpha_beta(s: AblationNotebook) -> Iterator[Variant]:
+    """How much of each term?"""
+    base = base_training(s)
+    quick = {*product((0.0, base.Alpha), (0.0, base.Beta)), (max(s.Alpha_list), max(s.Beta_list))}
+    grid = product(sorted({*s.Alpha_list, base.Alpha}), sorted({*s.Beta_list, base.Beta}))
+    for a, b in _first((base.Alpha, base.Beta), grid):
+        # Without both terms it is TeCoA, under whose name other ablations have trained it.
+        yield variant(s, {"Alpha": a, "Beta": b}, "TeCoA" if a == b == 0 else "TGA-ZSR",
+                      **({} if a == b == 0 else {"Alpha": a, "Beta": b}), in_cut=(a, b) in quick)  # fmt: skip
+
+
+def epsilon(s: AblationNotebook) -> Iterator[Variant]:
+    """How do the budgets and steps of training and of testing act together?"""
+    base = base_training(s)
+    stride = base.train_stepsize / base.train_eps if base.train_eps else 1.0
+    for train_eps, test_eps in product([*_first(base.train_eps, s.train_eps_list), UNTUNED], _first(s.test_eps, s.test_eps_list)):
+        changes = {} if train_eps == UNTUNED else {"train_eps": train_eps, "train_stepsize": stride * train_eps}
+        in_cut = train_eps in (base.train_eps, max(s.train_eps_list), UNTUNED)
+        yield _trained_and_tested(s, train_eps, base.train_numsteps, test_eps, s.test_numsteps, in_cut, changes)
+    for train_steps, test_steps in product(_first(base.train_numsteps, s.train_numsteps_list), _first(s.test_numsteps, s.test_numsteps_list)):
+        if (train_steps, test_steps) != (base.train_numsteps, s.test_numsteps):
+            changes, in_cut = {"train_numsteps": train_steps}, train_steps == base.train_numsteps
+            yield _trained_and_tested(s, base.train_eps, train_steps, s.test_eps, test_steps, in_cut, changes)
+
+
+def _trained_and_tested(s, train_eps, train_steps, test_eps, test_steps, in_cut, changes) -> Variant:
+    """A variant of ``epsilon``; the attack's step is the same part of its epsilon throughout."""
+    label = {"train_eps": train_eps, "train_numsteps": train_steps, "test_eps": test_eps, "test_numsteps": test_steps}
+    attack = {"test_eps": test_eps, "test_numsteps": test_steps}
+    attack["test_stepsize"] = s.test_stepsize * test_eps / s.test_eps if s.test_eps else s.test_stepsize
+    method = UNTUNED if train_eps == UNTUNED else "TGA-ZSR"
+    return variant(s, label, method, attack=attack, few_images=True, in_cut=in_cut, **changes)
+
+
+def tuned_part(s: AblationNotebook) -> Iterator[Variant]:
+    """Must the whole image encoder be tuned? Counted in parameter tensors from its end."""
+    for last in _first(0, s.last_num_ft_list):
+        label = {"tuned": f"last {last} tensors" if last else "whole encoder"}
+        yield variant(s, label, last_num_ft=last, in_cut=last in (0, s.last_num_ft_list[-1]))
+
+
+def attacks(s: AblationNotebook) -> Iterator[Variant]:
+    """Does robustness hold against stronger attacks, and when every iterate counts?"""
+    steps, strong = s.test_numsteps, max(s.test_numsteps_list)
+    kinds = {
+        f"PGD-{steps}, last": ({}, "last", True),
+        f"PGD-{steps}, worst": ({}, "worst", True),
+        f"PGD-{strong}, last": ({"test_numsteps": strong}, "last", False),
+        f"PGD-{strong}, worst": ({"test_numsteps": strong}, "worst", False),
+        f"CW-{steps}, last": ({"attack": "cw"}, "last", True),
+        "AutoAttack": ({"attack": "autoattack", "test_numsteps": 100}, "worst", True),
+    }
+    for method, (kind, (attack, protocol, in_cut)) in product([*s.methods, UNTUNED], kinds.items()):
+        own = None if method == UNTUNED else s.finetuning(method)
+        yield variant(s, {"method": method, "attack": kind}, method, training=_resolved(method, own), attack=attack,
+                      protocol=protocol, few_images=True, in_cut=in_cut and method != UNTUNED)  # fmt: skip
+
+
+def seeds(s: AblationNotebook) -> Iterator[Variant]:
+    """How much is chance?"""
+    several = s.seeds if s.seeds and len(s.seeds) > 1 else [s.seed, s.seed + 1, s.seed + 2]
+    if s.ablations == "cut":
+        several = several[:2]
+    for method in s.methods:
+        yield variant(s, {"method": method}, method, training=_resolved(method, s.finetuning(method)), seeds=several)
+
+
+def _resolved(method: str, settings: FinetuneSettings | None) -> FinetuneSettings | None:
+    return None if settings is None else find_objective(method).with_preset(settings)
+
+
+def _first(base: Any, values: Sequence | Iterator) -> list:
+    return [base, *(value for value in values if value != base)]
+
+
+ABLATIONS: dict[str, Callable[[AblationNotebook], Iterator[Variant]]] = {
+    f.__name__: f for f in (loss_parts, distance, attention, alpha_beta, epsilon, tuned_part, attacks, seeds)
+}
+
+
+def plan(s: AblationNotebook) -> dict[str, list[Variant]]:
+    """The variants of each ablation that ``s.ablations`` asks for."""
+    names = list(ABLATIONS) if s.ablations in ("cut", "all") else s.ablations
+    return {name: [v for v in ABLATIONS[name](s) if v.in_cut or s.ablations != "cut"] for name in names}
+
+
+class Sweep:
+    """Trains and measures variants, each once however many ablations ask for it; what is done is only read.
+
+    ``tests``: the sets that variants are measured on, ``few`` those of variants with ``few_images``. Tuned models go to
+    ``folder/models``, records to ``folder/records``, as the other notebooks keep theirs.
+    """
+
+    def __init__(self, original: Clip, train: ImageSet, tests: Sequence[ImageSet], few: Sequence[ImageSet], folder: Path):
+        self.original, self.train, self.tests, self.few = original, train, tests, few
+        self.models, self.store = folder / "models", RecordStore(folder / "records")
+        self._speed: tuple[float, float] | None = None
+
+    def run(self, v: Variant) -> list[Record]:
+        """The records of a variant, all its seeds."""
+        records = []
+        for seed in v.seeds:
+            clip = self.original
+            if v.training is not None:
+                training = v.training.model_copy(update={"seed": seed})
+                clip = finetune(self.original, self.train, v.method, training, self.models).clip
+            sets = self.few if v.few_images else self.tests
+            records += evaluate_all(clip, sets, v.attack, v.protocol, method=v.method, seed=seed, store=self.store)
+        return records
+
+    def seconds_left(self, variants: Sequence[Variant]) -> tuple[int, int, float]:
+        """(models to train, measurements to make, about how many seconds that takes here)."""
+        models: dict[Path, float] = {}
+        measured: dict[tuple, float] = {}
+        speed: dict[tuple, float] = {}
+        for v in variants:
+            for seed in v.seeds:
+                source = "untuned"
+                clip: Clip | None = self.original
+                if v.training is not None:
+                    training = v.training.model_copy(update={"seed": seed})
+                    source = tuned_path(self.models, find_objective(v.method), training, self.train, self.original.fingerprint())
+                    clip = None
+                    if source.exists():
+                        clip = load_clip(self.original.arch, source, str(self.original.device), image_size=self.original.image_size[0])
+                    elif source not in models:
+                        kind = (v.method, training.batch_size, training.train_numsteps, training.last_num_ft)
+                        if kind not in speed:
+                            speed[kind] = seconds_per_step(self.original, self.train, find_objective(v.method), training)
+                        models[source] = speed[kind] * training.epochs * -(-len(self.train) // training.batch_size)
+                for data in self.few if v.few_images else self.tests:
+                    for attack in (None, v.attack):
+                        if clip is None or self.store.get(record_key(clip, data, attack, v.protocol, v.method, seed)) is None:
+                            asked = (source, data.fingerprint(), attack and (attack.label, attack.test_eps), protocol_of(attack, v.protocol))
+                            measured[asked] = len(data) * self._seconds_per_image(attack)
+        return len(models), len(measured), sum(models.values()) + sum(measured.values())
+
+    def _seconds_per_image(self, attack: AttackSettings | None) -> float:
+        """Of a measurement here: a forward, and for an attack a forward and a gradient each step."""
+        if self._speed is None:
+            data = self.tests[0]
+            batch = next(data.batches(min(64, len(data)), self.original.device))
+            text = self.original.encode_text(data.prompts)
+            times = []
+            for steps in (0, 0, 4):  # the first time is slower
+                started = time.perf_counter()
+                adversarial = pgd(self.original, batch.images, batch.labels, text, 0.01, 0.01, steps)
+                with torch.no_grad():
+                    self.original.logits(adversarial, text).sum().item()  # waits for the device
+                times.append((time.perf_counter() - started) / len(batch.images))
+            self._speed = times[1], (times[2] - times[1]) / 4
+        forward, step = self._speed
+        if attack is None:
+            return forward
+        # AutoAttack's two (or four) attacks see only what withstood the ones before: about half.
+        steps = 3000 if attack.label == "autoattack-standard" else attack.test_numsteps
+        return forward + steps * step
+
+
+def table(done: Sequence[tuple[Variant, list[Record]]]) -> pd.DataFrame:
+    """One row a variant: its summary, and the paired difference of robust and clean accuracy to the first variant.
+
+    ``robust_minus_first`` is NaN for the first one itself and where seeds or images are not the same.
+    """
+    rows = []
+    first = done[0][1]
+    for v, records in done:
+        row = {**v.label, **summary(records)}
+        for kind in ("robust", "clean"):
+            pick = lambda these: [r for r in these if (r.attack == "none") == (kind == "clean")]
+            try:
+                difference = paired_difference(pick(records), pick(first)) if records is not first else 3 * (float("nan"),)
+            except ValueError:
+                difference = 3 * (float("nan"),)
+            row |= dict(zip((f"{kind}_minus_first", f"{kind}_minus_first_low", f"{kind}_minus_first_high"), difference))
+        rows.append(row)
+    return pd.DataFrame(rows).set_index(list(done[0][0].label))
+
+
+def by_seed(done: Sequence[tuple[Variant, list[Record]]]) -> pd.DataFrame:
+    """One row a variant and seed: what is varied, seed, robust, clean, average."""
+    parts = [per_seed(records).reset_index().assign(**v.label) for v, records in done]
+    return pd.concat(parts, ignore_index=True)
