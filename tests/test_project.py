@@ -49,11 +49,12 @@ def test_a_notebook_is_as_agreed(book):
 
 
 def test_shared_parameters_have_the_same_defaults_everywhere():
-    """What is trained in 02 is what 04 evaluates; 00 differs where pre-training is another thing."""
+    """What is trained in 02 is what 03 and 04 measure; 00 differs where pre-training is another thing."""
     first = default_parameters("02_train_tga_zsr")
-    for name in ("01_attention_shift", "04_evaluate_16_datasets"):
+    differ = {"01_attention_shift": {"test_images"}, "03_ablations": {"test_images"}, "04_evaluate_16_datasets": {"methods"}}
+    for name, own in differ.items():
         other = default_parameters(name)
-        for shared in (set(first) & set(other)) - ({"test_images"} if name.startswith("01") else set()):
+        for shared in (set(first) & set(other)) - own:
             assert first[shared] == other[shared], (name, shared)
 
 
