@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.collections import PathCollection
 
 from tgazsr_utils import evaluation, plots, results
 from tgazsr_utils.attacks import attack_as_set
@@ -53,6 +54,23 @@ def test_evaluation_is_deterministic_and_ignores_who_asks(mini, sets, records):
     assert again.key == records[1].key and again.hits == records[1].hits
     assert evaluate(mini, sets[0], ATTACK, method="CLIP", seed=1).key != again.key
     assert torch.equal(predict(mini, sets[0], None), predict(mini, sets[0], None, seed=5))
+
+
+@pytest.mark.parametrize("changes", [{}, {"attack": "cw"}, {"norm": "l2", "test_eps": 100, "test_stepsize": 30}])
+def test_under_worst_no_more_is_right_and_the_record_says_so(mini, sets, changes):
+    attack = AttackSettings(**ATTACK.model_dump() | changes)
+    last, worst = (evaluate(mini, sets[0], attack, protocol, method="CLIP") for protocol in ("last", "worst"))
+    assert not (results._bits(worst) & ~results._bits(last)).any() and worst.key != last.key
+    assert (last.protocol, worst.protocol) == ("last", "worst") and last.attack == attack.label
+
+
+def test_autoattack_counts_any_success_and_clean_images_know_no_protocol(mini, sets):
+    attack = AttackSettings(attack="autoattack", test_eps=3, test_stepsize=0, test_numsteps=10)
+    record = evaluate(mini, sets[0], attack, "last", method="CLIP")
+    assert (record.protocol, record.attack) == ("worst", "autoattack-10")
+    assert record.correct <= evaluate(mini, sets[0], ATTACK, "worst", method="CLIP").correct
+    clean = [evaluate(mini, sets[0], None, protocol, method="CLIP") for protocol in ("last", "worst")]
+    assert clean[0].key == clean[1].key and clean[1].protocol == "last"
 
 
 def test_a_rerun_measures_only_what_is_missing(mini, sets, tmp_path, monkeypatch):
@@ -107,7 +125,8 @@ def test_one_seed_has_intervals_over_images(records):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"world": "photographs"}, {"eps_255": 8.0}, {"attack": "pgd-100"}, {"dataset": "letters"}]
+    "changes",
+    [{"world": "photographs"}, {"eps_255": 8.0}, {"attack": "pgd-100"}, {"protocol": "worst"}, {"dataset": "letters"}],
 )
 def test_the_leaderboard_refuses_mixtures(records, changes):
     other = [change(r, method="Other", **(changes if r.attack != "none" else {})) for r in records]
@@ -128,7 +147,7 @@ def test_the_published_table_and_what_may_stand_beside_it(records, capsys):
     assert both.loc["CLIP", "difference_clean"] == pytest.approx(ours.loc["CLIP", "clean"] - 64.42)
     assert both.loc["CLIP", ["ours_sets", "ours_images"]].tolist() == ["2 of 16", "60 of 1,000"]
     capsys.readouterr()
-    for other in ({"published": False}, {"arch": "ViT-B-32-256"}, {"world": PLUMBING}, {"settings": {"test_stepsize": 2.0}}):
+    for other in ({"protocol": "worst"}, {"published": False}, {"arch": "ViT-B-32-256"}, {"world": PLUMBING}, {"settings": {"test_stepsize": 2.0}}):
         pd.testing.assert_frame_equal(beside([*pretend, change(pretend[-1], **other)]), table)
         assert "not comparable with the published table: " in capsys.readouterr().out
     pd.testing.assert_frame_equal(results.beside_published(pretend, "laion2b_s34b_b79k", "tinyImageNet"), table)
@@ -179,6 +198,33 @@ def test_paired_differences_use_the_same_images(records):
     assert again == pytest.approx((mean, low, high))  # the same images three times are not three times the evidence
     with pytest.raises(ValueError, match="same images"):
         paired_difference(robust, robust[:1])
+
+
+def test_differences_of_all_pairs(records):
+    """The untuned model, measured once, stands beside each seed of a tuned one."""
+    none_right = np.packbits(np.zeros(30, bool)).tobytes().hex()
+    lost = [change(r, method="Lost", seed=s, correct=0, hits=none_right) for s in (0, 1) for r in records]
+    table = results.differences([*records, *lost]).set_index(["kind", "method", "other"])
+    board = leaderboard([*records, *lost])
+    assert len(table) == 2 * 2 * 2 and list(board.index) == ["CLIP", "Lost"]
+    for kind in ("robust", "clean"):
+        row = table.loc[kind, "CLIP", "Lost"]
+        assert row.difference == pytest.approx(board.loc["CLIP", kind]) and row.low < row.difference < row.high
+        assert table.loc[kind, "Lost", "CLIP"].difference == pytest.approx(-row.difference)
+        assert table.loc[kind, "CLIP", "CLIP"].tolist() == [0, 0, 0]
+    figure = plots.difference_matrix(table.reset_index(), "title")
+    shown = {text.get_text() for axis in figure.axes for text in axis.texts}
+    assert {f"{sign}{abs(board.loc['CLIP', kind]):.1f}" for sign in "+-" for kind in ("robust", "clean")} == {t.split("\n")[0] for t in shown}
+
+
+def test_published_points_are_grey_beside_ours(records):
+    table = leaderboard(records)
+    with_published = plots.trade_off(table, "title", results.published())
+    points = [c for c in with_published.axes[0].collections if isinstance(c, PathCollection) and len(c.get_offsets())]
+    grey = [c for c in points if np.allclose(c.get_facecolor()[0][:3], 128 / 255)]
+    assert [c.get_offsets()[0].tolist() for c in grey] == [[64.42, 4.90]]
+    sizes = [c.get_sizes()[0] for c in points]
+    assert max(sizes) / min(sizes) == pytest.approx(table.average.max() / 34.66)
 
 
 def test_attention_under_attack_belongs_to_the_images(mini, sets):

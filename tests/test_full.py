@@ -18,7 +18,7 @@ def test_the_full_profile_runs_on_miniatures_of_the_sixteen_sets(tmp_path, monke
     (startup / "00.py").write_text(lines)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     given = {"data_root": root, "output": out, "pretrained": "null", "epochs": 1, "batch_size": 4, "warmup_steps": 1}
-    given |= {"test_numsteps": 2, "quick_eval": 3, "eps_list": "[1]", "device": "cpu"}
+    given |= {"test_numsteps": 2, "quick_eval": 3, "eps_list": "[1]", "device": "cpu", "methods": "[TeCoA, TGA-ZSR]"}
     arguments = [part for name, value in given.items() for part in ("-p", name, str(value))]
     assert main(["full", *arguments]) == 0, capfd.readouterr().err
     assert "plumbing check, not a result" in capfd.readouterr().out

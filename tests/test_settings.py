@@ -1,6 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
+from tgazsr_utils.runner import default_parameters
 from tgazsr_utils.settings import AttackSettings, SettingsError, TrainNotebook, from_notebook, validate
 
 GOOD = {"test_eps": 1.0, "test_stepsize": 1.0, "test_numsteps": 10}
@@ -62,6 +63,23 @@ def test_other_cells_may_define_what_they_like():
 def test_lists_are_neither_empty_nor_double(methods, message):
     with pytest.raises(SettingsError, match=message):
         validate(TrainNotebook, {"methods": methods})
+
+
+def test_overrides_change_one_method_and_are_checked():
+    values = default_parameters("02_train_tga_zsr")
+    settings = validate(TrainNotebook, values | {"overrides": {"FARE": {"lr": "1e-4", "train_numsteps": 5}}})
+    assert (settings.finetuning("FARE").lr, settings.finetuning("FARE").train_numsteps) == (1e-4, 5)
+    assert settings.finetuning("TeCoA").lr == values["lr"] and settings.finetuning("FARE", seed=7).seed == 7
+    for bad, message in (({"lr": -1}, "overrides of FARE: parameter lr = -1"), ({"lrr": 1}, "overrides of FARE: unknown parameter 'lrr'")):
+        with pytest.raises(SettingsError, match=message) as error:
+            validate(TrainNotebook, values | {"overrides": {"FARE": bad}})
+        assert "\n" not in str(error.value)
+
+
+def test_an_attack_may_be_named_as_in_the_original_code():
+    assert validate(AttackSettings, GOOD | {"attack": "CW"}).label == "cw-10"
+    assert validate(AttackSettings, GOOD | {"norm": "l2"}).label == "pgd-10-l2"
+    assert validate(AttackSettings, GOOD | {"attack": "autoattack", "autoattack_version": "standard"}).label == "autoattack-standard"
 
 
 def test_a_missing_data_root_is_refused():

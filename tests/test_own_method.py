@@ -1,0 +1,44 @@
+"""README's "Add your own method", word for word: a cell in notebook 04, and nothing else."""
+
+import json
+import re
+import shutil
+
+import nbformat
+import pandas as pd
+
+from tgazsr_utils import ROOT, runner
+
+
+def the_readmes_cell():
+    section = (ROOT / "README.md").read_text().split("## Add your own method")[1]
+    return re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1).strip()
+
+
+def test_a_cell_of_ten_lines_brings_a_method_into_the_leaderboard(tmp_path, monkeypatch, capfd):
+    cell = the_readmes_cell()
+    assert len(cell.splitlines()) <= 10
+    folder, out, name = tmp_path / "notebooks", tmp_path / "out", "04_evaluate_16_datasets"
+    shutil.copytree(ROOT / "notebooks", folder)
+    monkeypatch.setattr(runner, "FOLDER", folder)
+    package = {path: path.read_bytes() for path in (ROOT / "tgazsr_utils").glob("*.py")}
+    arguments = ["smoke", "04", "-p", "methods", "[TeCoA, Anchored]", "-p", "output", str(out), "-p", "testdata", "[shapes, colours]"]
+    assert runner.main(arguments) == 2  # not before the cell is there
+    assert "method 'Anchored' is unknown" in capfd.readouterr().err
+
+    def with_cell(source):
+        book = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+        book.cells.insert(2, nbformat.v4.new_code_cell(source))
+        nbformat.write(book, folder / f"{name}.ipynb")
+        assert runner.main(arguments) == 0, capfd.readouterr().err
+        return sorted((out / "models").glob("Anchored_seed0_*.safetensors"))
+
+    models = with_cell(cell)
+    table = pd.read_csv(out / "tables" / "leaderboard.csv", index_col="method")
+    assert set(table.index) == {"CLIP", "TeCoA", "Anchored"} and set(table.sets) == {"2 of 16"}
+    records = [json.loads(path.read_text()) for path in out.glob("records/*.json")]
+    assert sum(r["method"] == "Anchored" for r in records) == 2 * 2
+    compared = pd.read_csv(out / "tables" / "differences.csv")
+    assert len(compared) == 2 * 3 * 3
+    assert len(models) == 1 and len(with_cell(cell.replace('"L_emb", 1.0', '"L_emb", 2.0'))) == 2  # a change trains anew
+    assert package == {path: path.read_bytes() for path in package}
