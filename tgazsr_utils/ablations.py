@@ -250,9 +250,9 @@ class Sweep:
         forward, step = self._speed
         if attack is None:
             return forward
-        # AutoAttack's two (or four) attacks see only what withstood the ones before: about half.
-        steps = 3000 if attack.label == "autoattack-standard" else attack.test_numsteps
-        return forward + steps * step
+        # AutoAttack is two attacks; its standard version has targets and queries besides, on what withstands.
+        factor = 1 if attack.attack != "autoattack" else 2 if attack.autoattack_version == "apgd" else 30
+        return forward + factor * attack.test_numsteps * step
 
 
 def table(done: Sequence[tuple[Variant, list[Record]]]) -> pd.DataFrame:

@@ -278,6 +278,7 @@ def difference_matrix(differences: pd.DataFrame, title: str) -> Figure:
                       fontsize=8, color=color, fontweight="bold" if clear else "normal")  # fmt: skip
         axis.set(title=f"{kind} accuracy: row minus column", xlabel="", ylabel="")
         plt.setp(axis.get_xticklabels(), rotation=35, ha="right")
+        plt.setp(axis.get_yticklabels(), rotation=0)
     figure.suptitle(_wrapped(title, figure))
     return figure
 
@@ -300,7 +301,7 @@ def ablation(table: pd.DataFrame, seeds: pd.DataFrame, title: str, kinds: Sequen
     rows = list(dict.fromkeys(table.index.get_level_values(-1)))
     groups = list(dict.fromkeys(table.index.get_level_values(0))) if len(names) > 1 else [None]
     figure, axes = plt.subplots(
-        1, len(kinds), figsize=(3.7 * len(kinds) + 2, 0.42 * len(rows) * max(1, 0.6 * len(groups)) + 1.6), sharey=True,
+        1, len(kinds), figsize=(max(7.5, 3.7 * len(kinds) + 2), 0.42 * len(rows) * max(1, 0.6 * len(groups)) + 1.6), sharey=True,
         squeeze=False, layout="constrained",
     )  # fmt: skip
     several = seeds.groupby(names, sort=False).size().max() > 1
