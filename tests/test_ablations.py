@@ -86,10 +86,10 @@ def test_a_sweep_resumes_and_says_what_is_left(sweep, monkeypatch):
     assert trainings == 8
     # 8 models and 2 sets, clean and attacked; then 3 models under 6 attacks, and clean, on the few images
     assert measurements == 8 * 2 * 2 + 3 * 2 * (6 + 1) and seconds > 0
-    done = {name: [(v, sweep.run(v)) for v in variants] for name, variants in plan(s).items()}
+    done = {name: sweep.run(name, variants) for name, variants in plan(s).items()}
     assert sweep.seconds_left(variants) == (0, 0, 0)
     monkeypatch.setattr(ablations, "finetune", lambda *a: finetune(*a, stop=lambda: pytest.fail("trained again")))
-    again = {name: [(v, sweep.run(v)) for v in variants] for name, variants in plan(s).items()}
+    again = {name: sweep.run(name, variants) for name, variants in plan(s).items()}
     for name in done:
         pd.testing.assert_frame_equal(table(done[name]), table(again[name]))
 
@@ -111,7 +111,7 @@ def test_a_sweep_resumes_and_says_what_is_left(sweep, monkeypatch):
 
 def test_a_seed_of_its_own_has_no_difference_to_others(sweep):
     s = settings(**QUICK, ablations="epsilon", train_eps_list=[3.5], test_eps_list=[3.5], train_numsteps_list=[2], seeds=[0, 1])
-    done = [(v, sweep.run(v)) for v in plan(s)["epsilon"]]
+    done = sweep.run("epsilon", plan(s)["epsilon"])
     shown = table(done)
     untuned = shown.index.get_level_values("train_eps") == "CLIP"
     assert shown.robust_minus_first[untuned].isna().all() and (shown.interval[untuned] == "images").all()

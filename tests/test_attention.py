@@ -7,6 +7,8 @@ from tgazsr_utils.attention import (
     attention_distance,
     attention_shift,
     centre_of_mass,
+    min_max,
+    resize,
     text_guided_attention,
 )
 from tgazsr_utils.models import ImageTokens
@@ -75,6 +77,21 @@ def test_distances_equal_the_slow_formula(metric, generator):
     found = attention_distance(a, b, metric, size=31)
     expected = [slow.distance(x.numpy(), y.numpy(), metric, 31) for x, y in zip(a, b)]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cos"])
+@pytest.mark.parametrize("grid, size", [((7, 7), 224), ((14, 14), 224), ((5, 9), 40), ((16, 16), 7)])
+def test_distances_without_resized_maps_equal_those_with_them(metric, grid, size, generator):
+    """To 1e-5 relative in fp32, gradients included, against the resized maps in float64."""
+    a, b = (min_max(torch.rand(6, grid[0] * grid[1], generator=generator)).unflatten(1, grid) for _ in range(2))
+    fast, exact = a.clone().requires_grad_(), a.double().requires_grad_()
+    found = attention_distance(fast, b, metric, size)
+    expected = attention_distance(resize(exact, size), resize(b.double(), size), metric, size=None)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    error = (fast.grad.double() - exact.grad).flatten(1).norm(dim=1) / exact.grad.flatten(1).norm(dim=1)
+    assert (error < 1e-5).all()
 
 
 def test_equal_maps_have_no_distance_and_no_gradient(generator):

@@ -200,6 +200,15 @@ def test_paired_differences_use_the_same_images(records):
         paired_difference(robust, robust[:1])
 
 
+def test_tables_can_be_read(records):
+    table = leaderboard(records)
+    shown = results.readable(table).loc["CLIP"]
+    assert shown.clean == f"{table.clean.iloc[0]:.1f}\u00a0±\u00a0{table.clean_ci.iloc[0]:.1f}" and "clean_ci" not in shown
+    columns = {f"robust_minus_first{end}": [float("nan"), value] for end, value in (("", 3.06), ("_low", -1), ("_high", 4.2))}
+    twice = pd.concat([table, table]).assign(**columns)
+    assert results.readable(twice).robust_minus_first.tolist() == ["", "+3.1 [-1.0, 4.2]"]
+
+
 def test_differences_of_all_pairs(records):
     """The untuned model, measured once, stands beside each seed of a tuned one."""
     none_right = np.packbits(np.zeros(30, bool)).tobytes().hex()

@@ -194,8 +194,16 @@ class Sweep:
         self.models, self.store = folder / "models", RecordStore(folder / "records")
         self._speed: tuple[float, float] | None = None
 
-    def run(self, v: Variant) -> list[Record]:
-        """The records of a variant, all its seeds."""
+    def run(self, name: str, variants: Sequence[Variant]) -> list[tuple[Variant, list[Record]]]:
+        """An ablation's variants, each with its records."""
+        done = []
+        for number, v in enumerate(variants, start=1):
+            print(f"{name} {number}/{len(variants)}: {', '.join(map(str, v.label.values()))}", flush=True)
+            done.append((v, self.records_of(v)))
+        return done
+
+    def records_of(self, v: Variant) -> list[Record]:
+        """What was measured of a variant, all its seeds."""
         records = []
         for seed in v.seeds:
             clip = self.original

@@ -1,5 +1,6 @@
 """Text-guided attention: where an image encoder finds a prompt, and how far that moves under attack."""
 
+import functools
 from typing import Literal
 
 import pandas as pd
@@ -109,10 +110,11 @@ def attention_distance(a: Tensor, b: Tensor, metric: Metric = "l2", size: int | 
     """Distance ``[B]`` of maps ``[B,h,w]``, each resized to ``size`` x ``size`` (None: as given) and taken as a vector.
 
     ``l2``: Euclidean norm of the difference; it grows with ``size``, and Alpha and Beta are meant for 224. ``l1``: mean
-    absolute difference. ``cos``: 1 - cosine (eps 1e-8). Raises ValueError for an unknown metric.
+    absolute difference. ``cos``: 1 - cosine (eps 1e-8). For l2 and cos no resized map is made (see ``_isometric``).
+    Raises ValueError for an unknown metric.
     """
     if size is not None:
-        a, b = resize(a, size), resize(b, size)
+        a, b = (resize(maps, size) if metric == "l1" else _isometric(maps, size) for maps in (a, b))
     a, b = a.flatten(1), b.flatten(1)
     if metric == "l2":
         return torch.linalg.vector_norm(a - b, dim=1)
@@ -121,6 +123,23 @@ def attention_distance(a: Tensor, b: Tensor, metric: Metric = "l2", size: int | 
     if metric == "cos":
         return 1 - F.cosine_similarity(a, b, dim=1, eps=1e-8)
     raise ValueError(f"distance metric {metric!r} is unknown; choose 'l2', 'l1' or 'cos'")
+
+
+def _isometric(maps: Tensor, size: int) -> Tensor:
+    """Maps ``[B,h,w]`` of the same inner products, up to rounding, as those resized to ``size`` x ``size``.
+
+    A resized map is U a V' with the bilinear weights U ``[size,h]`` and V ``[size,w]``. With U = QR, Q orthonormal, the
+    inner products of R a S' are those of U a V': ``(U'U)`` applied on both sides, without forming it.
+    """
+    rows, columns = (_triangle(n, size).to(maps.device, maps.dtype) for n in maps.shape[-2:])
+    return rows @ maps @ columns.T
+
+
+@functools.lru_cache(maxsize=32)
+def _triangle(n: int, size: int) -> Tensor:
+    """R of the QR decomposition of the weights ``[size,n]`` that resize n values linearly (align_corners=False)."""
+    weights = F.interpolate(torch.eye(n, dtype=torch.float64)[None], size=size, mode="linear", align_corners=False)[0].T
+    return torch.linalg.qr(weights, mode="r").R
 
 
 @torch.no_grad()

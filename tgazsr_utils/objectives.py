@@ -130,6 +130,8 @@ def objective(name: str, *, attack: Attack | None = cross_entropy_attack, **pres
 
 def find_objective(name: str) -> Objective:
     """The objective of a name. Raises ValueError, with the names there are, for an unknown one."""
+    if name == "CLIP":
+        raise ValueError("method 'CLIP' is the untuned model, which trains nothing and is always measured beside the others")
     if name not in OBJECTIVES:
         raise ValueError(f"method {name!r} is unknown; there are: {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]

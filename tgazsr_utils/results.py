@@ -246,11 +246,14 @@ def _bits(record: Record) -> np.ndarray:
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of summaries to look at: "48.6 ± 0.3" for an accuracy and half its interval."""
+    """A table of summaries to look at: "48.6 ± 0.3" for a mean with its interval, "+3.1 [2.0, 4.3]" for a difference."""
     shown = table.copy()
     for kind in ("robust", "clean", "average"):
         halves = shown.pop(f"{kind}_ci")
-        shown[kind] = [f"{a:.1f}" + ("" if np.isnan(h) else f" ± {h:.1f}") for a, h in zip(table[kind], halves)]
+        shown[kind] = [f"{a:.1f}" + ("" if np.isnan(h) else f"\u00a0±\u00a0{h:.1f}") for a, h in zip(table[kind], halves)]
+    for column in [c for c in shown if c.endswith("_minus_first")]:
+        bounds = zip(table[column], shown.pop(f"{column}_low"), shown.pop(f"{column}_high"))
+        shown[column] = ["" if np.isnan(d) else f"{d:+.1f} [{low:.1f}, {high:.1f}]" for d, low, high in bounds]
     return shown
 
 
