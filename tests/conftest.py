@@ -1,6 +1,11 @@
+import os
+
 import pytest
 import torch
 from PIL import Image
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 
 from tgazsr_utils.datasets import load_dataset
 from tgazsr_utils.models import load_clip

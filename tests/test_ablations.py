@@ -7,10 +7,10 @@ import pytest
 from tgazsr_utils import ablations
 from tgazsr_utils.ablations import ABLATIONS, Sweep, base_training, by_seed, plan, table
 from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.objectives import OBJECTIVES
-from tgazsr_utils.runner import default_parameters
+from tgazsr_utils.models import find_weights
+from tgazsr_utils.runner import default_parameters, load_profile, parameters_of
+from tgazsr_utils.settings import AblationName, AblationNotebook, AttackSettings, SettingsError, validate
 from tgazsr_utils.training import finetune
-from tgazsr_utils.settings import AblationName, AblationNotebook, SettingsError, validate
 
 
 def settings(**changes):
@@ -32,7 +32,7 @@ def test_every_ablation_has_a_name_a_question_and_a_cut():
     assert tuple(ABLATIONS) == get_args(AblationName)
     everything, cut = plan(settings(ablations="all")), plan(settings())
     for name, make in ABLATIONS.items():
-        assert make.__doc__.split("\n")[0].rstrip(".").endswith("?") or "?" in make.__doc__
+        assert "?" in make.__doc__.splitlines()[0]
         labels = lambda variants: [tuple(v.label.items()) for v in variants]
         assert len(set(labels(everything[name]))) == len(everything[name])
         assert 2 <= len(cut[name]) <= len(everything[name])
@@ -48,8 +48,26 @@ def test_subsets_are_chosen_by_name():
     pairs = {tuple(v.label.values()) for v in chosen["alpha_beta"]}
     assert pairs == {(a, b) for a in (0.0, 0.08, 0.5) for b in (0.05, 0.1)}  # the base is always among them
     for bad in ("loss_part", ["seeds", "nothing"]):
-        with pytest.raises(SettingsError, match="parameter ablations"):
+        with pytest.raises(SettingsError, match="parameter ablations = .*is unknown; choose 'cut', 'all', or of loss_parts, distance"):
             settings(ablations=bad)
+
+
+@pytest.mark.parametrize("profile", ["mini", "smoke", "mini-reference", "full", "photo"])
+def test_every_profile_has_what_each_ablation_compares(profile, tmp_path):
+    """PGD's last iterate comes first and "worst" beside it, whatever the steps; no row has another attack than its name."""
+    values = load_profile(profile)
+    values = values.model_copy(update={"parameters": {k: v for k, v in values.parameters.items() if k != "data_root"}})
+    s = validate(AblationNotebook, parameters_of("03_ablations", values, "runs/x", {"attack": "cw"}))
+    for choice in ("cut", "all"):
+        variants = plan(s.model_copy(update={"ablations": choice}))["attacks"]
+        for method in {v.method for v in variants}:
+            kinds = [v for v in variants if v.method == method]
+            assert [v.attack.label.split("-")[0] for v in kinds[:2]] == ["pgd", "pgd"]
+            assert [v.protocol for v in kinds[:2]] == ["last", "worst"] and kinds[0].attack.test_numsteps == s.test_numsteps
+            for v in kinds:
+                assert v.label["attack"].lower().startswith(v.attack.label.rsplit("-", 1)[0])
+        base = plan(s.model_copy(update={"ablations": choice}))["epsilon"][0]
+        assert (base.training, base.attack) == (base_training(s), s.only(AttackSettings))
 
 
 def test_one_thing_varies_in_each_ablation():
@@ -70,12 +88,16 @@ def test_one_thing_varies_in_each_ablation():
     assert by_method["FARE"].training.lr == 1.0 and by_method["FARE"].seeds == (0, 1, 2)
 
 
-def test_what_another_notebook_trained_is_shared(sweep):
-    """04 trains a method with its own settings, and the ablations find that very file."""
+def test_what_another_notebook_trained_is_shared_and_stays_the_latest(sweep, tmp_path):
+    """04 trains a method with its own settings; the ablations find that very file, and leave it what "latest:" means."""
     s = settings(**QUICK)
-    for name, method in (("loss_parts", "TeCoA"), ("attention", "Vision-based"), ("seeds", "TGA-ZSR")):
+    trained = {m: finetune(sweep.original, sweep.train, m, s.finetuning(m), tmp_path / "models") for m in ("TeCoA", "TGA-ZSR")}
+    for name, method in (("loss_parts", "TeCoA"), ("attention", "TeCoA"), ("alpha_beta", "TeCoA"), ("seeds", "TGA-ZSR"), ("attacks", "TGA-ZSR")):
         v = next(v for v in plan(s)[name] if v.method == method)
-        assert v.training == OBJECTIVES[method].with_preset(s.finetuning(method))
+        assert sweep._path(v, 0) == trained[method].weights
+    sweep.run("tuned_part", plan(s)["tuned_part"])
+    assert len(list((tmp_path / "models").glob("TGA-ZSR_*.safetensors"))) == 2
+    assert find_weights("latest:TGA-ZSR", tmp_path / "models") == str(trained["TGA-ZSR"].weights)
 
 
 def test_a_sweep_resumes_and_says_what_is_left(sweep, monkeypatch):
@@ -91,28 +113,31 @@ def test_a_sweep_resumes_and_says_what_is_left(sweep, monkeypatch):
     monkeypatch.setattr(ablations, "finetune", lambda *a: finetune(*a, stop=lambda: pytest.fail("trained again")))
     again = {name: sweep.run(name, variants) for name, variants in plan(s).items()}
     for name in done:
-        pd.testing.assert_frame_equal(table(done[name]), table(again[name]))
+        pd.testing.assert_frame_equal(table(name, done[name]), table(name, again[name]))
 
-    shown = table(done["loss_parts"])
+    shown = table("loss_parts", done["loss_parts"])
     assert list(shown.index) == ["CE", "CE + L_AR", "CE + L_AMC", "CE + L_AR + L_AMC"]
     assert set(shown.interval) == {"images"} and np.isnan(shown.robust_minus_first.iloc[0])
     np.testing.assert_allclose(shown.robust_minus_first.iloc[1:], shown.robust.iloc[1:] - shown.robust.iloc[0])
-    several = table(done["seeds"])
+    several = table("seeds", done["seeds"])
     assert set(several.interval) == {"3 seeds"} and len(by_seed(done["seeds"])) == 6
     assert several.robust.iloc[0] == pytest.approx(by_seed(done["seeds"]).query("method == 'TeCoA'").robust.mean())
 
-    attacks = table(done["attacks"])
+    attacks = table("attacks", done["attacks"])
     for method in ("TeCoA", "TGA-ZSR", "CLIP"):
         robust = attacks.loc[method].robust
+        np.testing.assert_allclose(attacks.loc[method].robust_minus_first.iloc[1:], robust.iloc[1:] - robust.iloc[0])
         assert robust["PGD-2, worst"] <= robust["PGD-2, last"]
         assert robust["PGD-4, worst"] <= robust["PGD-4, last"] and robust["AutoAttack"] <= robust["PGD-4, worst"]
         assert attacks.loc[method].clean.nunique() == 1
 
 
-def test_a_seed_of_its_own_has_no_difference_to_others(sweep):
+def test_the_untuned_model_is_compared_with_each_seed(sweep):
     s = settings(**QUICK, ablations="epsilon", train_eps_list=[3.5], test_eps_list=[3.5], train_numsteps_list=[2], seeds=[0, 1])
     done = sweep.run("epsilon", plan(s)["epsilon"])
-    shown = table(done)
+    shown = table("epsilon", done)
     untuned = shown.index.get_level_values("train_eps") == "CLIP"
-    assert shown.robust_minus_first[untuned].isna().all() and (shown.interval[untuned] == "images").all()
+    assert (shown.interval[untuned] == "images").all()
+    first = shown[~untuned].iloc[0]
+    assert shown[untuned].robust_minus_first.item() == pytest.approx(shown[untuned].robust.item() - first.robust)
     assert (shown.interval[~untuned] == "2 seeds").all()

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -182,20 +184,62 @@ def test_autoattack_leaves_dlr_out_for_two_classes(mini, classes, expected, monk
     assert chosen == expected
 
 
-def test_the_standard_autoattack_stops_at_what_is_fooled(mini, shapes):
-    """At a huge epsilon APGD-CE fools all, and the slow attacks have nothing left to do."""
-    few = shapes.subset(2, 0)
-    text = mini.encode_text(few.prompts)
-    adversarial = autoattack(mini, few.images.float() / 255, few.labels, text, 0.3, version="standard")
-    assert (mini.logits(adversarial, text).argmax(1) != few.labels).all()
+@pytest.mark.parametrize("classes", [4, 6])
+def test_the_standard_autoattack_runs_all_its_attacks(mini, classes, monkeypatch):
+    """At epsilon 0 every image withstands all four; fewer steps than the published ones, so that it ends soon."""
+    import pyautoattack
+
+    ran = []
+
+    class Hurried(pyautoattack.AutoAttack):
+        def run_standard_evaluation(self, *args, **options):
+            targets = [self.apgd_targeted.n_target_classes, self.fab.n_target_classes]
+            assert targets == [min(9, classes - 1)] * 2 and self.square.n_queries == 5000
+            for name in ("apgd", "apgd_targeted", "fab", "square"):
+                part = getattr(self, name)
+                part.n_iter, part.n_queries = 2, 2
+                monkeypatch.setattr(part, "perturb", lambda *a, f=part.perturb, n=name, **k: ran.append(n) or f(*a, **k))
+            return super().run_standard_evaluation(*args, **options)
+
+    monkeypatch.setattr(pyautoattack, "AutoAttack", Hurried)
+    data = load_dataset("shapes", "test", n=12)
+    few = data.subset(4, 0)
+    images, text = few.images.float() / 255, mini.encode_text(data.prompts)[:classes]
+    labels = mini.logits(images, text).argmax(1)
+    assert torch.equal(autoattack(mini, images, labels, text, 0.0, version="standard"), images)
+    assert ran == ["apgd", "apgd_targeted", "fab", "square"]
+
+
+@pytest.mark.parametrize("run", [pgd, cw, autoattack])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_empty_batch_and_half_precision(mini, shapes, run, norm):
+    text, few = mini.encode_text(shapes.prompts), shapes.subset(3, 0)
+    images = few.images.float() / 255
+    assert run(mini, images[:0], few.labels[:0], text, EPS, EPS, 2, norm=norm).shape == (0, *images.shape[1:])
+    if run is not autoattack:
+        adversarial = run(mini, images.half(), few.labels, text, EPS, EPS, 2, norm=norm, protocol="worst")
+        assert adversarial.dtype == torch.float16
+
+
+def test_autoattack_leaves_tracing_as_it_was(mini, shapes):
+    text, few = mini.encode_text(shapes.prompts), shapes.subset(2, 0)
+    tracer, before = (lambda *a: None), sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        autoattack(mini, few.images.float() / 255, few.labels, text, EPS, steps=1)
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(before)
 
 
 def test_bad_choices_of_an_attack_are_named(mini, shapes):
     text, few = mini.encode_text(shapes.prompts), shapes.subset(2, 0)
     images = few.images.float() / 255
     run = lambda attack, *a, **o: attack(mini, images, few.labels % 3, text[:3], EPS, EPS, 1, *a, **o)
-    with pytest.raises(ValueError, match="norm 'l1' is unknown; choose one of linf, l2"):
+    with pytest.raises(ValueError, match="norm 'l1' is unknown; choose 'linf' or 'l2'"):
         run(pgd, norm="l1")
+    with pytest.raises(ValueError, match="norm 'l1' is unknown"):
+        run(autoattack, norm="l1")
     with pytest.raises(ValueError, match="protocol 'best' is unknown"):
         run(pgd, protocol="best")
     with pytest.raises(ValueError, match="worst.*no loss of one's own"):

@@ -118,10 +118,16 @@ def test_one_seed_has_intervals_over_images(records):
     row = leaderboard(records).loc["CLIP"]
     for kind in ("clean", "robust"):
         rates = [r.correct / r.n for r in records if (r.attack == "none") == (kind == "clean")]
-        half = 196 * np.sqrt(sum(p * (1 - p) / 30 for p in rates)) / len(rates)
+        smooth = [(30 * p + 1) / 32 for p in rates]  # one success and one failure more
+        half = 196 * np.sqrt(sum(p * (1 - p) / 32 for p in smooth)) / len(rates)
         assert row[f"{kind}_ci"] == pytest.approx(half)
     assert row.interval == "images"
     assert max(row.clean_ci, row.robust_ci) / 2 <= row.average_ci <= (row.clean_ci + row.robust_ci) / 2
+    assert leaderboard(records[::-1]).loc["CLIP", "average_ci"] == row.average_ci
+    all_right = [change(r, correct=30, hits=np.packbits(np.ones(30, bool)).tobytes().hex()) for r in records]
+    assert leaderboard(all_right).loc["CLIP", "clean_ci"] > 1  # not certainty
+    with pytest.raises(ValueError, match="differ in attack"):
+        results.summary([*records, *(change(r, attack="pgd-9") for r in records if r.attack != "none")])
 
 
 @pytest.mark.parametrize(
@@ -192,7 +198,9 @@ def test_paired_differences_use_the_same_images(records):
     errors = [1 - r.correct / r.n for r in robust]
     assert mean == pytest.approx(100 * np.mean(errors))
     variance = sum(e * (1 - e) / 30 for e in errors)
-    assert high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(variance) / 2)
+    assert high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(variance * 30 / 29) / 2)  # of the sample
+    alone = [change(r, n=1, hits="80") for r in robust]
+    assert np.isnan(paired_difference(alone, [change(r, hits="00") for r in alone])[1])  # one image a set: no interval
     seeds = [change(r, seed=s) for s in range(3) for r in robust]
     again = paired_difference([change(r, seed=s) for s in range(3) for r in all_right], seeds)
     assert again == pytest.approx((mean, low, high))  # the same images three times are not three times the evidence
@@ -212,6 +220,8 @@ def test_tables_can_be_read(records):
 def test_differences_of_all_pairs(records):
     """The untuned model, measured once, stands beside each seed of a tuned one."""
     none_right = np.packbits(np.zeros(30, bool)).tobytes().hex()
+    another = [change(r, method="Another", seed=5) for r in records]
+    assert (results.differences([*records, *another]).difference == 0).all()  # one seed each, not the same one
     lost = [change(r, method="Lost", seed=s, correct=0, hits=none_right) for s in (0, 1) for r in records]
     table = results.differences([*records, *lost]).set_index(["kind", "method", "other"])
     board = leaderboard([*records, *lost])

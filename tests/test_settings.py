@@ -14,6 +14,7 @@ GOOD = {"test_eps": 1.0, "test_stepsize": 1.0, "test_numsteps": 10}
         ({"test_eps": -1}, "parameter test_eps = -1: input should be greater than or equal to 0"),
         ({"test_numsteps": 1.5}, "parameter test_numsteps = 1.5: .*integer"),
         ({"test_eps": float("nan")}, "parameter test_eps = nan: .*finite"),
+        ({"test_eps": 256}, "parameter test_eps = 256: .*less than or equal to 255"),
         ({"attack": "magic"}, "parameter attack = 'magic': input should be 'pgd'"),
         ({"test_epz": 1}, "unknown parameter 'test_epz': did you mean test_eps"),
     ],
@@ -54,6 +55,17 @@ def test_an_unknown_name_in_the_parameter_cells_is_refused():
         from_notebook(AttackSettings, notebook(*cells))
 
 
+def test_a_cell_between_does_not_hide_the_parameters():
+    """One that defines a method, say; what was run before an earlier call of from_notebook is not looked at again."""
+    good = "test_eps = 1.0\ntest_stepsize = 1.0\ntest_numsteps = 10"
+    method = "def anchored(step, settings):\n    return []"
+    with pytest.raises(SettingsError, match="test_epz"):
+        from_notebook(AttackSettings, notebook(good + "\ntest_epz = 4", method))
+    assert from_notebook(AttackSettings, notebook(good, method)).test_eps == 1.0
+    called = "import re  # from_notebook(...)"
+    assert from_notebook(AttackSettings, notebook(good, "scratch = 3", called, "x = len('a')")).test_eps == 1.0
+
+
 def test_other_cells_may_define_what_they_like():
     cells = "x = print()", "test_eps = 1.0\ntest_stepsize = 1.0\ntest_numsteps = 10"
     assert from_notebook(AttackSettings, notebook("test_epz = 1", *cells)).test_numsteps == 10
@@ -70,7 +82,7 @@ def test_overrides_change_one_method_and_are_checked():
     settings = validate(TrainNotebook, values | {"overrides": {"FARE": {"lr": "1e-4", "train_numsteps": 5}}})
     assert (settings.finetuning("FARE").lr, settings.finetuning("FARE").train_numsteps) == (1e-4, 5)
     assert settings.finetuning("TeCoA").lr == values["lr"] and settings.finetuning("FARE", seed=7).seed == 7
-    for bad, message in (({"lr": -1}, "overrides of FARE: parameter lr = -1"), ({"lrr": 1}, "overrides of FARE: unknown parameter 'lrr'")):
+    for bad, message in (({"lr": -1}, "overrides of FARE: parameter lr = -1"), ({"lrr": 1}, "overrides of FARE: unknown parameter 'lrr'"), ({"seed": 1}, "one for all methods")):
         with pytest.raises(SettingsError, match=message) as error:
             validate(TrainNotebook, values | {"overrides": {"FARE": bad}})
         assert "\n" not in str(error.value)
@@ -78,7 +90,7 @@ def test_overrides_change_one_method_and_are_checked():
 
 def test_an_attack_may_be_named_as_in_the_original_code():
     assert validate(AttackSettings, GOOD | {"attack": "CW"}).label == "cw-10"
-    assert validate(AttackSettings, GOOD | {"norm": "l2"}).label == "pgd-10-l2"
+    assert validate(AttackSettings, GOOD | {"norm": "l2", "test_eps": 765}).label == "pgd-10-l2"
     assert validate(AttackSettings, GOOD | {"attack": "autoattack", "autoattack_version": "standard"}).label == "autoattack-standard"
 
 

@@ -4,6 +4,7 @@ An ablation is one function that lists its variants from the notebook's settings
 compared with. To add one, write such a function, put it into ``ABLATIONS`` and name it in ``settings.AblationName``.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ import torch
 from .attacks import pgd
 from .datasets import ImageSet
 from .evaluation import Record, protocol_of, record_key
-from .models import Clip, load_clip
+from .models import Clip
 from .objectives import find_objective
-from .results import RecordStore, evaluate_all, paired_difference, per_seed, summary
+from .results import RecordStore, beside_each_seed, evaluate_all, paired_difference, per_seed, summary
 from .settings import AblationNotebook, AttackSettings, FinetuneSettings, Protocol, validate
 from .training import finetune, seconds_per_step, tuned_path
 
@@ -112,7 +113,8 @@ def epsilon(s: AblationNotebook) -> Iterator[Variant]:
     base = base_training(s)
     stride = base.train_stepsize / base.train_eps if base.train_eps else 1.0
     for train_eps, test_eps in product([*_first(base.train_eps, s.train_eps_list), UNTUNED], _first(s.test_eps, s.test_eps_list)):
-        changes = {} if train_eps == UNTUNED else {"train_eps": train_eps, "train_stepsize": stride * train_eps}
+        same = train_eps in (UNTUNED, base.train_eps)  # stride * eps would be off by a rounding
+        changes = {} if same else {"train_eps": train_eps, "train_stepsize": stride * train_eps}
         in_cut = train_eps in (base.train_eps, max(s.train_eps_list), UNTUNED)
         yield _trained_and_tested(s, train_eps, base.train_numsteps, test_eps, s.test_numsteps, in_cut, changes)
     for train_steps, test_steps in product(_first(base.train_numsteps, s.train_numsteps_list), _first(s.test_numsteps, s.test_numsteps_list)):
@@ -125,7 +127,8 @@ def _trained_and_tested(s, train_eps, train_steps, test_eps, test_steps, in_cut,
     """A variant of ``epsilon``; the attack's step is the same part of its epsilon throughout."""
     label = {"train_eps": train_eps, "train_numsteps": train_steps, "test_eps": test_eps, "test_numsteps": test_steps}
     attack = {"test_eps": test_eps, "test_numsteps": test_steps}
-    attack["test_stepsize"] = s.test_stepsize * test_eps / s.test_eps if s.test_eps else s.test_stepsize
+    if s.test_eps not in (0, test_eps):
+        attack["test_stepsize"] = s.test_stepsize * test_eps / s.test_eps
     method = UNTUNED if train_eps == UNTUNED else "TGA-ZSR"
     return variant(s, label, method, attack=attack, few_images=True, in_cut=in_cut, **changes)
 
@@ -139,19 +142,16 @@ def tuned_part(s: AblationNotebook) -> Iterator[Variant]:
 
 def attacks(s: AblationNotebook) -> Iterator[Variant]:
     """Does robustness hold against stronger attacks, and when every iterate counts?"""
-    steps, strong = s.test_numsteps, max(s.test_numsteps_list)
-    kinds = {
-        f"PGD-{steps}, last": ({}, "last", True),
-        f"PGD-{steps}, worst": ({}, "worst", True),
-        f"PGD-{strong}, last": ({"test_numsteps": strong}, "last", False),
-        f"PGD-{strong}, worst": ({"test_numsteps": strong}, "worst", False),
-        f"CW-{steps}, last": ({"attack": "cw"}, "last", True),
-        "AutoAttack": ({"attack": "autoattack", "test_numsteps": 100}, "worst", True),
-    }
-    for method, (kind, (attack, protocol, in_cut)) in product([*s.methods, UNTUNED], kinds.items()):
-        own = None if method == UNTUNED else s.finetuning(method)
-        yield variant(s, {"method": method, "attack": kind}, method, training=_resolved(method, own), attack=attack,
-                      protocol=protocol, few_images=True, in_cut=in_cut and method != UNTUNED)  # fmt: skip
+    steps, strong = s.test_numsteps, [n for n in s.test_numsteps_list if n > s.test_numsteps][-1:]
+    kinds = [
+        *((f"PGD-{n}, {protocol}", "pgd", n, protocol, n == steps) for n in (steps, *strong) for protocol in ("last", "worst")),
+        (f"CW-{steps}, last", "cw", steps, "last", True),
+        ("AutoAttack", "autoattack", 100, "worst", True),
+    ]
+    for method, (kind, attack, n, protocol, in_cut) in product([*s.methods, UNTUNED], kinds):
+        training = None if method == UNTUNED else _own_training(s, method)
+        yield variant(s, {"method": method, "attack": kind}, method, training=training, protocol=protocol, few_images=True,
+                      attack={"attack": attack, "test_numsteps": n}, in_cut=in_cut and method != UNTUNED)  # fmt: skip
 
 
 def seeds(s: AblationNotebook) -> Iterator[Variant]:
@@ -160,11 +160,12 @@ def seeds(s: AblationNotebook) -> Iterator[Variant]:
     if s.ablations == "cut":
         several = several[:2]
     for method in s.methods:
-        yield variant(s, {"method": method}, method, training=_resolved(method, s.finetuning(method)), seeds=several)
+        yield variant(s, {"method": method}, method, training=_own_training(s, method), seeds=several)
 
 
-def _resolved(method: str, settings: FinetuneSettings | None) -> FinetuneSettings | None:
-    return None if settings is None else find_objective(method).with_preset(settings)
+def _own_training(s: AblationNotebook, method: str) -> FinetuneSettings:
+    """As notebook 04 trains a method."""
+    return find_objective(method).with_preset(s.finetuning(method))
 
 
 def _first(base: Any, values: Sequence | Iterator) -> list:
@@ -193,6 +194,7 @@ class Sweep:
         self.original, self.train, self.tests, self.few = original, train, tests, few
         self.models, self.store = folder / "models", RecordStore(folder / "records")
         self._speed: tuple[float, float] | None = None
+        self._loaded: dict[Path, Clip] = {}
 
     def run(self, name: str, variants: Sequence[Variant]) -> list[tuple[Variant, list[Record]]]:
         """An ablation's variants, each with its records."""
@@ -206,34 +208,45 @@ class Sweep:
         """What was measured of a variant, all its seeds."""
         records = []
         for seed in v.seeds:
-            clip = self.original
-            if v.training is not None:
-                training = v.training.model_copy(update={"seed": seed})
-                clip = finetune(self.original, self.train, v.method, training, self.models).clip
+            clip = self.original if v.training is None else self._tuned(v, seed)
             sets = self.few if v.few_images else self.tests
             records += evaluate_all(clip, sets, v.attack, v.protocol, method=v.method, seed=seed, store=self.store)
         return records
 
+    def _path(self, v: Variant, seed: int) -> Path:
+        training = v.training.model_copy(update={"seed": seed})
+        return tuned_path(self.models, find_objective(v.method), training, self.train, self.original.fingerprint())
+
+    def _tuned(self, v: Variant, seed: int) -> Clip:
+        """The model of a variant, trained if it is not there; the last ones used are kept."""
+        path = self._path(v, seed)
+        if path not in self._loaded:
+            # "latest:METHOD" stays what was trained on purpose, not the last variant of a sweep.
+            date = path.stat().st_mtime if path.exists() else 0.0
+            training = v.training.model_copy(update={"seed": seed})
+            self._loaded[path] = finetune(self.original, self.train, v.method, training, self.models).clip
+            os.utime(path, (date, date))
+            if len(self._loaded) > 4:
+                del self._loaded[next(iter(self._loaded))]
+        return self._loaded[path]
+
     def seconds_left(self, variants: Sequence[Variant]) -> tuple[int, int, float]:
         """(models to train, measurements to make, about how many seconds that takes here)."""
-        models: dict[Path, float] = {}
+        models: dict[Path, float] = {}  # seconds, as in the other two
         measured: dict[tuple, float] = {}
         speed: dict[tuple, float] = {}
         for v in variants:
             for seed in v.seeds:
-                source = "untuned"
+                source: Path | None = None
                 clip: Clip | None = self.original
                 if v.training is not None:
-                    training = v.training.model_copy(update={"seed": seed})
-                    source = tuned_path(self.models, find_objective(v.method), training, self.train, self.original.fingerprint())
-                    clip = None
-                    if source.exists():
-                        clip = load_clip(self.original.arch, source, str(self.original.device), image_size=self.original.image_size[0])
-                    elif source not in models:
-                        kind = (v.method, training.batch_size, training.train_numsteps, training.last_num_ft)
+                    source = self._path(v, seed)
+                    clip = self._tuned(v, seed) if source.exists() else None
+                    if clip is None and source not in models:
+                        kind = (v.method, v.training.batch_size, v.training.train_numsteps, v.training.last_num_ft)
                         if kind not in speed:
-                            speed[kind] = seconds_per_step(self.original, self.train, find_objective(v.method), training)
-                        models[source] = speed[kind] * training.epochs * -(-len(self.train) // training.batch_size)
+                            speed[kind] = seconds_per_step(self.original, self.train, find_objective(v.method), v.training)
+                        models[source] = speed[kind] * v.training.epochs * -(-len(self.train) // v.training.batch_size)
                 for data in self.few if v.few_images else self.tests:
                     for attack in (None, v.attack):
                         if clip is None or self.store.get(record_key(clip, data, attack, v.protocol, v.method, seed)) is None:
@@ -263,22 +276,25 @@ class Sweep:
         return forward + factor * attack.test_numsteps * step
 
 
-def table(done: Sequence[tuple[Variant, list[Record]]]) -> pd.DataFrame:
-    """One row a variant: its summary, and the paired difference of robust and clean accuracy to the first variant.
+# What a variant is compared with is the first one that agrees with it in these; elsewhere the first one of all.
+COMPARED_WITHIN = {"attacks": ("method",), "epsilon": ("test_eps", "test_numsteps")}
 
-    ``robust_minus_first`` is NaN for the first one itself and where seeds or images are not the same.
+
+def table(name: str, done: Sequence[tuple[Variant, list[Record]]]) -> pd.DataFrame:
+    """One row a variant of an ablation: its summary, and how far robust and clean accuracy are from the first one's.
+
+    ``robust_minus_first`` and ``clean_minus_first`` are paired differences with their 95 % intervals over images, NaN for
+    a first one itself; first is meant within ``COMPARED_WITHIN``.
     """
-    rows = []
-    first = done[0][1]
+    rows, firsts = [], {}
     for v, records in done:
+        group = tuple(v.label[key] for key in COMPARED_WITHIN.get(name, ()))
+        first = firsts.setdefault(group, records)
         row = {**v.label, **summary(records)}
         for kind in ("robust", "clean"):
             pick = lambda these: [r for r in these if (r.attack == "none") == (kind == "clean")]
-            try:
-                difference = paired_difference(pick(records), pick(first)) if records is not first else 3 * (float("nan"),)
-            except ValueError:
-                difference = 3 * (float("nan"),)
-            row |= dict(zip((f"{kind}_minus_first", f"{kind}_minus_first_low", f"{kind}_minus_first_high"), difference))
+            found = 3 * (float("nan"),) if first is records else paired_difference(*beside_each_seed(pick(records), pick(first)))
+            row |= dict(zip((f"{kind}_minus_first", f"{kind}_minus_first_low", f"{kind}_minus_first_high"), found))
         rows.append(row)
     return pd.DataFrame(rows).set_index(list(done[0][0].label))
 

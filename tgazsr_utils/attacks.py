@@ -1,6 +1,8 @@
 """Adversarial images: what a bounded attacker adds to pixels so that zero-shot CLIP fails."""
 
+import sys
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +55,9 @@ def pgd(
     Raises ValueError for pixels outside [0,1], a negative ``eps``, ``step_size`` or ``steps``, an unknown ``norm`` or
     ``protocol``, or "worst" with a ``loss`` of one's own, which knows whole batches only.
     """
-    _check(images, eps=eps, step_size=step_size, steps=steps)
-    for name, value, known in (("norm", norm, ("linf", "l2")), ("protocol", protocol, ("last", "worst"))):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+    _check(images, norm, eps=eps, step_size=step_size, steps=steps)
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"protocol {protocol!r} is unknown; choose 'last' or 'worst'")
     if loss is not None and protocol == "worst":
         raise ValueError("protocol 'worst' takes no loss of one's own: fooled images leave the batch that it is made for")
     start, ascend = (_linf if norm == "linf" else _l2)(images, eps, step_size)
@@ -112,8 +113,10 @@ def autoattack(
     """
     from pyautoattack import AutoAttack  # slow to import, and rarely needed
 
-    _check(images, eps=eps, steps=steps)
+    _check(images, norm, eps=eps, steps=steps)
     classes = len(text)
+    if not len(images):
+        return images
     if version == "standard" and classes < 4:
         raise ValueError(f"AutoAttack's standard version needs at least 4 classes (targeted DLR); there are {classes}")
     seed = int(torch.randint(2**31, (), generator=generator))
@@ -128,8 +131,10 @@ def autoattack(
     else:
         raise ValueError(f"AutoAttack version {version!r} is unknown; choose 'apgd' or 'standard'")
     attack.logger.setLevel("ERROR")  # its warnings repeat for each batch, and one is wrong for three classes
+    tracer = sys.gettrace()
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds the global generator
         adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
+    sys.settrace(tracer)  # and switches tracing off, debuggers' too
     return torch.clamp(adversarial, *_ball(images, eps)) if norm == "linf" else adversarial.clamp(0, 1)
 
 
@@ -159,7 +164,9 @@ def attack_as_set(
     )  # fmt: skip
 
 
-def _check(images: Tensor, **numbers: float) -> None:
+def _check(images: Tensor, norm: str, **numbers: float) -> None:
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm {norm!r} is unknown; choose 'linf' or 'l2'")
     for name, value in numbers.items():
         if value < 0:
             raise ValueError(f"{name} is {value}; it must be at least 0")
@@ -175,7 +182,7 @@ def _linf(images: Tensor, eps: float, step_size: float) -> tuple[Start, Ascend]:
     low, high = _ball(images, eps)
 
     def start(generator: torch.Generator | None) -> Tensor:
-        noise = torch.rand(images.shape, generator=generator).to(images.device)
+        noise = torch.rand(images.shape, generator=generator).to(images.device, images.dtype)
         return torch.clamp(images + eps * (2 * noise - 1), low, high)
 
     def ascend(current: Tensor, gradient: Tensor, rows: Tensor) -> Tensor:
@@ -195,8 +202,8 @@ def _l2(images: Tensor, eps: float, step_size: float) -> tuple[Start, Ascend]:
 
     def start(generator: torch.Generator | None) -> Tensor:
         direction = torch.randn(images.shape, generator=generator)
-        radius = torch.rand(len(images), generator=generator) ** (1 / images[0].numel())
-        x = images + eps * (radius.view(-1, 1, 1, 1) * unit(direction)).to(images.device)
+        radius = torch.rand(len(images), generator=generator) ** (1 / images.shape[1:].numel())
+        x = images + eps * (radius.view(-1, 1, 1, 1) * unit(direction)).to(images.device, images.dtype)
         return project(x, torch.arange(len(images), device=images.device))
 
     def ascend(current: Tensor, gradient: Tensor, rows: Tensor) -> Tensor:

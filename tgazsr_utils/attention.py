@@ -1,7 +1,8 @@
 """Text-guided attention: where an image encoder finds a prompt, and how far that moves under attack."""
 
 import functools
-from typing import Literal
+import importlib.util
+from typing import Literal, get_args
 
 import pandas as pd
 import torch
@@ -12,6 +13,7 @@ from .models import Clip, ImageTokens
 
 Variant = Literal["reference", "cosine"]
 Metric = Literal["l2", "l1", "cos"]
+Backend = Literal["auto", "triton", "torch"]
 
 
 def text_guided_attention(
@@ -20,6 +22,7 @@ def text_guided_attention(
     variant: Variant = "reference",
     size: int | tuple[int, int] | None = None,
     grid: tuple[int, int] | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Attention maps ``[B,h,w]`` in [0,1]: each patch token dotted with the prompt, min-max scaled per image.
 
@@ -28,9 +31,11 @@ def text_guided_attention(
     (class token included), as the released code does; ``cosine`` divides each token by its norm over the D channels,
     as the paper's formula reads. ``size``: bilinear resize (align_corners=False) to this side or (height, width);
     None keeps the patch grid. ``grid``: (rows, columns) of patches, needed only if it is not square.
-    A constant map gives zeros, with finite gradients. Raises ValueError for an unknown variant or a non-square grid.
+    A constant map gives zeros, with finite gradients. ``backend``: "triton" (one fused pass, ``attention_kernel``; needs a
+    CUDA device, or TRITON_INTERPRET=1), "torch" (the same in PyTorch, the reference), or "auto": the kernel where
+    the tokens are on a CUDA device and it takes them. Raises ValueError for an unknown variant or a non-square grid.
     """
-    maps = min_max(_patch_scores(tokens, text, variant)).unflatten(1, grid or _square_grid(tokens.patches.shape[1]))
+    (maps,) = _maps(tokens, [text], variant, grid, backend)
     return maps if size is None else resize(maps, size)
 
 
@@ -41,14 +46,43 @@ def complementary_attention(
     variant: Variant = "reference",
     size: int | tuple[int, int] | None = None,
     grid: tuple[int, int] | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """``A(text) * (1 - A(not_text))`` (Comp-TGA, TPAMI 2026): what a prompt finds and its negation does not.
 
     Arguments and shapes as in ``text_guided_attention``; the product is taken on the patch grid, then resized.
     """
-    maps = text_guided_attention(tokens, text, variant, grid=grid)
-    maps = maps * (1 - text_guided_attention(tokens, not_text, variant, grid=grid))
+    found, excluded = _maps(tokens, [text, not_text], variant, grid, backend)
+    maps = found * (1 - excluded)
     return maps if size is None else resize(maps, size)
+
+
+def _maps(
+    tokens: ImageTokens, texts: list[Tensor], variant: str, grid: tuple[int, int] | None, backend: str
+) -> list[Tensor]:
+    """Maps ``[B,h,w]`` in [0,1], one for each of the texts."""
+    shape = grid or _square_grid(tokens.patches.shape[1])
+    if variant not in get_args(Variant):
+        raise ValueError(f"attention variant {variant!r} is unknown; choose 'reference' or 'cosine'")
+    if backend not in get_args(Backend):
+        raise ValueError(f"attention backend {backend!r} is unknown; choose 'auto', 'triton' or 'torch'")
+    if backend == "auto":
+        backend = "triton" if tokens.patches.is_cuda and _kernel_takes(tokens) else "torch"
+    if backend == "torch":
+        return [min_max(_patch_scores(tokens, text, variant)).unflatten(1, shape) for text in texts]
+    from .attention_kernel import attention  # imports triton, which CPU installations do without
+
+    text = torch.stack([text.expand_as(tokens.pooled) for text in texts], dim=1)
+    maps, _, _ = attention(tokens.pooled, tokens.patches, text, variant)
+    return list(maps.unflatten(2, shape).unbind(1))
+
+
+def _kernel_takes(tokens: ImageTokens) -> bool:
+    if importlib.util.find_spec("triton") is None or tokens.patches.dtype == torch.float64:
+        return False
+    from .attention_kernel import MAX_CHANNELS, MAX_PATCHES
+
+    return tokens.patches.shape[1] <= MAX_PATCHES and tokens.patches.shape[2] <= MAX_CHANNELS
 
 
 def grad_cam(clip: Clip, images: Tensor, text: Tensor, labels: Tensor, differentiable: bool = False) -> Tensor:
@@ -80,9 +114,7 @@ def _patch_scores(tokens: ImageTokens, text: Tensor, variant: str) -> Tensor:
         squares = tokens.pooled.square() + tokens.patches.square().sum(1)  # [B,D], over class and patch tokens
         norm = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()  # clamped first: sqrt has no slope at 0
         return torch.einsum("bpd,bd->bp", tokens.patches, text / norm)
-    if variant == "cosine":
-        return torch.einsum("bpd,bd->bp", F.normalize(tokens.patches, dim=-1), text.expand_as(tokens.pooled))
-    raise ValueError(f"attention variant {variant!r} is unknown; choose 'reference' or 'cosine'")
+    return torch.einsum("bpd,bd->bp", F.normalize(tokens.patches, dim=-1), text.expand_as(tokens.pooled))
 
 
 def _square_grid(patches: int) -> tuple[int, int]:

@@ -311,7 +311,7 @@ def ablation(table: pd.DataFrame, seeds: pd.DataFrame, title: str, kinds: Sequen
             own = seeds if group is None else seeds[seeds[names[0]] == group]
             shift = 0.0 if group is None else 0.5 * ((g + 0.5) / len(groups) - 0.5)
             y = np.array([rows.index(row) + shift for row in part.index])
-            color = sns.color_palette()[g]
+            color = sns.color_palette()[g % len(sns.color_palette())]
             axis.errorbar(part[kind], y, xerr=part[f"{kind}_ci"].fillna(0), fmt=marker, ms=7, capsize=3, label=group, color=color)
             if several:
                 spots = [rows.index(row) + shift for row in own[names[-1]]]

@@ -90,17 +90,24 @@ def summary(records: Sequence[Record]) -> dict[str, float | str]:
     """Of one model or method: robust and clean accuracy and their average, means over sets and then seeds, in percent.
 
     Each with ``_ci``, half the width of its 95 % interval. ``interval`` says what that is over: "3 seeds" (Student's t
-    on their means), or "images" (normal; sets weigh the same) where there is one seed.
+    on their means), or "images" (normal, with one success and one failure added to each set; sets weigh the same) where
+    there is one seed. Raises ValueError for records that no one table may mix.
     """
+    _refuse_mixture(to_frame(records))
     means = per_seed(records)
     if len(means) > 1:
         halves = student_t.ppf(0.975, len(means) - 1) * means.std() / np.sqrt(len(means))
         interval = f"{len(means)} seeds"
     else:
-        kinds = {"robust": [_bits(r) for r in records if r.attack != "none"], "clean": [_bits(r) for r in records if r.attack == "none"]}
-        pairs = [pair for pair in zip(*kinds.values()) if len(pair[0]) == len(pair[1])]
-        kinds["average"] = [np.add(*pair, dtype=float) / 2 for pair in pairs]
-        halves = {kind: 100 * _half_interval(sets) for kind, sets in kinds.items()}
+        robust = {r.data: _bits(r) for r in records if r.attack != "none"}
+        clean = {r.data: _bits(r) for r in records if r.attack == "none"}
+        both = {data: (robust[data] + clean[data]) / 2 for data in robust if data in clean}
+        kinds = {"robust": robust, "clean": clean, "average": both}
+        # One success and one failure more in each set: a set of few images that are all right is no certainty.
+        halves = {
+            kind: 100 * _half_interval([np.append(values, (0, 1)) for values in sets.values()], ddof=0)
+            for kind, sets in kinds.items()
+        }
         interval = "images"
     row = {}
     for kind in means:
@@ -108,9 +115,11 @@ def summary(records: Sequence[Record]) -> dict[str, float | str]:
     return row | {"interval": interval}
 
 
-def _half_interval(sets: Sequence[np.ndarray], z: float = 1.96) -> float:
-    """Half the 95 % interval of a mean over sets of means over images; NaN without any."""
-    return float(z * np.sqrt(np.sum([values.var() / len(values) for values in sets])) / len(sets)) if sets else float("nan")
+def _half_interval(sets: Sequence[np.ndarray], ddof: int, z: float = 1.96) -> float:
+    """Half the 95 % interval of a mean over sets of means over images; NaN without any, or for sets of a single image."""
+    if not sets or min(map(len, sets)) <= ddof:
+        return float("nan")
+    return float(z * np.sqrt(np.sum([values.var(ddof=ddof) / len(values) for values in sets])) / len(sets))
 
 
 def leaderboard(records: Sequence[Record]) -> pd.DataFrame:
@@ -213,7 +222,7 @@ def paired_difference(a: Sequence[Record], b: Sequence[Record]) -> tuple[float, 
         by_set.setdefault(r.data, []).append(difference)
     each_image = [np.mean(seeds, axis=0) for seeds in by_set.values()]  # seeds share images: first averaged for each
     mean = 100 * np.mean([d.mean() for d in each_image])
-    half = 100 * _half_interval(each_image)
+    half = 100 * _half_interval(each_image, ddof=1)
     return float(mean), float(mean - half), float(mean + half)
 
 
@@ -230,15 +239,17 @@ def differences(records: Sequence[Record]) -> pd.DataFrame:
                 [r for r in records if r.method == name and (r.attack == "none") == (kind == "clean")]
                 for name in (method, other)
             )
-            a, b = _beside_each_seed(a, b), _beside_each_seed(b, a)
-            rows.append((kind, method, other, *paired_difference(a, b)))
+            rows.append((kind, method, other, *paired_difference(*beside_each_seed(a, b))))
     return pd.DataFrame(rows, columns=["kind", "method", "other", "difference", "low", "high"])
 
 
-def _beside_each_seed(records: Sequence[Record], others: Sequence[Record]) -> list[Record]:
-    if len({r.seed for r in records}) > 1:
-        return list(records)
-    return [r.model_copy(update={"seed": seed}) for r in records for seed in {o.seed for o in others}]
+def beside_each_seed(a: Sequence[Record], b: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """The same, but that records of one seed, such as the untuned model's, are repeated for each seed of the others."""
+    repeat = lambda records, seeds: [r.model_copy(update={"seed": seed}) for r in records for seed in seeds]
+    seeds_a, seeds_b = ({r.seed for r in records} for records in (a, b))
+    if len(seeds_a) == 1:
+        return repeat(a, seeds_b), list(b)
+    return list(a), repeat(b, seeds_a) if len(seeds_b) == 1 else list(b)
 
 
 def _bits(record: Record) -> np.ndarray:

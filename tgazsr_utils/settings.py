@@ -4,9 +4,18 @@ import ast
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from . import ROOT
 
@@ -74,11 +83,18 @@ class AttackSettings(Settings):
     """The attack that robust accuracy is measured with."""
 
     attack: Literal["pgd", "cw", "autoattack"] = "pgd"
-    norm: Norm = "linf"
+    norm: Norm = "linf"  # l2: epsilon and step are Euclidean lengths of the whole perturbation, still in 1/255
     autoattack_version: Literal["apgd", "standard"] = "apgd"  # see attacks.autoattack
-    test_eps: Eps255
-    test_stepsize: Eps255
+    test_eps: NonNegative  # 1/255
+    test_stepsize: NonNegative  # 1/255
     test_numsteps: Count
+
+    @field_validator("test_eps", "test_stepsize")
+    @classmethod
+    def _within_the_pixel_range(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("norm") == "linf" and value > 255:
+            raise ValueError("input should be less than or equal to 255")
+        return value
 
     @field_validator("attack", mode="before")
     @classmethod
@@ -193,8 +209,10 @@ class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
 
     @model_validator(mode="after")
     def _overrides_are_settings(self) -> "TrainNotebook":
-        for method in self.overrides:
+        for method, changes in self.overrides.items():
             try:
+                if "seed" in changes:
+                    raise SettingsError("the seed is one for all methods")
                 self.finetuning(method)
             except SettingsError as error:
                 raise ValueError(f"overrides of {method}: {error}") from None
@@ -232,20 +250,26 @@ AblationName = Literal["loss_parts", "distance", "attention", "alpha_beta", "eps
 class AblationNotebook(EvaluateNotebook):
     """03_ablations"""
 
-    ablations: Literal["cut", "all"] | Distinct[AblationName]  # "cut": a few runs of each; a list: all runs of these
+    ablations: str | Distinct[str]  # "cut": a few runs of each; "all"; a list of AblationName, or one: all runs of these
     Alpha_list: Distinct[NonNegative]
     Beta_list: Distinct[NonNegative]
     train_eps_list: Distinct[Eps255]
-    test_eps_list: Distinct[Eps255]
+    test_eps_list: Distinct[NonNegative]
     train_numsteps_list: Distinct[Count]
     test_numsteps_list: Distinct[Count]
     last_num_ft_list: Distinct[Annotated[int, Field(ge=0)]]  # 0: the whole encoder
     attack_images: Count  # for each set, under the attacks of "epsilon" and "attacks"
 
-    @field_validator("ablations", mode="before")
+    @field_validator("ablations")
     @classmethod
-    def _one_name_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) and value not in ("cut", "all") else value
+    def _known_ablations(cls, value: str | list[str]) -> str | list[str]:
+        if value in ("cut", "all"):
+            return value
+        names = [value] if isinstance(value, str) else value
+        for name in names:
+            if name not in get_args(AblationName):
+                raise ValueError(f"{name!r} is unknown; choose 'cut', 'all', or of {', '.join(get_args(AblationName))}")
+        return names
 
 
 NOTEBOOKS: dict[str, type[WorkbookSettings]] = {
@@ -285,14 +309,17 @@ def unknown_parameter(name: str, known: Mapping[str, Any]) -> str:
 def from_notebook(model: type[AnySettings], namespace: Mapping[str, Any]) -> AnySettings:
     """Settings from a notebook's parameters cell, and papermill's injected one below it; call it in the next cell.
 
-    ``namespace`` is the notebook's ``globals()``. Also finds names that those cells set and no setting has.
+    ``namespace`` is the notebook's ``globals()``. Also finds names that those cells set and no setting has; other cells may
+    stand between, such as one that defines a method.
     """
     values = {name: namespace[name] for name in model.model_fields if name in namespace}
+    found = False
     for source in reversed(namespace.get("In", [])[:-1]):
         names = _assigned_constants(source)
-        if names is None:
+        if "from_notebook(" in source or (names is None and found):
             break
-        values.update({name: namespace[name] for name in names})
+        found = found or bool(names)
+        values.update({name: namespace[name] for name in names or []})
     return validate(model, values)
 
 

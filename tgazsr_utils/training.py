@@ -156,8 +156,14 @@ def attacked(batch: Step, objective: Objective, settings: FinetuneSettings, step
 
 
 def trainable(visual: nn.Module, last: int) -> list[nn.Parameter]:
-    """Switches gradients on for all of an image encoder's parameter tensors, or for its last ``last`` ones."""
-    parameters = list(visual.parameters())[-last:]
+    """Switches gradients on for all of an image encoder's parameter tensors, or for its last ``last`` ones.
+
+    Raises ValueError if there are not so many.
+    """
+    parameters = list(visual.parameters())
+    if last > len(parameters):
+        raise ValueError(f"last_num_ft is {last}; the image encoder has {len(parameters)} parameter tensors (0: all)")
+    parameters = parameters[-last:]
     for parameter in parameters:
         parameter.requires_grad_(True)
     return parameters
