@@ -1,5 +1,6 @@
 """The very kernels, on the CPU by Triton's interpreter (on the device where there is one), against float64."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,7 +8,11 @@ triton = pytest.importorskip("triton")
 
 from tgazsr_utils.attention import complementary_attention, text_guided_attention
 from tgazsr_utils.attention_kernel import attention
-from tgazsr_utils.models import ImageTokens
+from tgazsr_utils.datasets import load_dataset
+from tgazsr_utils.models import ImageTokens, load_clip
+from tgazsr_utils.runner import default_parameters
+from tgazsr_utils.settings import TrainNotebook, validate
+from tgazsr_utils.training import finetune
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(3, 49, 512), (2, 7, 33), (2, 50, 100), (1, 1024, 96), (1, 256, 1280), (2, 3, 5), (64, 49, 24)]
@@ -116,6 +121,21 @@ def test_the_choice_can_be_forced_and_is_checked(generator, monkeypatch):
         single("cosine", "cuda")(*inputs)
     with pytest.raises(ValueError, match="1025 patches"):
         single("cosine", "triton")(*draw(generator, 1, 1025, 4))
+
+
+@pytest.mark.parametrize("method", ["TGA-ZSR", "Comp-TGA"])
+def test_training_through_the_kernel_is_training_without(mini, tmp_path, method):
+    """Two steps: the same losses and weights up to rounding. Without L_AMC, which is zero at first but for rounding,
+    while the gradient of a norm there has length one in whichever direction rounding points."""
+    data = load_dataset("shapes", "train", n=8)
+    settings = validate(TrainNotebook, default_parameters("02_train_tga_zsr") | {"batch_size": 4, "Beta": 0.0}).finetuning(method)
+    clip = load_clip("mini-clip", "mini", DEVICE)
+    run = lambda backend: finetune(clip, data, method, settings.model_copy(update={"attention_backend": backend}), tmp_path)
+    with_kernel, without = run("triton"), run("torch")
+    names = ["loss", "CE", "L_AR"]
+    np.testing.assert_allclose(with_kernel.history[names], without.history[names], rtol=1e-4)
+    for a, b in zip(with_kernel.clip.visual.parameters(), without.clip.visual.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_an_empty_batch_and_strided_tokens(generator):

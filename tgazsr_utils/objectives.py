@@ -206,7 +206,7 @@ def tga_zsr(step: Step, settings: ObjectiveSettings) -> list[Term]:
     clean attention; L_AMC = mean ||A(f, x, t_y) - A(f0, x, t_y)|| keeps attention on clean images where it was.
     """
     attend = lambda tokens: text_guided_attention(
-        tokens, step.true_text, settings.attention_variant, grid=step.clip.grid
+        tokens, step.true_text, settings.attention_variant, grid=step.clip.grid, backend=settings.attention_backend
     )
     return _held_in_place(step, settings, _attended(step, attend))
 
@@ -215,7 +215,7 @@ def tga_zsr(step: Step, settings: ObjectiveSettings) -> list[Term]:
 def comp_tga(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """TGA-ZSR with A = A(t_y) * (1 - A(t_not_y)), t_not_y from "This is not a photo of a ..." (TPAMI 2026)."""
     attend = lambda tokens: complementary_attention(
-        tokens, step.true_text, step.not_text, settings.attention_variant, grid=step.clip.grid
+        tokens, step.true_text, step.not_text, settings.attention_variant, grid=step.clip.grid, backend=settings.attention_backend
     )
     return _held_in_place(step, settings, _attended(step, attend))
 

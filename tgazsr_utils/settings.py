@@ -61,6 +61,7 @@ class ObjectiveSettings(Settings):
     Distance_metric: Literal["l2", "l1", "cos"]
     attention_variant: Literal["reference", "cosine"]
     distance_size: Count = 224  # side in pixels at which maps are compared; Alpha and Beta belong to 224
+    attention_backend: Literal["auto", "triton", "torch"] = "auto"  # see attention.text_guided_attention
 
 
 class FinetuneSettings(ObjectiveSettings):
