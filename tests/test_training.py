@@ -57,6 +57,38 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(mini, train_set, 
     assert not list((tmp_path / "parts").glob("*.ckpt"))
 
 
+def test_what_the_original_model_makes_of_images_is_computed_once_and_checked(mini, train_set, tmp_path, monkeypatch, capfd):
+    """Also over a resumed run; a damaged file is made anew with the same outcome, and none is left in the end."""
+    seen = []
+    encode = Clip.encode_image
+    monkeypatch.setattr(Clip, "encode_image", lambda self, x: seen.append(len(x)) or encode(self, x))
+    original = lambda: sum(n for n in seen) - trained  # images that passed the original model
+    whole = finetune(mini, train_set, "TGA-ZSR", SETTINGS, tmp_path / "whole")
+    trained = 2 * 20 * (SETTINGS.train_numsteps + 2)
+    assert original() == 20  # not 40, in two epochs
+    assert not list((tmp_path / "whole" / "unfinished").glob("*"))
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:50]), lambda path: _flip(path), None):
+        folder = tmp_path / str(id(damage))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(mini, train_set, "TGA-ZSR", SETTINGS, folder, stop=stop_after(3))
+        (kept,) = (folder / "unfinished").glob("*_text-reference.safetensors")
+        if damage:
+            damage(kept)
+        seen.clear()
+        parts = finetune(mini, train_set, "TGA-ZSR", SETTINGS, folder)
+        trained = 20 * (SETTINGS.train_numsteps + 2)
+        assert original() == (20 if damage else 0)
+        assert ("is damaged" in capfd.readouterr().out) == bool(damage)
+        first, second = weights_of(whole), weights_of(parts)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 64
+    path.write_bytes(bytes(content))
+
+
 def test_ctrl_c_finishes_the_step_and_writes_a_checkpoint(mini, train_set, tmp_path):
     press, before = stop_after(2), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="step 2 of 6"):

@@ -5,7 +5,7 @@ a function and decorate it with ``@objective(name, lr=...)``.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -36,6 +36,8 @@ class Step:
     labels: Tensor  # [B]
     prompts: tuple[str, ...]  # one a class
     adversarial: Tensor | None = None  # images attacked against f: x'; the very same images for a method without attack
+    rows: Tensor | None = None  # [B] of the images in the training set
+    cache: Callable[[str, "Compute", Tensor], Tensor] | None = None  # keeps what depends on f0 and clean images alone
 
     @cached_property
     def text(self) -> Tensor:
@@ -64,6 +66,15 @@ class Step:
         with torch.no_grad():
             return self.original.encode_image(self.adversarial)
 
+    def tokens(self, side: str) -> ImageTokens:
+        """Those of the side "adversarial" (f(x')), "clean" (f(x)) or "original" (f0(x))."""
+        return getattr(self, f"{side}_tokens")
+
+    def frozen(self, name: str, compute: "Compute") -> Tensor:
+        """``compute(step)``, which must depend on f0, clean images and labels alone; once for all images with a cache."""
+        with torch.no_grad():
+            return compute(self) if self.cache is None else self.cache(name, compute, self.rows)
+
     @property
     def true_text(self) -> Tensor:
         """t_y: the embedding ``[B,D]`` of each image's true class."""
@@ -82,6 +93,9 @@ class Step:
         return self.clip.similarity(tokens.pooled, self.text).log_softmax(1)
 
 
+Compute = Callable[[Step], Tensor]
+
+
 def negated(prompt: str) -> str:
     """ "This is a photo of a cat" or "A photo of a cat." -> "This is not a photo of a cat" (with its full stop)."""
     return re.sub(r"^(this is )?an? ", "This is not a ", prompt, flags=re.IGNORECASE)
@@ -97,9 +111,14 @@ def cross_entropy_attack(step: Step) -> AttackLoss:
     return lambda tokens: F.cross_entropy(step.clip.similarity(tokens.pooled, step.text), step.labels, reduction="sum")
 
 
+def original_pooled(step: Step) -> Tensor:
+    """f0(x): class embeddings ``[B,D]``, not normalised."""
+    return step.original_tokens.pooled
+
+
 def embedding_attack(step: Step) -> AttackLoss:
     """The squared l2 distance to the original model's clean class embedding; no labels."""
-    target = step.original_tokens.pooled
+    target = step.frozen("pooled", original_pooled)
     return lambda tokens: (tokens.pooled - target).square().sum()
 
 
@@ -176,26 +195,26 @@ def pmg_aft(step: Step, settings: ObjectiveSettings) -> list[Term]:
 @objective("FARE", attack=embedding_attack)
 def fare(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """Batch mean of ||f(x') - f0(x)||^2 between unnormalised class embeddings; no labels (ICML 2024)."""
-    distance = (step.adversarial_tokens.pooled - step.original_tokens.pooled).square().sum(1).mean()
+    distance = (step.adversarial_tokens.pooled - step.frozen("pooled", original_pooled)).square().sum(1).mean()
     return [Term("L_emb", 1.0, distance)]
 
 
 @objective("Vision-based")
 def vision_based(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """TGA-ZSR with Grad-CAM maps in place of text-guided ones, as released: no gradient reaches the weights through them."""
-    return _held_in_place(step, settings, _grad_cams(step, differentiable=False))
+    return _held_in_place(step, settings, "grad-cam", lambda step, side: _grad_cam(step, side, differentiable=False))
 
 
 @objective("Vision-based-grad")
 def vision_based_differentiable(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """The same with Grad-CAM maps that train the weights."""
-    return _held_in_place(step, settings, _grad_cams(step, differentiable=True))
+    return _held_in_place(step, settings, "grad-cam", lambda step, side: _grad_cam(step, side, differentiable=True))
 
 
-def _grad_cams(step: Step, differentiable: bool) -> Iterator[Tensor]:
-    sides = (step.clip, step.adversarial), (step.clip, step.images), (step.original, step.images)
-    for clip, images in sides:
-        yield grad_cam(clip, images, step.text, step.labels, differentiable=differentiable and clip is step.clip)
+def _grad_cam(step: Step, side: str, differentiable: bool) -> Tensor:
+    clip = step.original if side == "original" else step.clip
+    images = step.adversarial if side == "adversarial" else step.images
+    return grad_cam(clip, images, step.text, step.labels, differentiable=differentiable and side != "original")
 
 
 @objective("TGA-ZSR")
@@ -205,34 +224,35 @@ def tga_zsr(step: Step, settings: ObjectiveSettings) -> list[Term]:
     L_AR = mean ||A(f, x', t_y) - A(f0, x, t_y)|| brings attention on attacked images back to the original model's
     clean attention; L_AMC = mean ||A(f, x, t_y) - A(f0, x, t_y)|| keeps attention on clean images where it was.
     """
-    attend = lambda tokens: text_guided_attention(
-        tokens, step.true_text, settings.attention_variant, grid=step.clip.grid, backend=settings.attention_backend
+    variant, backend = settings.attention_variant, settings.attention_backend
+    attend = lambda step, side: text_guided_attention(
+        step.tokens(side), step.true_text, variant, grid=step.clip.grid, backend=backend
     )
-    return _held_in_place(step, settings, _attended(step, attend))
+    return _held_in_place(step, settings, f"text-{variant}", attend)
 
 
 @objective("Comp-TGA", Alpha=0.10, Beta=0.07)
 def comp_tga(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """TGA-ZSR with A = A(t_y) * (1 - A(t_not_y)), t_not_y from "This is not a photo of a ..." (TPAMI 2026)."""
-    attend = lambda tokens: complementary_attention(
-        tokens, step.true_text, step.not_text, settings.attention_variant, grid=step.clip.grid, backend=settings.attention_backend
+    variant, backend = settings.attention_variant, settings.attention_backend
+    attend = lambda step, side: complementary_attention(
+        step.tokens(side), step.true_text, step.not_text, variant, grid=step.clip.grid, backend=backend
     )
-    return _held_in_place(step, settings, _attended(step, attend))
+    return _held_in_place(step, settings, f"complementary-{variant}", attend)
 
 
-def _attended(step: Step, attend: Callable[[ImageTokens], Tensor]) -> Iterator[Tensor]:
-    yield attend(step.adversarial_tokens)
-    yield attend(step.clean_tokens)
-    yield attend(step.original_tokens)
-
-
-def _held_in_place(step: Step, settings: ObjectiveSettings, maps: Iterator[Tensor]) -> list[Term]:
-    """CE + Alpha * L_AR + Beta * L_AMC from maps A(f, x'), A(f, x) and A(f0, x)."""
+def _held_in_place(
+    step: Step, settings: ObjectiveSettings, name: str, attend: Callable[[Step, str], Tensor]
+) -> list[Term]:
+    """CE + Alpha * L_AR + Beta * L_AMC from ``attend(step, side)``: maps A(f, x') of the side "adversarial", A(f, x) of
+    "clean" and A(f0, x) of "original", which are kept under ``name``."""
     cross_entropy = step.cross_entropy(step.adversarial_tokens)  # before the maps: the order of sums shows in the last bits
-    attacked, clean, target = maps
-    distance = lambda maps: attention_distance(maps, target, settings.Distance_metric, settings.distance_size).mean()
+    target = step.frozen(name, lambda step: attend(step, "original"))
+    distance = lambda side: attention_distance(
+        attend(step, side), target, settings.Distance_metric, settings.distance_size
+    ).mean()
     return [
         Term("CE", 1.0, cross_entropy),
-        Term("L_AR", settings.Alpha, distance(attacked)),
-        Term("L_AMC", settings.Beta, distance(clean)),
+        Term("L_AR", settings.Alpha, distance("adversarial")),
+        Term("L_AMC", settings.Beta, distance("clean")),
     ]

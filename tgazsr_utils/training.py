@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import pgd
-from .datasets import ImageSet
+from .datasets import Batch, ImageSet
 from .files import code_version, digest, write_atomic
+from .frozen import FrozenCache
 from .models import Clip, load_clip, read_metadata, save_clip
 from .objectives import Objective, Step, Term, find_objective
 from .progress import progress
 from .settings import FinetuneSettings
 
-MODULES = ("models", "attention", "attacks", "objectives", "training")  # the source a tuned model depends on
+MODULES = ("models", "attention", "attention_kernel", "attacks", "objectives", "frozen", "training")  # the source a tuned model depends on
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def finetune(
         return TrainResult(tuned, pd.DataFrame(read_metadata(weights)["history"]), weights)
 
     original, tuned = clip.frozen_copy(), clip.frozen_copy()
+    cache = FrozenCache(original, data, folder / "unfinished" / weights.stem)
     parameters = trainable(tuned.visual, settings.last_num_ft)
     optimizer = torch.optim.SGD(
         parameters, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay
@@ -83,13 +85,13 @@ def finetune(
     total = per_epoch * settings.epochs
     bar = progress(total=total, initial=state["step"], desc=f"{objective.name} seed {settings.seed}")
     with deferred_interrupt() as interrupted, bar:
-        for step, images, labels in batches(data, settings, state["step"], clip.device):
+        for step, chunk in batches(data, settings, state["step"], clip.device):
             started = time.perf_counter()
             optimizer.param_groups[0]["lr"] = settings.lr * warmup_cosine(step, settings.warmup_steps, total)
-            batch = Step(tuned, original, images, labels, data.prompts)
+            batch = Step(tuned, original, chunk.images, chunk.labels, data.prompts, rows=chunk.rows, cache=cache)
             loss, terms = attack_and_loss(batch, objective, settings, step)
             with torch.no_grad():
-                correct = tuned.similarity(batch.adversarial_tokens.pooled, batch.text).argmax(1) == labels
+                correct = tuned.similarity(batch.adversarial_tokens.pooled, batch.text).argmax(1) == batch.labels
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -108,6 +110,7 @@ def finetune(
                 raise KeyboardInterrupt(f"stopped after step {state['step']} of {total}; the same call goes on from there")
     save_clip(tuned, weights, method=objective.name, settings=settings.model_dump(), history=state["history"])
     checkpoint.unlink(missing_ok=True)
+    cache.remove()
     return TrainResult(tuned.requires_grad_(False), pd.DataFrame(state["history"]), weights)
 
 
@@ -129,10 +132,10 @@ def seconds_per_step(clip: Clip, data: ImageSet, objective: Objective, settings:
     settings = objective.with_preset(settings)
     original, tuned = clip.frozen_copy(), clip.frozen_copy()
     trainable(tuned.visual, settings.last_num_ft)
-    _, images, labels = next(batches(data, settings, 0, clip.device))
+    _, chunk = next(batches(data, settings, 0, clip.device))
     for step in range(2):
         started = time.perf_counter()
-        loss, _ = attack_and_loss(Step(tuned, original, images, labels, data.prompts), objective, settings, step)
+        loss, _ = attack_and_loss(Step(tuned, original, chunk.images, chunk.labels, data.prompts), objective, settings, step)
         loss.backward()
         loss.item()  # waits for the device
     return time.perf_counter() - started
@@ -171,8 +174,8 @@ def trainable(visual: nn.Module, last: int) -> list[nn.Parameter]:
 
 def batches(
     data: ImageSet, settings: FinetuneSettings, start: int, device: torch.device
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(step, images in [0,1], labels) from step ``start`` on; the order depends on seed and epoch alone."""
+) -> Iterator[tuple[int, Batch]]:
+    """Steps and their batches from step ``start`` on; the order depends on seed and epoch alone."""
     size = settings.batch_size
     for epoch in range(settings.epochs):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(_seed(settings.seed, 2, epoch)))
@@ -180,7 +183,7 @@ def batches(
         first = epoch * len(chunks)
         skip = min(max(start - first, 0), len(chunks))
         for batch in data.batches(chunks, device, skip):
-            yield first + batch.number, batch.images, batch.labels
+            yield first + batch.number, batch
 
 
 def _seed(seed: int, stream: int, index: int) -> int:

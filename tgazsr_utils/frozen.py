@@ -1,0 +1,76 @@
+"""What the original model makes of the training images: it never changes, so it is computed once a run and kept."""
+
+import glob
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .datasets import ImageSet
+from .files import digest, write_atomic
+from .models import Clip
+from .objectives import Step
+from .progress import progress
+
+BATCH = 128  # a fixed partition, so that values do not depend on the order of training
+
+
+class FrozenCache:
+    """Values of each image of ``data`` under ``original``, one file ``<run>_<name>.safetensors`` for each quantity.
+
+    ``run`` names all that training depends on (``training.tuned_path``), so a stale file is never taken; a file holds a
+    digest of its values, so a damaged one is made anew.
+    """
+
+    def __init__(self, original: Clip, data: ImageSet, run: Path):
+        self.original, self.data, self.run = original, data, run
+        self._kept: dict[str, Tensor] = {}
+
+    def remove(self) -> None:
+        """Deletes the files, which a finished run has no use for."""
+        for path in self.run.parent.glob(f"{glob.escape(self.run.name)}_*"):
+            path.unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.run.parent / f"{self.run.name}_{name}.safetensors"
+
+    def __call__(self, name: str, compute: Callable[[Step], Tensor], rows: Tensor) -> Tensor:
+        """Values ``[len(rows), ...]`` on the model's device; ``compute`` gives those of a Step without attacked images."""
+        if name not in self._kept:
+            values = self._read(self._path(name))
+            if values is None:
+                values = self._make(name, compute)
+                write_atomic(self._path(name), lambda temporary: save_file({"values": values}, temporary, {"digest": digest(values)}))
+            self._kept[name] = values.to(self.original.device)
+        return self._kept[name][rows.to(self.original.device)]
+
+    @staticmethod
+    def _read(path: Path) -> Tensor | None:
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                values = file.get_tensor("values")
+                if digest(values) == (file.metadata() or {}).get("digest"):
+                    return values
+            problem = "its values are not those that were written"
+        except (SafetensorError, OSError) as error:
+            problem = str(error)
+        print(f"{path} is damaged ({problem}); making it anew", flush=True)
+        return None
+
+    @torch.no_grad()
+    def _make(self, name: str, compute: Callable[[Step], Tensor]) -> Tensor:
+        values = None
+        with progress(total=len(self.data), desc=f"original model, {name}", unit="image") as bar:
+            for batch in self.data.batches(BATCH, self.original.device):
+                step = Step(self.original, self.original, batch.images, batch.labels, self.data.prompts)
+                part = compute(step).float().cpu()
+                if values is None:
+                    values = part.new_zeros(len(self.data), *part.shape[1:])  # zeros: of images that cannot be read
+                values[batch.rows] = part
+                bar.update(len(batch.rows))
+        return values
