@@ -10,7 +10,7 @@ import yaml
 
 from tgazsr_utils import ROOT
 from tgazsr_utils.evaluation import Record
-from tgazsr_utils.results import leaderboard
+from tgazsr_utils.results import leaderboard, published, readable
 from tgazsr_utils.runner import PROFILES, default_parameters, load_profile, check_names, parameters_of
 from tgazsr_utils.settings import NOTEBOOKS
 
@@ -67,16 +67,31 @@ def test_a_profile_is_valid(path):
         parameters_of(notebook, values, "runs/x", {})
 
 
-def test_the_readmes_numbers_are_those_of_the_kept_records():
-    folder = ROOT / "data" / "reference" / "mini"
-    records = [Record.model_validate_json(path.read_text()) for path in folder.glob("records/*.json")]
+REFERENCE = ROOT / "data" / "reference" / "mini"
+
+
+def readme_rows():
+    return {line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")}
+
+
+def as_row(name, row):
+    return f"| {name} | {row.robust} | {row.clean} | {row.average} |".replace("\u00a0", " ")
+
+
+def test_the_readmes_leaderboard_is_that_of_the_kept_records():
+    records = [Record.model_validate_json(line) for line in (REFERENCE / "records.jsonl").read_text().splitlines()]
     table = leaderboard(records)
-    kept = pd.read_csv(folder / "tables" / "leaderboard.csv", index_col="method")
-    assert list(kept.index) == list(table.index) == ["TGA-ZSR", "TeCoA", "CLIP"]
-    for method, row in table.iterrows():
-        assert kept.loc[method, "average"] == pytest.approx(row.average)
-        cells = [f"{row[c]:.1f}" + ("" if row.seeds == 1 else f" ({row[c + '_sd']:.1f})") for c in ("robust", "clean", "average")]
-        assert f"| {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
+    kept = pd.read_csv(REFERENCE / "tables" / "leaderboard.csv", index_col="method")
+    assert list(kept.index) == list(table.index) and set(table.index) == set(published().index)
+    pd.testing.assert_frame_equal(kept[["robust", "clean", "average"]], table[["robust", "clean", "average"]])
+    assert {as_row(name, row) for name, row in readable(table).iterrows()} <= readme_rows()
+
+
+@pytest.mark.parametrize("name", ["attention", "loss_parts", "distance", "tuned_part"])
+def test_the_readmes_ablations_are_those_of_the_kept_tables(name):
+    table = pd.read_csv(REFERENCE / "tables" / f"ablation_{name}.csv", index_col=0)
+    assert {as_row(label, row) for label, row in readable(table).iterrows()} <= readme_rows()
+    assert set(table.interval) == {"3 seeds"}
 
 
 def test_the_readmes_photo_table_is_that_of_the_kept_tables():

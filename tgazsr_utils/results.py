@@ -135,7 +135,7 @@ def leaderboard(records: Sequence[Record]) -> pd.DataFrame:
     table["sets"] = _sets_used(frame.dataset.unique())
     table["images"] = frame.groupby("method").apply(_images_used, include_groups=False)
     table["world"] = frame.world.iloc[0]
-    return table.sort_values("average", ascending=False)
+    return table.sort_index().sort_values("average", ascending=False, kind="stable")
 
 
 def _sets_used(keys: Sequence[str]) -> str:
