@@ -24,7 +24,7 @@ from tgazsr_utils.runner import fingerprint, main, parameters_of, load_profile
         (["mini", "-p", "lr", "[1, 2"], "-p: "),
         (["mini", "-p", "methods", "[TGA]"], "02_train_tga_zsr: method 'TGA' is unknown; there are: FT-Clean"),
         (["mini", "-p", "dataset", "shape"], "01_attention_shift: image set 'shape' is not there; there are: shapes"),
-        (["mini", "-p", "testdata", "[shapes, nowhere]"], "04_evaluate_16_datasets: image set 'nowhere' is not there"),
+        (["mini", "-p", "testdata", "[shapes, nowhere]"], "03_ablations: image set 'nowhere' is not there"),
         (["mini", "-p", "pretrained", "none.pt"], "01_attention_shift: 'none.pt' is neither a file nor a name known"),
         (["mini", "-p", "arch", "ViT-X"], "01_attention_shift: arch 'ViT-X' is unknown to open_clip"),
         (["mini", "-p", "testdata", "foo"], "parameter testdata = 'foo': .*list of sets, 'published'"),
