@@ -157,8 +157,6 @@ def attacks(s: AblationNotebook) -> Iterator[Variant]:
 def seeds(s: AblationNotebook) -> Iterator[Variant]:
     """How much is chance?"""
     several = s.seeds if s.seeds and len(s.seeds) > 1 else [s.seed, s.seed + 1, s.seed + 2]
-    if s.ablations == "cut":
-        several = several[:2]
     for method in s.methods:
         yield variant(s, {"method": method}, method, training=_own_training(s, method), seeds=several)
 

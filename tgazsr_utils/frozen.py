@@ -64,6 +64,7 @@ class FrozenCache:
 
     @torch.no_grad()
     def _make(self, name: str, compute: Callable[[Step], Tensor]) -> Tensor:
+        """Values ``[N, ...]`` of all images, fp32 on the CPU."""
         values = None
         with progress(total=len(self.data), desc=f"original model, {name}", unit="image") as bar:
             for batch in self.data.batches(BATCH, self.original.device):
