@@ -8,7 +8,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 
 from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.models import load_clip
+from tgazsr_utils.models import VisionTransformer, load_clip
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +48,15 @@ def photo_root(tmp_path):
             lines.append(f"val_{wnid}_{i}.JPEG\t{wnid}\t0\t0\t31\t63\n")
     (tiny / "val" / "val_annotations.txt").write_text("".join(lines))
     return tmp_path
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Grows by (images, are the last weights tuned?) with each pass through an image encoder."""
+    seen, forward = [], VisionTransformer.forward
+    note = lambda self, x: seen.append((len(x), self.proj.requires_grad)) or forward(self, x)
+    monkeypatch.setattr(VisionTransformer, "forward", note)
+    return seen
 
 
 @pytest.fixture

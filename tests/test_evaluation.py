@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -166,7 +167,7 @@ def test_images_left_out_or_not_used_are_told_in_the_table(records):
 
 
 def test_an_evaluation_that_was_stopped_goes_on_where_it_was(mini, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "BATCH", 8)
+    monkeypatch.setattr(evaluation, "batch_that_fits", lambda clip: 8)
     monkeypatch.setattr(evaluation, "SAVE_EVERY", 0.0)
     data, partial = load_dataset("letters", "test", n=30), tmp_path / "unfinished.safetensors"
     whole = predict(mini, data, ATTACK)
@@ -180,13 +181,57 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(mini, tmp_path, mon
 
     with pytest.raises(KeyboardInterrupt):
         predict(mini, data, ATTACK, bar=Stop(), partial=partial)
-    assert partial.exists()
+    (kept,) = tmp_path.iterdir()
     attacks = []
     monkeypatch.setattr(evaluation, "attack_as_set", lambda *a: attacks.append(len(a[1])) or attack_as_set(*a))
     assert torch.equal(predict(mini, data, ATTACK, partial=partial), whole)
     assert attacks == [8, 6]
-    partial.write_bytes(b"half a file")
+    kept.write_bytes(b"half a file")
     assert torch.equal(predict(mini, data, ATTACK, partial=partial), whole)
+
+
+def test_where_memory_runs_out_the_batch_is_halved_with_the_same_outcome(mini, monkeypatch, capsys):
+    data, sizes = load_dataset("letters", "test", n=30), []
+    whole = predict(mini, data, ATTACK)
+
+    def small_machine(*arguments):
+        sizes.append(len(arguments[1]))
+        if len(arguments[1]) > 10 or len(sizes) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return attack_as_set(*arguments)
+
+    monkeypatch.setattr(evaluation, "attack_as_set", small_machine)
+    monkeypatch.setattr(evaluation, "batch_that_fits", lambda clip: 32)
+    assert torch.equal(predict(mini, data, ATTACK), whole)
+    assert sizes == [30, 16, 8, 8, 4, 4, 4, 4, 4, 2]  # each image attacked once in the end, none lost
+    assert "memory ran out; going on with 16 images at once" in capsys.readouterr().out
+
+    def broken(*arguments):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(evaluation, "attack_as_set", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        predict(mini, data, ATTACK)
+
+
+def test_the_batch_that_fits_is_a_power_of_two_that_follows_the_free_memory(mini, monkeypatch):
+    memory = lambda free: monkeypatch.setattr(evaluation.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    found = []
+    for free in (1, 2**26, 2**28, 2**40):
+        memory(free)
+        found.append(evaluation.batch_that_fits(mini))
+    assert found[0] == 1 and found == sorted(found) and found[-1] == 128 and 1 < found[1] < found[2] < 128
+    assert all(n & (n - 1) == 0 for n in found)
+
+
+def test_an_image_is_attacked_alike_in_every_batch(mini, monkeypatch):
+    data, images = load_dataset("letters", "test", n=12), []
+    for chunks in (5, torch.arange(12).flip(0).split(4)):
+        found = torch.empty_like(data.images, dtype=torch.float)
+        for batch, attacked in evaluation.attacked_batches(mini, data, ATTACK.model_copy(update={"test_numsteps": 1, "test_stepsize": 0.0}), chunks=chunks):
+            found[batch.rows] = attacked
+        images.append(found)
+    assert torch.equal(*images)  # steps of length zero: this is the random start
 
 
 def test_paired_differences_use_the_same_images(records):

@@ -57,12 +57,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(mini, train_set, 
     assert not list((tmp_path / "parts").glob("*.ckpt"))
 
 
-def test_what_the_original_model_makes_of_images_is_computed_once_and_checked(mini, train_set, tmp_path, monkeypatch, capfd):
+def test_what_the_original_model_makes_of_images_is_computed_once_and_checked(mini, train_set, tmp_path, passes, capfd):
     """Also over a resumed run; a damaged file is made anew with the same outcome, and none is left in the end."""
-    seen = []
-    encode = Clip.encode_image
-    monkeypatch.setattr(Clip, "encode_image", lambda self, x: seen.append(len(x)) or encode(self, x))
-    original = lambda: sum(n for n in seen) - trained  # images that passed the original model
+    original = lambda: sum(n for n, _ in passes) - trained  # images that passed the original model
     whole = finetune(mini, train_set, "TGA-ZSR", SETTINGS, tmp_path / "whole")
     trained = 2 * 20 * (SETTINGS.train_numsteps + 2)
     assert original() == 20  # not 40, in two epochs
@@ -74,7 +71,7 @@ def test_what_the_original_model_makes_of_images_is_computed_once_and_checked(mi
         (kept,) = (folder / "unfinished").glob("*_text-reference.safetensors")
         if damage:
             damage(kept)
-        seen.clear()
+        passes.clear()
         parts = finetune(mini, train_set, "TGA-ZSR", SETTINGS, folder)
         trained = 20 * (SETTINGS.train_numsteps + 2)
         assert original() == (20 if damage else 0)
@@ -137,16 +134,13 @@ def test_last_num_ft_tunes_the_last_parameter_tensors(mini, train_set, tmp_path)
     assert changed == {"visual." + name for name, _ in list(mini.visual.named_parameters())[-2:]}
 
 
-def test_passes_through_the_encoder_in_one_step(mini, train_set, tmp_path, monkeypatch):
-    """Attack steps, then attacked and clean images once each; the original model once. No text is encoded again."""
-    calls = []
-    encode = Clip.encode_image
-    monkeypatch.setattr(Clip, "encode_image", lambda self, x: calls.append(self.visual.proj.requires_grad) or encode(self, x))
+def test_passes_through_the_encoder_in_one_step(mini, train_set, tmp_path, monkeypatch, passes):
+    """Attack steps, then attacked and clean images in one pass; the original model once. No text is encoded again."""
     settings = SETTINGS.model_copy(update={"epochs": 1, "batch_size": 20, "train_numsteps": 2})
     mini.encode_text(train_set.prompts)
     monkeypatch.setattr(type(mini.model), "encode_text", lambda *a, **k: pytest.fail("text was encoded"))
     finetune(mini, train_set, "TGA-ZSR", settings, tmp_path)
-    assert (calls.count(True), calls.count(False)) == (2 + 1 + 1, 1)
+    assert [n for n, tuned in passes if tuned] == [20, 20, 40] and [n for n, tuned in passes if not tuned] == [20]
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -181,7 +175,7 @@ def test_training_lowers_the_loss_on_attacked_images(mini, tmp_path):
 def pretrain_settings(tmp_path, steps):
     return PretrainNotebook(
         arch="mini-clip", data_root=None, output=str(tmp_path), seed=0, sets=None, steps=steps,
-        batch_size=8, lr=1e-3, warmup_steps=2, weight_decay=0.1, test_images=8, weights="unused", precision="fp16",
+        batch_size=8, lr=1e-3, warmup_steps=2, weight_decay=0.1, test_images=8, weights="unused", weights_precision="fp16",
         eps_candidates=[1], test_numsteps=1, device="cpu",
     )  # fmt: skip
 

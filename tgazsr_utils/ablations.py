@@ -185,11 +185,13 @@ class Sweep:
     """Trains and measures variants, each once however many ablations ask for it; what is done is only read.
 
     ``tests``: the sets that variants are measured on, ``few`` those of variants with ``few_images``. Tuned models go to
-    ``folder/models``, records to ``folder/records``, as the other notebooks keep theirs.
+    ``folder/models``, records to ``folder/records``, as the other notebooks keep theirs. ``processes``: see ``finetune``.
     """
 
-    def __init__(self, original: Clip, train: ImageSet, tests: Sequence[ImageSet], few: Sequence[ImageSet], folder: Path):
-        self.original, self.train, self.tests, self.few = original, train, tests, few
+    def __init__(
+        self, original: Clip, train: ImageSet, tests: Sequence[ImageSet], few: Sequence[ImageSet], folder: Path, processes: int = 1
+    ):
+        self.original, self.train, self.tests, self.few, self.processes = original, train, tests, few, processes
         self.models, self.store = folder / "models", RecordStore(folder / "records")
         self._speed: tuple[float, float] | None = None
         self._loaded: dict[Path, Clip] = {}
@@ -208,12 +210,13 @@ class Sweep:
         for seed in v.seeds:
             clip = self.original if v.training is None else self._tuned(v, seed)
             sets = self.few if v.few_images else self.tests
-            records += evaluate_all(clip, sets, v.attack, v.protocol, method=v.method, seed=seed, store=self.store)
+            options = {"method": v.method, "seed": seed, "store": self.store, "processes": self.processes}
+            records += evaluate_all(clip, sets, v.attack, v.protocol, **options)
         return records
 
     def _path(self, v: Variant, seed: int) -> Path:
         training = v.training.model_copy(update={"seed": seed})
-        return tuned_path(self.models, find_objective(v.method), training, self.train, self.original.fingerprint())
+        return tuned_path(self.models, find_objective(v.method), training, self.train, self.original)
 
     def _tuned(self, v: Variant, seed: int) -> Clip:
         """The model of a variant, trained if it is not there; the last ones used are kept."""
@@ -222,14 +225,14 @@ class Sweep:
             # "latest:METHOD" stays what was trained on purpose, not the last variant of a sweep.
             date = path.stat().st_mtime if path.exists() else 0.0
             training = v.training.model_copy(update={"seed": seed})
-            self._loaded[path] = finetune(self.original, self.train, v.method, training, self.models).clip
+            self._loaded[path] = finetune(self.original, self.train, v.method, training, self.models, processes=self.processes).clip
             os.utime(path, (date, date))
             if len(self._loaded) > 4:
                 del self._loaded[next(iter(self._loaded))]
         return self._loaded[path]
 
     def seconds_left(self, variants: Sequence[Variant]) -> tuple[int, int, float]:
-        """(models to train, measurements to make, about how many seconds that takes here)."""
+        """(models to train, measurements to make, about how many seconds that takes in one process here)."""
         models: dict[Path, float] = {}  # seconds, as in the other two
         measured: dict[tuple, float] = {}
         speed: dict[tuple, float] = {}

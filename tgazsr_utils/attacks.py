@@ -1,18 +1,20 @@
 """Adversarial images: what a bounded attacker adds to pixels so that zero-shot CLIP fails."""
 
 import sys
-from collections.abc import Callable
-from typing import get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .models import Clip, ImageTokens
+from .files import seeded
+from .models import Clip, ImageTokens, encode
 from .settings import AttackSettings, Norm, Protocol
 
 AttackLoss = Callable[[ImageTokens], Tensor]
 LogitLoss = Callable[[Tensor, Tensor], Tensor]  # of logits [B,C] and labels [B]; summed over the batch
+Generators = torch.Generator | Sequence[torch.Generator] | None  # one for the batch, or one for each image
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -39,13 +41,13 @@ def pgd(
     protocol: Protocol = "last",
     loss: AttackLoss | None = None,
     logit_loss: LogitLoss = summed_cross_entropy,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Tensor:
     """Projected gradient ascent (Madry et al. 2018): adversarial images ``[B,3,H,W]``.
 
     ``images`` ``[B,3,H,W]`` in [0,1]; ``labels`` ``[B]``; ``text`` ``[C,D]`` unit norm; ``eps`` and ``step_size`` in
-    [0,1] pixel units (``norm`` "l2": of the whole image's Euclidean norm). Starts uniformly in the ball (``generator``,
-    on the CPU, seeds it), then repeats ``x' = project(x' + step_size * direction)``, with direction sign(gradient), or
+    [0,1] pixel units (``norm`` "l2": of the whole image's Euclidean norm). Starts uniformly in the ball (``generator`` seeds
+    it; with one for each image, a start does not depend on the rest of the batch), then repeats ``x' = project(x' + step_size * direction)``, with direction sign(gradient), or
     gradient / ||gradient||_2 for l2, of ``logit_loss``, or of ``loss(tokens)`` if given. Only the pixels' gradient is
     taken. The result lies within ``eps`` of ``images`` (exactly for linf, up to rounding for l2) and inside [0,1].
 
@@ -60,8 +62,10 @@ def pgd(
         raise ValueError(f"protocol {protocol!r} is unknown; choose 'last' or 'worst'")
     if loss is not None and protocol == "worst":
         raise ValueError("protocol 'worst' takes no loss of one's own: fooled images leave the batch that it is made for")
-    start, ascend = (_linf if norm == "linf" else _l2)(images, eps, step_size)
-    adversarial = start(generator)
+    if not len(images):
+        return images
+    adversarial = _random_start(images, eps, norm, generator)
+    bounds = _ball(images, eps) if norm == "linf" else (images,)
     active = torch.arange(len(images), device=images.device)
     if protocol == "worst":
         with torch.no_grad():
@@ -69,19 +73,34 @@ def pgd(
         adversarial[fooled] = images[fooled]
         active = active[~fooled]
     for _ in range(steps):
-        if not len(active):
-            break
-        current = adversarial[active].requires_grad_(True)
-        with torch.enable_grad():
-            tokens = clip.encode_image(current)
-            logits = None if loss else clip.similarity(tokens.pooled, text)
-            value = loss(tokens) if loss else logit_loss(logits, labels[active])
-            (gradient,) = torch.autograd.grad(value, current)
-        if protocol == "worst":
-            held = logits.argmax(1) == labels[active]
-            active, current, gradient = active[held], current[held], gradient[held]
-        adversarial[active] = ascend(current.detach(), gradient, active)
+        if protocol == "last":
+            adversarial, _ = clip.run(_step, adversarial, bounds, labels, text, eps, step_size, norm, loss, logit_loss)
+        elif len(active):
+            rows = adversarial[active], tuple(bound[active] for bound in bounds), labels[active]
+            moved, right = clip.run(_step, *rows, text, eps, step_size, norm, loss, logit_loss)
+            active = active[right]
+            adversarial[active] = moved[right]
     return adversarial
+
+
+@torch.no_grad()  # the gradient inside is of the pixels alone; nothing outside is to be differentiated
+def _step(
+    clip: Clip, current: Tensor, bounds: tuple[Tensor, ...], labels: Tensor, text: Tensor, eps: float, step_size: float, norm: Norm,
+    loss: AttackLoss | None, logit_loss: LogitLoss,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One step of ``pgd``: images one step on, and which ``[B]`` of ``current`` are classified right."""
+
+    def value(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = encode(clip, pixels)
+        logits = clip.similarity(tokens.pooled, text)
+        return (logit_loss(logits, labels) if loss is None else loss(tokens)), logits
+
+    gradient, logits = torch.func.grad(value, has_aux=True)(current)
+    if norm == "linf":
+        moved = torch.clamp(current + step_size * gradient.sign(), *bounds)
+    else:
+        moved = _project_l2(current + step_size * _unit(gradient), *bounds, eps)
+    return moved, logits.argmax(1) == labels
 
 
 def cw(clip: Clip, images: Tensor, labels: Tensor, text: Tensor, eps: float, step_size: float, steps: int, **options) -> Tensor:
@@ -101,7 +120,7 @@ def autoattack(
     version: str = "apgd",
     norm: Norm = "linf",
     protocol: Protocol = "worst",
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Tensor:
     """AutoAttack (Croce & Hein 2020) by pyautoattack: adversarial images ``[B,3,H,W]``, the clean one where none fools.
 
@@ -119,7 +138,8 @@ def autoattack(
         return images
     if version == "standard" and classes < 4:
         raise ValueError(f"AutoAttack's standard version needs at least 4 classes (targeted DLR); there are {classes}")
-    seed = int(torch.randint(2**31, (), generator=generator))
+    first = generator[0] if isinstance(generator, Sequence) else generator
+    seed = int(torch.randint(2**31, (), generator=first, device=None if first is None else first.device))
     options = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed, "device": images.device}
     model = _Logits(clip, text)
     if version == "standard":
@@ -154,7 +174,7 @@ ATTACKS = {"pgd": pgd, "cw": cw, "autoattack": autoattack}
 
 def attack_as_set(
     clip: Clip, images: Tensor, labels: Tensor, text: Tensor, settings: AttackSettings, protocol: Protocol,
-    generator: torch.Generator,
+    generator: Generators,
 ) -> Tensor:  # fmt: skip
     """Adversarial images by the attack that ``settings`` name, with their epsilon, norm, step size and steps."""
     options = {"version": settings.autoattack_version} if settings.attack == "autoattack" else {}
@@ -162,6 +182,11 @@ def attack_as_set(
         clip, images, labels, text, settings.test_eps / 255, settings.test_stepsize / 255, settings.test_numsteps,
         norm=settings.norm, protocol=protocol, generator=generator, **options,
     )  # fmt: skip
+
+
+def generators(device: torch.device, rows: Iterable[int], *parts: Any) -> list[torch.Generator]:
+    """One for each image, seeded by its row and ``parts``."""
+    return [seeded(device, *parts, row) for row in rows]
 
 
 def _check(images: Tensor, norm: str, **numbers: float) -> None:
@@ -174,42 +199,33 @@ def _check(images: Tensor, norm: str, **numbers: float) -> None:
         raise ValueError(f"pixels range from {float(images.min()):g} to {float(images.max()):g}; attacks need [0, 1]")
 
 
-Start = Callable[[torch.Generator | None], Tensor]
-Ascend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of the current images, their gradient and their rows in the batch
+def _random_start(images: Tensor, eps: float, norm: Norm, generator: Generators) -> Tensor:
+    """Uniform in the eps-ball around each image, cut with [0,1]; drawn where the generators are."""
+    if isinstance(generator, Sequence):
+        return torch.cat([_random_start(image[None], eps, norm, one) for image, one in zip(images, generator)])
+    options = {"generator": generator, "device": None if generator is None else generator.device}
+    if norm == "linf":
+        noise = torch.rand(images.shape, **options).to(images.device, images.dtype)
+        return torch.clamp(images + eps * (2 * noise - 1), *_ball(images, eps))
+    direction = torch.randn(images.shape, **options)
+    radius = torch.rand(len(images), **options) ** (1 / images.shape[1:].numel())
+    x = images + eps * (radius.view(-1, 1, 1, 1) * _unit(direction)).to(images.device, images.dtype)
+    return _project_l2(x, images, eps)
 
 
-def _linf(images: Tensor, eps: float, step_size: float) -> tuple[Start, Ascend]:
-    low, high = _ball(images, eps)
-
-    def start(generator: torch.Generator | None) -> Tensor:
-        noise = torch.rand(images.shape, generator=generator).to(images.device, images.dtype)
-        return torch.clamp(images + eps * (2 * noise - 1), low, high)
-
-    def ascend(current: Tensor, gradient: Tensor, rows: Tensor) -> Tensor:
-        return torch.clamp(current + step_size * gradient.sign(), low[rows], high[rows])
-
-    return start, ascend
+def _length(x: Tensor) -> Tensor:
+    """Euclidean norm ``[B,1,1,1]`` of each image, never zero."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1).view(-1, 1, 1, 1).clamp(min=1e-12)
 
 
-def _l2(images: Tensor, eps: float, step_size: float) -> tuple[Start, Ascend]:
-    norm = lambda x: torch.linalg.vector_norm(x.flatten(1), dim=1).view(-1, 1, 1, 1)
-    unit = lambda x: x / norm(x).clamp(min=1e-12)
+def _unit(x: Tensor) -> Tensor:
+    return x / _length(x)
 
-    def project(x: Tensor, rows: Tensor) -> Tensor:
-        delta = x - images[rows]
-        # Cutting to [0,1] moves each pixel towards the clean one, so the image stays in the ball.
-        return (images[rows] + delta * (eps / norm(delta).clamp(min=1e-12)).clamp(max=1)).clamp(0, 1)
 
-    def start(generator: torch.Generator | None) -> Tensor:
-        direction = torch.randn(images.shape, generator=generator)
-        radius = torch.rand(len(images), generator=generator) ** (1 / images.shape[1:].numel())
-        x = images + eps * (radius.view(-1, 1, 1, 1) * unit(direction)).to(images.device, images.dtype)
-        return project(x, torch.arange(len(images), device=images.device))
-
-    def ascend(current: Tensor, gradient: Tensor, rows: Tensor) -> Tensor:
-        return project(current + step_size * unit(gradient), rows)
-
-    return start, ascend
+def _project_l2(x: Tensor, images: Tensor, eps: float) -> Tensor:
+    """Into the l2 ball, then into [0,1]: that moves each pixel towards the clean one, so the image stays in the ball."""
+    delta = x - images
+    return (images + delta * (eps / _length(delta)).clamp(max=1)).clamp(0, 1)
 
 
 def _ball(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .models import Clip, ImageTokens
+from .models import Clip, ImageTokens, encode
 
 Variant = Literal["reference", "cosine"]
 Metric = Literal["l2", "l1", "cos"]
@@ -100,7 +100,8 @@ def grad_cam(clip: Clip, images: Tensor, text: Tensor, labels: Tensor, different
     math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # others have no second derivative
     try:
         with torch.enable_grad(), math_only:
-            true = clip.logits(images, text).gather(1, labels[:, None]).sum()
+            pooled = encode(clip, images).pooled  # not compiled, where a hook might not be seen
+            true = clip.similarity(pooled, text).gather(1, labels[:, None]).sum()
             (slope,) = torch.autograd.grad(true, kept[0], create_graph=differentiable)
     finally:
         handle.remove()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -10,20 +10,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .attacks import attack_as_set
+from . import distributed
+from .attacks import attack_as_set, generators
 from .attention import Variant, attention_shift, text_guided_attention
 from .datasets import Batch, ImageSet
 from .files import code_version, digest, write_atomic
 from .models import Clip
 from .settings import AttackSettings, Protocol, Settings
 
-MODULES = ("models", "attacks", "evaluation", "datasets", "miniworld")  # the source a record depends on
-BATCH = 128  # images attacked at once; the attack's random start is drawn for each batch
+MODULES = ("models", "attacks", "distributed", "evaluation", "datasets", "miniworld")  # the source a record depends on
+MOST = {True: 1024, False: 128}  # images attacked at once, on CUDA and elsewhere
+ACTIVATIONS = 24  # numbers that the image encoder keeps for each token, channel and block, when its input is differentiated
+NOT_YET = -2  # in place of a predicted class
 SAVE_EVERY = 20.0  # seconds of work that a killed evaluation may lose
 
 
@@ -38,17 +43,29 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return 0.0 if correct == 0 else middle - half, 1.0 if correct == n else middle + half
 
 
+def batch_that_fits(clip: Clip) -> int:
+    """How many images to attack at once: a power of two whose activations should take a third of the free memory, at most MOST."""
+    visual, device = clip.visual, clip.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    tokens = 1 + clip.grid[0] * clip.grid[1]
+    one = 4 * ACTIVATIONS * tokens * visual.conv1.out_channels * len(visual.transformer.resblocks)
+    return 2 ** int(math.log2(max(1, min(MOST[device.type == "cuda"], free / 3 / one))))
+
+
 def attacked_batches(
-    clip: Clip, data: ImageSet, attack: AttackSettings | None, protocol: Protocol = "last", seed: int = 0, skip: int = 0
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Batches of clean images, without the first ``skip`` of them, and the attacked images (the same without attack)."""
+    clip: Clip, data: ImageSet, attack: AttackSettings | None, protocol: Protocol = "last", seed: int = 0,
+    chunks: int | Sequence[Tensor] | None = None,
+) -> Iterator[tuple[Batch, Tensor]]:  # fmt: skip
+    """Batches of clean images and the attacked ones (the same without attack), of all rows or of those of ``chunks``.
+
+    An image's random start depends on the set, ``seed`` and its row alone, not on its batch.
+    """
     text = clip.encode_text(data.prompts)
-    for batch in data.batches(BATCH, clip.device, skip):
+    for batch in data.batches(chunks or batch_that_fits(clip), clip.device):
         attacked = batch.images
         if attack is not None:
-            stream = digest("evaluation", data.key, seed, batch.number * BATCH)
-            generator = torch.Generator().manual_seed(int(stream, 16))
-            attacked = attack_as_set(clip, batch.images, batch.labels, text, attack, protocol, generator)
+            starts = generators(clip.device, batch.rows.tolist(), "evaluation", data.key, seed)
+            attacked = attack_as_set(clip, batch.images, batch.labels, text, attack, protocol, starts)
         yield batch, attacked
 
 
@@ -64,27 +81,49 @@ def predict(
 ) -> Tensor:
     """Predicted classes ``[N]`` on clean images (``attack=None``) or on those the attack makes against ``clip``.
 
-    -1 where an image could not be read. ``partial`` names a file that keeps what is done every few seconds; if it is
-    there, this goes on from it, with the same outcome.
+    -1 where an image could not be read. Read in full precision whatever the attack computes in. ``partial`` names a file
+    that keeps what is done every few seconds; if it is there, this goes on from it, with the same outcome. Where memory
+    runs out the batch is halved. Several processes (``distributed``) share the images.
     """
-    text = clip.encode_text(data.prompts)
-    predictions, done, saved = torch.full((len(data),), -1), 0, time.monotonic()
-    if partial is not None and partial.exists():
-        try:
-            state = load_file(partial)
-            predictions, done = state["predictions"], int(state["batches"])
-        except (SafetensorError, OSError, KeyError) as error:
-            print(f"{partial} is damaged ({error}); starting this set anew", flush=True)
+    reader, text = clip.in_full_precision(), clip.encode_text(data.prompts)
+    predictions = _kept(partial, len(data))
+    own = (predictions == NOT_YET).nonzero().flatten()
+    own = own[distributed.share(len(own))]
     if bar is not None:
-        bar.update(min(done * BATCH, len(data)))
-    for batch, attacked in attacked_batches(clip, data, attack, protocol, seed, skip=done):
-        predictions[batch.rows] = clip.logits(attacked, text).argmax(1).cpu()
-        if bar is not None:
-            bar.update(len(batch.rows))
-        if partial is not None and time.monotonic() - saved > SAVE_EVERY:
-            state = {"predictions": predictions, "batches": torch.tensor(batch.number + 1)}
-            write_atomic(partial, lambda temporary: save_file(state, temporary))
-            saved = time.monotonic()
+        bar.update(int((predictions != NOT_YET).sum()))
+    size, saved = batch_that_fits(clip), time.monotonic()
+    while len(own):
+        try:
+            for batch, attacked in attacked_batches(clip, data, attack, protocol, seed, own.split(size)):
+                predictions[batch.rows] = reader.logits(attacked, text).argmax(1).cpu()
+                if bar is not None:
+                    bar.update(len(batch.rows) * distributed.processes())
+                if partial is not None and time.monotonic() - saved > SAVE_EVERY:
+                    write_atomic(_of_process(partial), lambda temporary: save_file({"predictions": predictions}, temporary))
+                    saved = time.monotonic()
+            break
+        except RuntimeError as error:
+            if size == 1 or not should_reduce_batch_size(error):
+                raise
+            size //= 2
+            own = own[predictions[own] == NOT_YET]
+        clear_device_cache()  # outside of the handler, which holds on to what filled the memory
+        print(f"memory ran out; going on with {size} images at once", flush=True)
+    return distributed.largest(predictions.to(clip.device)).cpu().clamp(min=-1)
+
+
+def _of_process(partial: Path) -> Path:
+    return partial.with_stem(f"{partial.stem}_{distributed.rank()}")
+
+
+def _kept(partial: Path | None, n: int) -> Tensor:
+    """What earlier runs have left in ``partial``, by however many processes; NOT_YET elsewhere."""
+    predictions = torch.full((n,), NOT_YET)
+    for path in sorted(partial.parent.glob(f"{partial.stem}_*{partial.suffix}")) if partial else ():
+        try:
+            predictions = torch.maximum(predictions, load_file(path)["predictions"])
+        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+            print(f"{path} is damaged ({error}); what it held is measured anew", flush=True)
     return predictions
 
 
@@ -129,6 +168,7 @@ class Record(Settings):
     key: str  # names all that the outcome depends on
     method: str
     model: str  # fingerprint of the weights
+    precision: str = "fp32"  # that attacks compute in
     arch: str
     world: str
     dataset: str
@@ -161,7 +201,7 @@ def record_key(
     settings = {} if attack is None else attack.model_dump()
     protocol = protocol_of(attack, protocol)
     return digest(
-        method, clip.fingerprint(), data.fingerprint(), settings, protocol, seed, str(clip.device), code_version(MODULES)
+        method, clip.fingerprint(), clip.precision, data.fingerprint(), settings, protocol, seed, clip.target, code_version(MODULES)
     )
 
 
@@ -199,6 +239,7 @@ def evaluate(
         key=record_key(clip, data, attack, protocol, method, seed),
         method=method,
         model=clip.fingerprint(),
+        precision=clip.precision,
         arch=clip.arch,
         world=data.world,
         dataset=data.key,
@@ -215,7 +256,7 @@ def evaluate(
         hits=np.packbits(hits).tobytes().hex(),
         settings={} if attack is None else attack.model_dump(),
         code=code_version(MODULES),
-        device=str(clip.device),
+        device=clip.target,
         seconds=round(time.perf_counter() - started, 3),
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )

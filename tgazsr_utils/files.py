@@ -50,6 +50,11 @@ def digest(*parts: Any) -> str:
     return sha.hexdigest()[:12]
 
 
+def seeded(device: torch.device | str, *parts: Any) -> torch.Generator:
+    """A random generator on a device, seeded by JSON-able values."""
+    return torch.Generator(device).manual_seed(int(digest(*parts), 16))
+
+
 def code_version(modules: Iterable[str] = ()) -> str:
     """Names the source of some of the package's modules (default: all); changes whenever they do."""
     return digest(*(_SOURCES[name] for name in modules or _SOURCES))

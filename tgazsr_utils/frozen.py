@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import distributed
 from .datasets import ImageSet
 from .files import digest, write_atomic
 from .models import Clip
@@ -43,7 +44,9 @@ class FrozenCache:
             values = self._read(self._path(name))
             if values is None:
                 values = self._make(name, compute)
-                write_atomic(self._path(name), lambda temporary: save_file({"values": values}, temporary, {"digest": digest(values)}))
+                if distributed.rank() == 0:
+                    header = {"digest": digest(values)}
+                    write_atomic(self._path(name), lambda temporary: save_file({"values": values}, temporary, header))
             self._kept[name] = values.to(self.original.device)
         return self._kept[name][rows.to(self.original.device)]
 
@@ -66,7 +69,8 @@ class FrozenCache:
     def _make(self, name: str, compute: Callable[[Step], Tensor]) -> Tensor:
         """Values ``[N, ...]`` of all images, fp32 on the CPU."""
         values = None
-        with progress(total=len(self.data), desc=f"original model, {name}", unit="image") as bar:
+        hidden = distributed.rank() > 0
+        with progress(total=len(self.data), desc=f"original model, {name}", unit="image", disable=hidden) as bar:
             for batch in self.data.batches(BATCH, self.original.device):
                 step = Step(self.original, self.original, batch.images, batch.labels, self.data.prompts)
                 part = compute(step).float().cpu()

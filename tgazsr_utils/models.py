@@ -1,13 +1,15 @@
 """CLIP as the rest of the package sees it: pixels in [0,1] in, projected class and patch tokens out."""
 
 import copy
+import functools
 import glob
 import json
 import logging
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import open_clip
@@ -22,11 +24,11 @@ from torch import Tensor, nn
 
 from . import DATA
 from .files import digest, write_atomic
-from .settings import resolve
+from .settings import Precision, resolve
 
 MINI_ARCH = "mini-clip"
 SHIPPED = {"mini": DATA / "mini_clip.safetensors", "mini-tga-zsr": DATA / "mini_tga_zsr.safetensors"}
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of weights
 
 for _config in (Path(__file__).parent / "model_configs").glob("*.json"):
     open_clip.add_model_config(_config)
@@ -43,10 +45,12 @@ class Clip(nn.Module):
     """An open_clip ViT CLIP with its normalisation inside and its prompt embeddings kept.
 
     ``model`` is the open_clip model; only ``model.visual`` is ever tuned. Its text tower and logit scale stay frozen
-    unless the workbook pre-trains it.
+    unless the workbook pre-trains it. ``precision`` "amp_bf16" runs the image encoder under bfloat16 autocast;
+    ``compiled`` runs it, and each step of an attack on it, through torch.compile. ``target`` is the type of device it is
+    meant for; a copy that waits elsewhere for the processes that will use it is not compiled there.
     """
 
-    def __init__(self, model: nn.Module, arch: str):
+    def __init__(self, model: nn.Module, arch: str, precision: str = "fp32", compiled: bool = False, target: str = "cpu"):
         super().__init__()
         visual = model.visual
         if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.pool_type != "tok":
@@ -56,6 +60,7 @@ class Clip(nn.Module):
             )
         visual.output_tokens = True
         self.model, self.arch = model, arch
+        self.precision, self.compiled, self.target = precision, compiled, target
         self.tokenizer = open_clip.get_tokenizer(arch)
         self.grid: tuple[int, int] = visual.grid_size
         self.image_size: tuple[int, int] = visual.image_size
@@ -74,13 +79,17 @@ class Clip(nn.Module):
 
     def encode_image(self, pixels: Tensor) -> ImageTokens:
         """Tokens of images ``[B,3,H,W]`` in [0,1]; one forward. Raises ValueError for images of another size."""
-        if tuple(pixels.shape[-2:]) != tuple(self.image_size):
-            sizes = ["x".join(map(str, size)) for size in (pixels.shape[-2:], self.image_size)]
-            raise ValueError(f"images are {sizes[0]}; this {self.arch} takes {sizes[1]}")
-        pooled, tokens = self.visual(((pixels - self.mean) / self.std).to(self.visual.proj.dtype))
-        if self.visual.final_ln_after_pool:
-            tokens = self.visual.ln_post(tokens)
-        return ImageTokens(pooled, tokens @ self.visual.proj)
+        return self.run(encode, pixels)
+
+    def run(self, function: Callable, *arguments: Any) -> Any:
+        """``function(self, *arguments)``, compiled if this model is."""
+        return (_compile(function) if self.compiled and self.device.type == self.target else function)(self, *arguments)
+
+    def in_full_precision(self) -> "Clip":
+        """The same model, sharing its weights, without autocast."""
+        clone = copy.copy(self)
+        clone.precision = "fp32" if self.precision == "amp_bf16" else self.precision
+        return clone
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str] | tuple[str, ...]) -> Tensor:
@@ -89,7 +98,7 @@ class Clip(nn.Module):
         for chunk in (missing[i : i + 512] for i in range(0, len(missing), 512)):
             embeddings = self.model.encode_text(self.tokenizer(chunk).to(self.device), normalize=True)
             self._prompts.update(zip(chunk, embeddings))
-        return torch.stack([self._prompts[p] for p in prompts])
+        return torch.stack([self._prompts[p] for p in prompts]).to(self.device)
 
     def similarity(self, pooled: Tensor, text: Tensor) -> Tensor:
         """``exp(logit_scale) * cosine``: logits ``[B,C]`` of pooled tokens ``[B,D]`` and text ``[C,D]``."""
@@ -118,6 +127,25 @@ class Clip(nn.Module):
         return self._hashed[1]
 
 
+def encode(clip: Clip, pixels: Tensor) -> ImageTokens:
+    """What ``Clip.encode_image`` runs: tokens of the weights' own type, whatever autocast computes in."""
+    if tuple(pixels.shape[-2:]) != tuple(clip.image_size):
+        sizes = ["x".join(map(str, size)) for size in (pixels.shape[-2:], clip.image_size)]
+        raise ValueError(f"images are {sizes[0]}; this {clip.arch} takes {sizes[1]}")
+    visual, dtype = clip.visual, clip.visual.proj.dtype
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=clip.precision == "amp_bf16"):
+        pooled, tokens = visual(((pixels - clip.mean) / clip.std).to(dtype))
+    tokens = tokens.to(dtype)
+    if visual.final_ln_after_pool:
+        tokens = visual.ln_post(tokens)
+    return ImageTokens(pooled.to(dtype), tokens @ visual.proj)
+
+
+@functools.cache
+def _compile(function: Callable) -> Callable:
+    return torch.compile(function)  # one for all models: weights are inputs of the graph
+
+
 def pick_device(device: str) -> torch.device:
     """The device of a name; "auto" is CUDA where there is one. Raises ValueError for one that is not there."""
     if device == "auto":
@@ -132,29 +160,37 @@ def load_clip(
     arch: str = MINI_ARCH,
     pretrained: str | Path | None = "mini",
     device: str = "auto",
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     image_size: int | None = None,
+    compiled: bool | None = False,
+    processes: int = 1,
 ) -> Clip:
     """A CLIP through open_clip, in eval mode and without gradients for its weights.
 
     ``arch``: any open_clip ViT with a class token, or "mini-clip". ``pretrained``: an open_clip tag ("openai",
     "laion2b_s34b_b79k", ...) or "hf-hub:OWNER/NAME", both downloaded when first used; "local-dir:FOLDER"; a weights
     file; a checkpoint released with TGA-ZSR or TeCoA, which holds an image encoder only (the rest then comes from
-    "openai"); "mini" or "mini-tga-zsr" (shipped, for "mini-clip"); or None for random weights. ``precision``: "fp32",
-    "fp16" or "bf16". ``image_size``: side in pixels, other than the architecture's own; position embeddings are
-    interpolated. Raises ValueError for an unknown name, or a file that is unreadable, of another architecture, or
+    "openai"); "mini" or "mini-tga-zsr" (shipped, for "mini-clip"); or None for random weights. ``precision``: of the weights,
+    "fp32", "fp16" or "bf16"; "amp_bf16": fp32 weights and bfloat16 autocast in the image encoder; "auto": that on
+    CUDA, else fp32. ``image_size``: side in pixels, other than the architecture's own; position embeddings are
+    interpolated. ``compiled``: through torch.compile; None: on CUDA. ``processes``:
+    where there are several, the model waits on the CPU for them (see ``distributed.launch``). Raises ValueError for an unknown name, or a file that is unreadable, of another architecture, or
     needs pickled code to be read.
     """
     if arch not in open_clip.list_models():
         raise ValueError(f"arch {arch!r} is unknown to open_clip; the workbook's own is {MINI_ARCH!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-    target = pick_device(device)
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision {precision!r} is unknown; choose one of {', '.join(get_args(Precision))}")
+    target = pick_device(device if processes == 1 else "cpu")
+    meant_for = target.type if processes == 1 or not torch.cuda.is_available() else "cuda"
+    if precision == "auto":
+        precision = "amp_bf16" if meant_for == "cuda" else "fp32"
+    compiled = meant_for == "cuda" if compiled is None else compiled
     image_size = None if image_size == image_size_of(arch) else image_size
     try:
         source, encoder = _find_source(arch, pretrained)
         logging.disable(logging.WARNING)  # open_clip warns of random weights even where others are put in afterwards
-        options = {"precision": precision, "device": target, "force_image_size": image_size}
+        options = {"precision": "fp32" if precision == "amp_bf16" else precision, "device": target, "force_image_size": image_size}
         normalisation = {}
         if source is not None and source.endswith(".safetensors"):
             normalisation = {k: v for k, v in read_metadata(Path(source)).items() if k in ("mean", "std")}
@@ -181,7 +217,7 @@ def load_clip(
         raise ValueError(f"pretrained {str(pretrained)!r} cannot be loaded into {arch}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
-    clip = Clip(model, arch).to(target).eval().requires_grad_(False)
+    clip = Clip(model, arch, precision, compiled, meant_for).to(target).eval().requires_grad_(False)
     for name, values in normalisation.items():
         getattr(clip, name).copy_(torch.tensor(values).view(3, 1, 1))
     return clip

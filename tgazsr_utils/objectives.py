@@ -6,7 +6,7 @@ a function and decorate it with ``@objective(name, lr=...)``.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import distributed
 from .attacks import AttackLoss
 from .attention import attention_distance, complementary_attention, grad_cam, text_guided_attention
 from .models import Clip, ImageTokens
@@ -28,7 +29,10 @@ class Term(NamedTuple):
 
 @dataclass
 class Step:
-    """One batch as an objective sees it. Tokens are computed when first asked for and only once."""
+    """One batch as an objective sees it. Tokens are computed when first asked for and only once.
+
+    With several processes (``distributed``) each one encodes its share of the images and gets the tokens of all.
+    """
 
     clip: Clip  # being tuned: f
     original: Clip  # frozen pre-trained copy: f0
@@ -47,24 +51,39 @@ class Step:
     @cached_property
     def adversarial_tokens(self) -> ImageTokens:
         """f(x')"""
-        return self.clean_tokens if self.adversarial is self.images else self.clip.encode_image(self.adversarial)
+        return self.clean_tokens if self.adversarial is self.images else self._encode(self.clip, self.adversarial)
 
     @cached_property
     def clean_tokens(self) -> ImageTokens:
         """f(x)"""
-        return self.clip.encode_image(self.images)
+        return self._encode(self.clip, self.images)
 
     @cached_property
     def original_tokens(self) -> ImageTokens:
         """f0(x), without a graph"""
         with torch.no_grad():
-            return self.original.encode_image(self.images)
+            return self._encode(self.original, self.images)
 
     @cached_property
     def original_adversarial_tokens(self) -> ImageTokens:
         """f0(x'), without a graph"""
         with torch.no_grad():
-            return self.original.encode_image(self.adversarial)
+            return self._encode(self.original, self.adversarial)
+
+    @staticmethod
+    def _encode(clip: Clip, images: Tensor) -> ImageTokens:
+        tokens = clip.encode_image(images[distributed.share(len(images))])
+        return ImageTokens(*(distributed.gather(part, len(images)) for part in tokens))
+
+    def part(self, rows: slice) -> "Step":
+        """Some of the batch, not yet attacked; nothing that was computed goes with it."""
+        return replace(
+            self,
+            images=self.images[rows],
+            labels=self.labels[rows],
+            adversarial=None,
+            rows=None if self.rows is None else self.rows[rows],
+        )
 
     def tokens(self, side: str) -> ImageTokens:
         """Those of the side "adversarial" (f(x')), "clean" (f(x)) or "original" (f0(x))."""
@@ -74,6 +93,13 @@ class Step:
         """``compute(step)``, which must depend on f0, clean images and labels alone; once for all images with a cache."""
         with torch.no_grad():
             return compute(self) if self.cache is None else self.cache(name, compute, self.rows)
+
+    def encode_both(self) -> None:
+        """Computes f(x') and f(x) in one forward, for an objective that needs both."""
+        if self.adversarial is not self.images:
+            both = self._encode(self.clip, torch.cat([self.adversarial, self.images]))
+            halves = zip(*(tokens.chunk(2) for tokens in both))
+            self.adversarial_tokens, self.clean_tokens = (ImageTokens(*half) for half in halves)
 
     @property
     def true_text(self) -> Tensor:
@@ -106,9 +132,8 @@ Attack = Callable[[Step], AttackLoss | None]
 PRESET = {"lr": 1e-4, "Alpha": 0.08, "Beta": 0.05, "train_eps": 1.0, "train_stepsize": 1.0, "train_numsteps": 2, "batch_size": 128}
 
 
-def cross_entropy_attack(step: Step) -> AttackLoss:
-    """The batch's summed cross-entropy over the class prompts."""
-    return lambda tokens: F.cross_entropy(step.clip.similarity(tokens.pooled, step.text), step.labels, reduction="sum")
+def cross_entropy_attack(step: Step) -> None:
+    """What ``attacks.pgd`` maximises by itself: the batch's summed cross-entropy over the class prompts."""
 
 
 def original_pooled(step: Step) -> Tensor:
@@ -183,6 +208,7 @@ def tecoa(step: Step, settings: ObjectiveSettings) -> list[Term]:
 @objective("PMG-AFT", lr=5e-5, train_eps=2.0, train_numsteps=5, batch_size=256)
 def pmg_aft(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """CE(f, x') + KL(p_f0(x') || p_f(x')) + KL(p_f(x) || p_f(x')), each KL summed over the batch (CVPR 2024)."""
+    step.encode_both()
     attacked = step.log_probabilities(step.adversarial_tokens)
     divergence = lambda p: F.kl_div(attacked, p, reduction="sum", log_target=True)  # KL(p || attacked)
     return [
@@ -224,6 +250,7 @@ def tga_zsr(step: Step, settings: ObjectiveSettings) -> list[Term]:
     L_AR = mean ||A(f, x', t_y) - A(f0, x, t_y)|| brings attention on attacked images back to the original model's
     clean attention; L_AMC = mean ||A(f, x, t_y) - A(f0, x, t_y)|| keeps attention on clean images where it was.
     """
+    step.encode_both()
     variant, backend = settings.attention_variant, settings.attention_backend
     attend = lambda step, side: text_guided_attention(
         step.tokens(side), step.true_text, variant, grid=step.clip.grid, backend=backend
@@ -234,6 +261,7 @@ def tga_zsr(step: Step, settings: ObjectiveSettings) -> list[Term]:
 @objective("Comp-TGA", Alpha=0.10, Beta=0.07)
 def comp_tga(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """TGA-ZSR with A = A(t_y) * (1 - A(t_not_y)), t_not_y from "This is not a photo of a ..." (TPAMI 2026)."""
+    step.encode_both()
     variant, backend = settings.attention_variant, settings.attention_backend
     attend = lambda step, side: complementary_attention(
         step.tokens(side), step.true_text, step.not_text, variant, grid=step.clip.grid, backend=backend

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from pydantic import ValidationError
 from scipy.stats import t as student_t
 
-from . import DATA
+from . import DATA, distributed
 from .datasets import DATASETS, ImageSet
 from .evaluation import Record, evaluate, record_key, wilson
 from .files import write_atomic
@@ -54,18 +55,36 @@ def evaluate_all(
     method: str,
     seed: int = 0,
     store: RecordStore,
+    processes: int = 1,
 ) -> list[Record]:
-    """Two records a set, clean and attacked, each stored when done; what the store has is not measured again."""
+    """Two records a set, clean and attacked, each stored when done; what the store has is not measured again.
+
+    ``processes`` of this machine share each set's images (``distributed.launch``); so do those that call this together.
+    """
     wanted = [(data, kind, record_key(clip, data, kind, protocol, method, seed)) for data in sets for kind in (None, attack)]
     missing = {key: (data, kind) for data, kind, key in wanted if store.get(key) is None}
-    if missing:
-        with progress(total=sum(len(data) for data, _ in missing.values()), desc=f"evaluate {method} seed {seed}", unit="image") as bar:
+    if missing and processes > 1:
+        distributed.launch(processes, _evaluate_with_others, clip, sets, attack, protocol, method, seed, store)
+    elif missing:
+        total, main = sum(len(data) for data, _ in missing.values()), distributed.rank() == 0
+        with progress(total=total, desc=f"evaluate {method} seed {seed}", unit="image", disable=not main) as bar:
             for key, (data, kind) in missing.items():
                 bar.set_postfix(set=data.key, refresh=False)
                 partial = store.folder / "unfinished" / f"{key}.safetensors"
-                store.add(evaluate(clip, data, kind, protocol, method=method, seed=seed, bar=bar, partial=partial))
-                partial.unlink(missing_ok=True)
+                record = evaluate(clip, data, kind, protocol, method=method, seed=seed, bar=bar, partial=partial)
+                if main:
+                    store.add(record)
+                    for path in partial.parent.glob(f"{key}_*"):
+                        path.unlink(missing_ok=True)
+        distributed.wait()
     return [store.get(key) for _, _, key in wanted]
+
+
+def _evaluate_with_others(
+    clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings, protocol: Protocol, method: str, seed: int, store: RecordStore,
+    device: torch.device,
+) -> None:  # fmt: skip
+    evaluate_all(clip.to(device), sets, attack, protocol, method=method, seed=seed, store=store)
 
 
 def to_frame(records: Sequence[Record]) -> pd.DataFrame:

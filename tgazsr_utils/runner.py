@@ -1,11 +1,14 @@
 """Runs the workbook headlessly: ``python -m tgazsr_utils.runner`` (called by run_all.sh).
 
 Executes a profile's notebooks with papermill, in order, with their progress live; skips what is done and unchanged;
-leaves executed copies, HTML, figures, records and a manifest in the output folder.
+leaves executed copies, HTML, figures, records and a manifest in the output folder. Under torchrun the processes share
+the work of these notebooks instead (see ``take_part``).
 """
 
 import argparse
 import ast
+import contextlib
+import io
 import json
 import logging
 import os
@@ -23,11 +26,12 @@ import pandas as pd
 import papermill
 import torch
 import yaml
+from IPython.core.interactiveshell import InteractiveShell
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from . import ROOT
+from . import ROOT, distributed
 from .datasets import list_datasets
 from .files import code_version, digest, write_atomic, write_json
 from .models import SHIPPED, image_size_of, locate_weights, pick_device
@@ -173,6 +177,20 @@ def execute(notebook: str, parameters: dict[str, Any], folder: Path) -> Path:
     return executed
 
 
+def take_part(notebook: str, parameters: dict[str, Any]) -> None:
+    """Runs a notebook's cells as one of the processes that torchrun started: together they train and measure what it asks for.
+
+    Tables and figures are written, an executed copy is not; ``./run_all.sh`` makes one from what is stored then.
+    """
+    book = nbformat.read(FOLDER / f"{notebook}.ipynb", as_version=4)
+    shell = InteractiveShell()
+    for cell in (cell for cell in book.cells if cell.cell_type == "code"):
+        shell.run_cell(cell.source, store_history=True).raise_error()
+        if "parameters" in cell.metadata.get("tags", []):
+            given = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+            shell.run_cell(given, store_history=True).raise_error()
+
+
 def export_html(executed: Path, target: Path) -> None:
     if executed.exists():
         html, _ = HTMLExporter().from_filename(str(executed))
@@ -215,6 +233,12 @@ def run(profile_name: str, numbers: list[str], given: dict[str, Any], fresh: boo
     parameters = {name: parameters_of(name, profile, output, given) for name in in_order}
     for name in chosen:
         check_choices(name, parameters[name])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        with distributed.joined(), contextlib.redirect_stdout(sys.stdout if distributed.rank() == 0 else io.StringIO()):
+            for name in chosen:
+                print(f"\n=== {name}, in {distributed.processes()} processes", flush=True)
+                take_part(name, parameters[name])
+        return 0
     now = environment(next(iter(parameters.values()))["device"])
     if fresh and folder.exists():
         aside = folder.with_name(f"{folder.name}-before-{datetime.now():%Y%m%d-%H%M%S}")

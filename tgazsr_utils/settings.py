@@ -26,6 +26,7 @@ Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Eps255 = Annotated[float, Field(ge=0, le=255, description="1/255 of the pixel range")]
 Norm = Literal["linf", "l2"]  # of the perturbation
+Precision = Literal["auto", "fp32", "amp_bf16", "fp16", "bf16"]  # see models.load_clip
 Protocol = Literal["last", "worst"]  # robust at the attack's last iterate (as published), or at every one of them
 
 
@@ -160,6 +161,13 @@ class ModelSettings(WorkbookSettings):
 
     pretrained: str | None  # "mini", an open_clip tag, a file, "latest:pretrained" in the output folder; None: random
     image_size: Count | None = None  # side in pixels; None: the architecture's own
+    precision: Precision = "auto"  # of the image encoder; "auto": "amp_bf16" on CUDA, else "fp32"
+    compiled: bool | None = None  # through torch.compile; None: on CUDA
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """How ``load_clip`` is to make models."""
+        return self.model_dump(include={"device", "precision", "image_size", "compiled"})
 
     @property
     def data_options(self) -> dict[str, Any]:
@@ -177,7 +185,7 @@ class PretrainNotebook(WorkbookSettings):
     weight_decay: NonNegative
     test_images: Count  # a set
     weights: str | None  # file to write; None: in the output folder
-    precision: Literal["fp32", "fp16"]  # of the written file
+    weights_precision: Literal["fp32", "fp16"]  # of the written file
     eps_candidates: Annotated[list[Eps255], Field(min_length=1)]
     test_numsteps: Count
 
@@ -207,6 +215,17 @@ class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
     test_images: Count | None
     methods: Distinct[str]
     overrides: dict[str, dict[str, Any]] = {}  # method -> parameters of fine-tuning that differ for it
+    processes: Count = 1  # that train and measure together, each on a device of its own
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        return super().model_options | {"processes": self.processes}
+
+    @model_validator(mode="after")
+    def _devices_are_shared_out(self) -> "TrainNotebook":
+        if self.processes > 1 and self.device != "auto":
+            raise ValueError(f"device = {self.device!r}: each of several processes takes a device of its own; leave it at 'auto'")
+        return self
 
     @model_validator(mode="after")
     def _overrides_are_settings(self) -> "TrainNotebook":

@@ -15,16 +15,17 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .attacks import pgd
+from . import distributed
+from .attacks import generators, pgd
 from .datasets import Batch, ImageSet
-from .files import code_version, digest, write_atomic
+from .files import code_version, digest, seeded, write_atomic
 from .frozen import FrozenCache
 from .models import Clip, load_clip, read_metadata, save_clip
-from .objectives import Objective, Step, Term, find_objective
+from .objectives import Objective, Step, find_objective
 from .progress import progress
 from .settings import FinetuneSettings
 
-MODULES = ("models", "attention", "attention_kernel", "attacks", "objectives", "frozen", "training")  # the source a tuned model depends on
+MODULES = ("models", "attention", "attention_kernel", "attacks", "distributed", "objectives", "frozen", "training")  # the source a tuned model depends on
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,13 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def tuned_path(folder: Path, objective: Objective, settings: FinetuneSettings, data: ImageSet, original: str) -> Path:
+def tuned_path(folder: Path, objective: Objective, settings: FinetuneSettings, data: ImageSet, original: Clip) -> Path:
     """The weights file of a run; its name holds a digest of all the run depends on."""
     # Also of functions that a notebook cell defines.
     source = [inspect.getsource(part) for part in (objective.terms, objective.attack) if part is not None]
-    key = digest(source, settings.model_dump(), data.fingerprint(), original, code_version(MODULES))
+    key = digest(
+        source, settings.model_dump(), data.fingerprint(), original.fingerprint(), original.precision, code_version(MODULES)
+    )
     return folder / f"{objective.name}_seed{settings.seed}_{key}.safetensors"
 
 
@@ -56,21 +59,28 @@ def finetune(
     settings: FinetuneSettings,
     folder: Path,
     stop: Callable[[], bool] = lambda: False,
+    processes: int = 1,
 ) -> TrainResult:
     """Tunes a copy of ``clip``'s image encoder on ``data`` and writes its weights to ``folder``.
 
     Each step attacks the batch (PGD on cross-entropy, pixels only), lets the objective compute its terms and takes an
     SGD step. A checkpoint is written each epoch and on Ctrl-C, or when ``stop()`` is true after a step (both raise
     KeyboardInterrupt); the same call then goes on from there, and a finished run is only loaded. ``clip`` itself is
-    not changed. Raises ValueError for an unknown objective, FloatingPointError for a loss that is not finite.
+    not changed. ``processes`` of this machine share each batch (``distributed.launch``); so do the processes that call
+    this together, as torchrun starts them: the outcome is that of one process but for rounding. Raises ValueError for an unknown objective, FloatingPointError for a loss that is not finite.
     """
     if isinstance(objective, str):
         objective = find_objective(objective)
     settings = objective.with_preset(settings)
-    weights = tuned_path(folder, objective, settings, data, clip.fingerprint())
+    weights = tuned_path(folder, objective, settings, data, clip)
+    if processes > 1 and not weights.exists():
+        distributed.launch(processes, _finetune_with_others, clip, data, objective, settings, folder)
     if weights.exists():
         weights.touch()  # now the latest of its method
-        tuned = load_clip(clip.arch, weights, str(clip.device), image_size=clip.image_size[0])
+        tuned = load_clip(
+            clip.arch, weights, str(clip.device), clip.precision, clip.image_size[0], clip.compiled
+        )
+        tuned.target = clip.target
         return TrainResult(tuned, pd.DataFrame(read_metadata(weights)["history"]), weights)
 
     original, tuned = clip.frozen_copy(), clip.frozen_copy()
@@ -83,48 +93,59 @@ def finetune(
     state = load_checkpoint(checkpoint, tuned.visual, optimizer)
     per_epoch = math.ceil(len(data) / settings.batch_size)
     total = per_epoch * settings.epochs
-    bar = progress(total=total, initial=state["step"], desc=f"{objective.name} seed {settings.seed}")
+    main = distributed.rank() == 0
+    bar = progress(total=total, initial=state["step"], desc=f"{objective.name} seed {settings.seed}", disable=not main)
     with deferred_interrupt() as interrupted, bar:
         for step, chunk in batches(data, settings, state["step"], clip.device):
             started = time.perf_counter()
             optimizer.param_groups[0]["lr"] = settings.lr * warmup_cosine(step, settings.warmup_steps, total)
             batch = Step(tuned, original, chunk.images, chunk.labels, data.prompts, rows=chunk.rows, cache=cache)
-            loss, terms = attack_and_loss(batch, objective, settings, step)
-            with torch.no_grad():
-                correct = tuned.similarity(batch.adversarial_tokens.pooled, batch.text).argmax(1) == batch.labels
+            loss, values = attack_and_loss(batch, objective, settings, step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            distributed.average_gradients(parameters)
             optimizer.step()
 
-            row = {"step": step, "lr": optimizer.param_groups[0]["lr"], "loss": loss.item()}
-            row |= {term.name: term.value.item() for term in terms}
-            row |= {"robust_batch_accuracy": correct.float().mean().item(), "seconds": time.perf_counter() - started}
+            row = {"step": step, "lr": optimizer.param_groups[0]["lr"], **values, "seconds": time.perf_counter() - started}
             state["history"].append(row)
             state["step"] = step + 1
-            bar.set_postfix({name: f"{row[name]:.3f}" for name in ["loss", *(term.name for term in terms)]}, refresh=False)
+            bar.set_postfix({name: f"{v:.3f}" for name, v in values.items() if name != "robust_batch_accuracy"}, refresh=False)
             bar.update()
-            wanted = stop() or interrupted()
-            if wanted or state["step"] % per_epoch == 0:
+            wanted = bool(distributed.largest(torch.tensor(stop() or interrupted(), dtype=torch.int, device=clip.device)))
+            if main and (wanted or state["step"] % per_epoch == 0):
                 save_checkpoint(checkpoint, state, tuned.visual, optimizer)
             if wanted:
                 raise KeyboardInterrupt(f"stopped after step {state['step']} of {total}; the same call goes on from there")
-    save_clip(tuned, weights, method=objective.name, settings=settings.model_dump(), history=state["history"])
-    checkpoint.unlink(missing_ok=True)
-    cache.remove()
+    if main:
+        save_clip(tuned, weights, method=objective.name, settings=settings.model_dump(), history=state["history"])
+        checkpoint.unlink(missing_ok=True)
+        cache.remove()
+    distributed.wait()
     return TrainResult(tuned.requires_grad_(False), pd.DataFrame(state["history"]), weights)
+
+
+def _finetune_with_others(
+    clip: Clip, data: ImageSet, objective: Objective, settings: FinetuneSettings, folder: Path, device: torch.device
+) -> None:
+    finetune(clip.to(device), data, objective, settings, folder)
 
 
 def attack_and_loss(
     batch: Step, objective: Objective, settings: FinetuneSettings, step: int
-) -> tuple[Tensor, list[Term]]:
-    """Attacks the batch; the loss to minimise and the terms it is the weighted sum of."""
+) -> tuple[Tensor, dict[str, float]]:
+    """Attacks the batch; the loss to minimise, and what to note: its value, the unweighted terms, accuracy on attacked images."""
     batch.adversarial = attacked(batch, objective, settings, step)
     terms = objective.terms(batch, settings)
     loss = sum(term.weight * term.value for term in terms)
-    if not torch.isfinite(loss):
-        values = ", ".join(f"{term.name} {term.value.item():g}" for term in terms)
-        raise FloatingPointError(f"loss of {objective.name} is not finite at step {step}: {values}")
-    return loss, terms
+    with torch.no_grad():
+        logits = batch.clip.similarity(batch.adversarial_tokens.pooled, batch.text)
+        accuracy = (logits.argmax(1) == batch.labels).float().mean()
+        values = torch.stack([loss, *(term.value for term in terms), accuracy]).tolist()  # the step's one wait for the device
+    noted = dict(zip(["loss", *(term.name for term in terms), "robust_batch_accuracy"], values))
+    if not math.isfinite(noted["loss"]):
+        listed = ", ".join(f"{term.name} {noted[term.name]:g}" for term in terms)
+        raise FloatingPointError(f"loss of {objective.name} is not finite at step {step}: {listed}")
+    return loss, noted
 
 
 def seconds_per_step(clip: Clip, data: ImageSet, objective: Objective, settings: FinetuneSettings) -> float:
@@ -145,17 +166,20 @@ def attacked(batch: Step, objective: Objective, settings: FinetuneSettings, step
     """The batch's images as the objective's attack makes them against the model being tuned; seeded by the step."""
     if objective.attack is None:
         return batch.images
-    return pgd(
-        batch.clip,
-        batch.images,
-        batch.labels,
-        batch.text,
+    n = len(batch.images)
+    part = batch if distributed.processes() == 1 else batch.part(distributed.share(n))
+    adversarial = pgd(
+        part.clip,
+        part.images,
+        part.labels,
+        part.text,
         settings.train_eps / 255,
         settings.train_stepsize / 255,
         settings.train_numsteps,
-        loss=objective.attack(batch),
-        generator=torch.Generator().manual_seed(_seed(settings.seed, 1, step)),
+        loss=objective.attack(part),
+        generator=generators(batch.images.device, range(n)[distributed.share(n)], "training", settings.seed, 1, step),
     )
+    return distributed.gather(adversarial, n)
 
 
 def trainable(visual: nn.Module, last: int) -> list[nn.Parameter]:
@@ -178,16 +202,12 @@ def batches(
     """Steps and their batches from step ``start`` on; the order depends on seed and epoch alone."""
     size = settings.batch_size
     for epoch in range(settings.epochs):
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(_seed(settings.seed, 2, epoch)))
+        order = torch.randperm(len(data), generator=seeded("cpu", "training", settings.seed, 2, epoch))
         chunks = order.split(size)
         first = epoch * len(chunks)
         skip = min(max(start - first, 0), len(chunks))
         for batch in data.batches(chunks, device, skip):
             yield first + batch.number, batch
-
-
-def _seed(seed: int, stream: int, index: int) -> int:
-    return int(digest("training", seed, stream, index), 16)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -207,13 +227,18 @@ def load_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimi
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within, Ctrl-C (SIGINT) only sets a flag, so that a step is never left half done; yields the flag's reader."""
+    """Within, Ctrl-C (SIGINT) only sets a flag, so that a step is never left half done; yields the flag's reader.
+
+    With several processes so does SIGTERM, which is how they are told to stop.
+    """
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    previous = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    numbers = [signal.SIGINT] if distributed.processes() == 1 else [signal.SIGINT, signal.SIGTERM]
+    previous = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in numbers}
     try:
         yield lambda: bool(seen)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

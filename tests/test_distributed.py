@@ -1,0 +1,102 @@
+"""Several processes on the CPU: the outcome is that of one."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tgazsr_utils import ROOT
+from tgazsr_utils.datasets import load_dataset
+from tgazsr_utils.models import load_clip
+from tgazsr_utils.objectives import Objective, Term
+from tgazsr_utils.results import RecordStore, evaluate_all
+from tgazsr_utils.settings import AttackSettings, FinetuneSettings, SettingsError, TrainNotebook, validate
+from tgazsr_utils.training import finetune
+
+SETTINGS = FinetuneSettings(
+    Alpha=0.08, Beta=0.0, Distance_metric="l2", attention_variant="reference", epochs=2, batch_size=8, lr=1e-3, warmup_steps=2,
+    train_eps=3, train_stepsize=3, train_numsteps=1, seed=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def train_set():
+    return load_dataset("shapes", "train", n=17)  # the last batch of an epoch has a single image
+
+
+def centred_squares(step, settings):
+    """Of another kind: it encodes images by itself, and mixes the batch."""
+    pooled = step.clip.encode_image(step.adversarial).pooled + step.clean_tokens.pooled
+    return [Term("spread", 1e-3, (pooled - pooled.mean(0)).square().sum())]
+
+
+@pytest.mark.parametrize("method", ["TGA-ZSR", "FT-Adv.", "PMG-AFT", "FARE", "Vision-based-grad", Objective("Mine", centred_squares)])
+def test_two_processes_train_as_one_does(mini, train_set, tmp_path, method):
+    settings = SETTINGS.model_copy(update={"lr": 1e-5}) if method == "PMG-AFT" else SETTINGS
+    one, two = (finetune(mini, train_set, method, settings, tmp_path / str(n), processes=n) for n in (1, 2))
+    assert one.weights.name == two.weights.name
+    for column in one.history.columns.drop("seconds"):
+        torch.testing.assert_close(*(torch.tensor(r.history[column]) for r in (one, two)), rtol=2e-4, atol=2e-4)
+    before, first, second = (torch.cat([p.flatten() for p in clip.visual.parameters()]) for clip in (mini, one.clip, two.clip))
+    assert (first - second).norm() < 1e-3 * (first - before).norm()
+    assert not list((tmp_path / "2" / "unfinished").glob("*")) and not list((tmp_path / "2").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("protocol", ["last", "worst"])
+def test_two_processes_measure_what_one_does(mini, tmp_path, protocol):
+    sets = [load_dataset(key, "test", n=25) for key in ("shapes", "letters")]
+    attack = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
+    stores = [RecordStore(tmp_path / str(n)) for n in (1, 2)]
+    one, two = (
+        evaluate_all(mini, sets, attack, protocol, method="CLIP", store=store, processes=n) for n, store in enumerate(stores, start=1)
+    )
+    assert [(r.key, r.hits, r.n) for r in one] == [(r.key, r.hits, r.n) for r in two]
+    assert {r.attack for r in two} == {"none", "pgd-3"} and two[1].correct < two[0].correct
+    assert not list((tmp_path / "2" / "unfinished").glob("*"))
+
+
+def test_what_goes_wrong_in_one_of_them_is_said(mini, train_set, tmp_path):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    broken = Objective("Broken", lambda step, settings: [Term("CE", 1.0, torch.tensor(float("nan")))])
+    with pytest.raises(RuntimeError, match="one of 2 processes failed: FloatingPointError: loss of Broken is not finite at step 0"):
+        finetune(mini, train_set, broken, SETTINGS, tmp_path, processes=2)
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_devices_are_shared_out():
+    with pytest.raises(SettingsError, match="device = 'cuda': each of several processes takes a device of its own"):
+        validate(TrainNotebook, NOTEBOOK | {"processes": 2, "device": "cuda"})
+    options = validate(TrainNotebook, NOTEBOOK | {"processes": 2}).model_options
+    clip = load_clip("mini-clip", "mini", **options)
+    assert clip.device.type == "cpu"  # it waits there
+    assert clip.target == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+NOTEBOOK = SETTINGS.model_dump() | {
+    "arch": "mini-clip", "data_root": None, "output": "unused", "pretrained": "mini", "dataset": "shapes", "train_images": 4,
+    "test_images": 4, "methods": ["TeCoA"], "test_eps": 1, "test_stepsize": 1, "test_numsteps": 1,
+}  # fmt: skip
+
+
+def test_torchrun_fills_the_folder_that_a_notebook_then_only_reads(tmp_path):
+    asked = ["smoke", "04", "-p", "output", str(tmp_path), "-p", "testdata", "[shapes, letters]", "-p", "methods", "[TGA-ZSR]"]
+    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = lambda *start: subprocess.run(
+        [sys.executable, "-m", *start, "tgazsr_utils.runner", *asked], cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=240
+    )
+    together = run("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("TGA-ZSR seed 0: 4/4") == 1  # from one of them
+    made = {path: path.stat().st_mtime_ns for kind in ("records", "models") for path in (tmp_path / kind).rglob("*.*")}
+    assert sum(path.suffix == ".json" for path in made) == 2 * 2 * 2
+    leaderboard = (tmp_path / "tables" / "leaderboard.csv").read_bytes()
+    alone = run()
+    assert alone.returncode == 0, alone.stderr
+    assert (tmp_path / "notebooks" / "04_evaluate_16_datasets.ipynb").exists()
+    assert (tmp_path / "tables" / "leaderboard.csv").read_bytes() == leaderboard
+    now = {path: path.stat().st_mtime_ns for kind in ("records", "models") for path in (tmp_path / kind).rglob("*.*")}
+    assert {path for path, time in now.items() if made.get(path) != time} <= {p for p in made if p.suffix == ".safetensors"}
