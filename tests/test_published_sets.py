@@ -16,7 +16,7 @@ import torchvision.datasets
 from miniatures import WRITERS, red, without_checksums, write_all
 from PIL import Image
 
-from tgazsr_utils import datasets
+from tgazsr_utils import datasets, layouts
 from tgazsr_utils.datasets import DATASETS, choose_datasets, list_datasets, load_dataset
 from tgazsr_utils.datasets_command import main
 from tgazsr_utils.evaluation import evaluate
@@ -57,7 +57,7 @@ EXPECTED = {
 @pytest.fixture
 def root(tmp_path_factory, monkeypatch):
     without_checksums(monkeypatch.setattr)
-    datasets._reader.cache_clear()
+    layouts._reader.cache_clear()
     return write_all(tmp_path_factory.mktemp("sets"))
 
 

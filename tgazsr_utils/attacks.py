@@ -28,6 +28,7 @@ def cw_margin(logits: Tensor, labels: Tensor, confidence: float = 50.0) -> Tenso
     return -F.relu(correct - wrong + confidence).sum()
 
 
+@torch.no_grad()  # but for the one gradient in _step, of the pixels alone
 def pgd(
     clip: Clip,
     images: Tensor,
@@ -68,34 +69,31 @@ def pgd(
     bounds = _ball(images, eps) if norm == "linf" else (images,)
     active = torch.arange(len(images), device=images.device)
     if protocol == "worst":
-        with torch.no_grad():
-            fooled = clip.logits(images, text).argmax(1) != labels
+        fooled = clip.logits(images, text).argmax(1) != labels
         adversarial[fooled] = images[fooled]
         active = active[~fooled]
     for _ in range(steps):
         if protocol == "last":
-            adversarial, _ = clip.run(_step, adversarial, bounds, labels, text, eps, step_size, norm, loss, logit_loss)
+            adversarial, _ = clip.run(_step, adversarial.requires_grad_(True), bounds, labels, text, eps, step_size, norm, loss, logit_loss)
         elif len(active):
-            rows = adversarial[active], tuple(bound[active] for bound in bounds), labels[active]
+            rows = adversarial[active].requires_grad_(True), tuple(bound[active] for bound in bounds), labels[active]
             moved, right = clip.run(_step, *rows, text, eps, step_size, norm, loss, logit_loss)
             active = active[right]
             adversarial[active] = moved[right]
     return adversarial
 
 
-@torch.no_grad()  # the gradient inside is of the pixels alone; nothing outside is to be differentiated
 def _step(
     clip: Clip, current: Tensor, bounds: tuple[Tensor, ...], labels: Tensor, text: Tensor, eps: float, step_size: float, norm: Norm,
     loss: AttackLoss | None, logit_loss: LogitLoss,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One step of ``pgd``: images one step on, and which ``[B]`` of ``current`` are classified right."""
-
-    def value(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = encode(clip, pixels)
+    """One step of ``pgd`` from ``current``, which requires a gradient: images one step on, and which ``[B]`` of ``current`` are
+    classified right."""
+    with torch.enable_grad():
+        tokens = encode(clip, current)
         logits = clip.similarity(tokens.pooled, text)
-        return (logit_loss(logits, labels) if loss is None else loss(tokens)), logits
-
-    gradient, logits = torch.func.grad(value, has_aux=True)(current)
+        value = logit_loss(logits, labels) if loss is None else loss(tokens)
+        (gradient,) = torch.autograd.grad(value, current)
     if norm == "linf":
         moved = torch.clamp(current + step_size * gradient.sign(), *bounds)
     else:

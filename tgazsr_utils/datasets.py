@@ -4,50 +4,30 @@
 """
 
 import os
-import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
-import h5py
 import numpy as np
 import torch
-import torchvision.datasets
 from PIL import Image
-from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 
 from . import miniworld
 from .files import digest
+from .layouts import Box, Source, Split, existing_root, list_datasets, open_source
 from .progress import progress
-from .published_sets import DATASETS, DEFAULT_PROMPT, DatasetSpec, Preprocess, clean_name
-from .settings import resolve
+from .published_sets import DATASETS, DEFAULT_PROMPT, Preprocess, clean_name
 
-Split = Literal["train", "test"]
 OnBadImage = Literal["stop", "leave_out"]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
-TEST_FRACTION = 0.2  # of each class, for folders that come without a split
 KEEP_DECODED = 2**28  # bytes: a set up to this size is decoded once, a larger one anew each time it is read
-
-Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, inclusive
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """One part of a set as it lies on the disk, nothing decoded yet."""
-
-    labels: list[int]
-    classes: list[str]  # raw names
-    where: list[str]  # what to call each image in an error: its file
-    open: Callable[[int], Image.Image]
-    contents: list[Any]  # what tells these images from others: for a fingerprint
-    boxes: list[Box] | None = None
+KEEP_RESIDENT = 2**31  # bytes: a set that is tuned on is kept at the size of its files up to this size; on CUDA up to an eighth of its memory
 
 
 class Decoded(NamedTuple):
@@ -63,7 +43,7 @@ class Undecoded(Dataset):
 
     source: Source
     chosen: Tensor  # [N] indices into the source
-    side: int
+    side: int | None  # None: as the files are
     preprocess: Preprocess
 
     def __len__(self) -> int:
@@ -79,11 +59,14 @@ class Undecoded(Dataset):
                 reason = " ".join(str(error).split()) or type(error).__name__
                 problems.append(f"image {self.source.where[i]} cannot be read: {reason}")
                 continue
+            pixels = _to_tensor(fit(image, self.side, self.preprocess) if self.side else image)
+            if images and pixels.shape != images[0].shape:
+                continue  # only of files as they are; their set then has no one size
             kept.append(row)
-            images.append(_to_tensor(fit(image, self.side, self.preprocess)))
-            if self.source.boxes:
+            images.append(pixels)
+            if self.source.boxes and self.side:
                 masks.append(_box_mask(self.source.boxes[i], image.size, self.side, self.preprocess))
-        pixels = torch.stack(images) if images else torch.empty(0, 3, self.side, self.side, dtype=torch.uint8)
+        pixels = torch.stack(images) if images else torch.empty(0, 3, self.side or 0, self.side or 0, dtype=torch.uint8)
         return Decoded(kept, pixels, torch.stack(masks) if masks else None, problems)
 
 
@@ -115,6 +98,7 @@ class ImageSet:
     left_out: int = 0  # images that are not among these since they cannot be read
     on_bad_image: OnBadImage = "stop"
     unreadable: list[str] = field(default_factory=list)  # what was left out so far, a line an image
+    to_fit: tuple[int, Preprocess] | None = None  # side and way, for images that are kept at the size of their files
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -131,13 +115,40 @@ class ImageSet:
             chunks = torch.arange(len(self)).split(chunks)
         chunks = chunks[skip:]
         if isinstance(self.images, Tensor):
-            parts = ((rows, self.images[rows], None) for rows in chunks)
+            parts = ((rows, self._fitted(rows), None) for rows in chunks)
         else:
             parts = self._decode([chunk.tolist() for chunk in chunks])
         for number, (rows, images, _) in enumerate(parts, start=skip):
             if len(rows):
                 moved = images.to(device, non_blocking=images.is_pinned()).float() / 255
                 yield Batch(number, rows, moved, self.labels[rows].to(device))
+
+    def _fitted(self, rows: Tensor) -> Tensor:
+        images = self.images[rows.to(self.images.device)]
+        return fit(images, *self.to_fit) if self.to_fit else images
+
+    def resident(self, device: torch.device) -> "ImageSet":
+        """The same set with its images in the memory of ``device``, if they fit there (``KEEP_RESIDENT``); else this one.
+
+        Images that are read as needed are kept at the size of their files, where all have one smaller than what is asked
+        for, and fitted in each batch: equal to what PIL makes of them within one grey level.
+        """
+        limit = torch.cuda.get_device_properties(device).total_memory // 8 if device.type == "cuda" else KEEP_RESIDENT
+        if isinstance(self.images, Tensor):
+            small = self.images.numel() <= limit
+            return replace(self, images=self.images.to(device)) if small else self
+        undecoded = replace(self.images, side=None)
+        shape = undecoded[[0]].images.shape[1:] if len(self) else (3, 0, 0)
+        if not 0 < shape[1] * shape[2] < self.images.side**2 or len(self) * shape.numel() > limit:
+            return self
+        images, chunks = torch.empty(len(self), *shape, dtype=torch.uint8), torch.arange(len(self)).split(64)
+        with progress(total=len(self), desc=f"read {self.key}", leave=False, unit="image") as bar:
+            for chunk, (rows, pixels, _) in zip(chunks, replace(self, images=undecoded)._decode([c.tolist() for c in chunks])):
+                if pixels.shape[1:] != shape or len(rows) < len(chunk):
+                    return self
+                images[rows] = pixels
+                bar.update(len(rows))
+        return replace(self, images=images.to(device), to_fit=(self.images.side, self.images.preprocess))
 
     def _decode(self, chunks: Sequence[list[int]]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """(rows, images, masks) of each chunk, without those that cannot be read."""
@@ -206,19 +217,6 @@ def even_subset(labels: Tensor, n: int | None, seed: int) -> Tensor:
     return shuffled[rank[shuffled].argsort(stable=True)][:n].sort().values
 
 
-def list_datasets(root: str | Path | None) -> list[str]:
-    """Keys of all image sets: the mini-world's tasks for ``root=None``, else what lies below ``root``.
-
-    Published sets come first, in the order of ``DATASETS``; then other folders of class folders, by name.
-    """
-    if root is None:
-        return list(miniworld.TASKS)
-    folder = _existing_root(root)
-    there = [key for key in DATASETS if is_there(key, folder)]
-    known = {name for key in there for name in (key, DATASETS[key].folder)}
-    return there + [p.name for p in _folders(folder) if p.name not in known]
-
-
 def choose_datasets(
     wanted: list[str] | Literal["published"] | None, root: str | Path | None, test_fraction: float | None = None
 ) -> list[str]:
@@ -232,7 +230,7 @@ def choose_datasets(
     for key in list_datasets(root) if root is not None else ():
         if wanted is None or key in DATASETS:
             try:
-                open_source(key, "test", _existing_root(root), test_fraction)
+                open_source(key, "test", existing_root(root), test_fraction)
                 there.append(key)
             except ValueError as error:
                 print(f"left out: {error}")
@@ -275,7 +273,7 @@ def load_dataset(
     """
     if root is None:
         return _load_miniworld(key, split, 1000 if n is None else n, image_size, seed, world)
-    folder = _existing_root(root)
+    folder = existing_root(root)
     spec = DATASETS.get(key)
     source = open_source(key, split, folder, test_fraction, seed)
     labels = torch.tensor(source.labels)
@@ -312,185 +310,6 @@ def _load_miniworld(key: str, split: Split, n: int, image_size: int, seed: int, 
     return ImageSet(key, world or "mini-world", images, labels, task.class_names, tuple(task.prompts), masks)
 
 
-def _existing_root(root: str | Path) -> Path:
-    folder = resolve(root)
-    if not folder.is_dir():
-        raise ValueError(f"data_root {str(root)!r} is not a folder")
-    return folder
-
-
-def missing_parts(key: str, root: Path) -> list[str]:
-    """What the published layout of a set needs below ``root`` and is not there."""
-    return [part for part in DATASETS[key].needs if not (root / part).exists()]
-
-
-def is_there(key: str, root: Path) -> bool:
-    """Is there something of this published set, in its own layout or as class folders?"""
-    return (root / key).is_dir() or (root / DATASETS[key].folder).is_dir()
-
-
-def open_source(key: str, split: Split, root: Path, test_fraction: float | None = None, seed: int = 0) -> Source:
-    """Finds one part of a set below ``root`` and reads its lists; see ``load_dataset``."""
-    spec = DATASETS.get(key)
-    missing = missing_parts(key, root) if spec else []
-    folder = root / key
-    try:
-        if spec and not missing and spec.torchvision and not spec.folders:
-            source = _torchvision(key, spec, root, split)
-        elif key == "tinyImageNet" and (root / spec.folder).is_dir() and not missing:
-            folder = root / spec.folder
-            source = _tiny_imagenet(folder, split)
-        else:
-            part = spec and (spec.folders if split == "test" else spec.train_folders or spec.folders)
-            folder = root / part if part and (root / part).is_dir() else folder
-            if not folder.is_dir():
-                if missing and (root / spec.folder).is_dir():
-                    raise ValueError(f"missing: {', '.join(missing)}")
-                raise ValueError(f"it is not there; there are: {', '.join(list_datasets(root)) or 'none'}")
-            if (folder / "wnids.txt").exists():
-                source = _tiny_imagenet(folder, split)
-            else:
-                fraction = TEST_FRACTION if test_fraction is None and spec is None else test_fraction
-                whole = bool(part and spec.train_folders and (root / spec.train_folders).is_dir())
-                source = _class_folders(folder, split, fraction, seed, whole)
-        if not source.labels:
-            raise ValueError(f"no {split} images in class folders below {folder}")
-        if len(source.classes) < 2:
-            raise ValueError(f"only one class, {source.classes[0]!r}, below {folder}; are its images in class folders?")
-    except Exception as error:  # torchvision lets through whatever the parser of a damaged list raises
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = reason.replace("You can use download=True to download it", f"(python -m tgazsr_utils.datasets fetch {key})")
-        raise ValueError(f"image set {key!r} in {root} cannot be read: {reason}") from error
-    return source
-
-
-@lru_cache(maxsize=64)
-def _reader(name: str, root: Path, arguments: tuple[tuple[str, Any], ...]) -> Dataset:
-    return getattr(torchvision.datasets, name)(str(root), **dict(arguments))
-
-
-@dataclass(frozen=True)
-class _WithReader:
-    """Opens images through a torchvision data set, which each process makes for itself."""
-
-    arguments: tuple
-
-    def __call__(self, index: int) -> Image.Image:
-        return _reader(*self.arguments)[index][0]
-
-
-def _torchvision(key: str, spec: DatasetSpec, root: Path, split: Split) -> Source:
-    """A published set through torchvision's own class; images of a folder in the order of their names."""
-    given = spec.test if split == "test" else spec.train
-    if given is None:
-        raise ValueError("it has no part to train on; choose another set, or class folders of your own")
-    arguments = spec.torchvision, root, tuple(given.items())
-    data = _reader(*arguments)
-    first = lambda *names: next((getattr(data, name) for name in names if hasattr(data, name)), None)
-    labels, files = first("targets", "_labels", "labels", "_samples"), first("_image_files", "_images", "_samples")
-    if labels is None:  # PCAM keeps them in a file
-        with h5py.File(root / f"pcam/camelyonpatch_level_2_split_{given['split']}_y.h5") as file:
-            labels = file["y"][:, 0, 0, 0]
-    labels = [int(entry[1] if isinstance(entry, tuple) else entry) for entry in labels]
-    classes = list(first("classes") or sorted(spec.name))
-    if files is not None:
-        paths = [Path(entry[0] if isinstance(entry, tuple) else entry) for entry in files]
-        paths, labels = zip(*sorted(zip(paths, labels)))  # torchvision lists some in the order of the file system
-        return _from_files(paths, labels, classes, root)
-    where, pixels = [f"{key} {split} number {i}" for i in range(len(labels))], first("data")
-    contents = where if pixels is None else [digest(torch.from_numpy(row.copy())) for row in pixels]
-    return Source(labels, classes, where, _WithReader(arguments), contents)
-
-
-@dataclass(frozen=True)
-class _Files:
-    paths: list[str]
-
-    def __call__(self, index: int) -> Image.Image:
-        with Image.open(self.paths[index]) as file:
-            return file.convert("RGB")
-
-
-def _contents(files: list[str], root: Path) -> list[str]:
-    return [f"{os.path.relpath(path, root)} {os.stat(path).st_size if os.path.exists(path) else 'missing'}" for path in files]
-
-
-def _from_files(files: Sequence[Path], labels: Sequence[int], classes: list[str], root: Path, boxes=None) -> Source:
-    paths = [str(path) for path in files]
-    return Source(list(labels), classes, paths, _Files(paths), _contents(paths, root), boxes)
-
-
-def _class_folders(folder: Path, split: Split, test_fraction: float | None, seed: int, whole: bool = False) -> Source:
-    """Class folders below ``folder``; ``whole``: all of them are of this part, whatever ``test_fraction`` says."""
-    while len(inner := _folders(folder)) == 1 and _folders(inner[0]):
-        folder = inner[0]
-    parts = {p.name: p for p in inner}
-    has_split = "train" in parts and bool({"test", "val"} & set(parts))
-    if has_split:
-        inner = _folders(parts["train"] if split == "train" else next(parts[p] for p in ("test", "val") if p in parts))
-    folders = [p for p in inner if p.name != "BACKGROUND_Google" and _images(p)]
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, directory in enumerate(folders):
-        paths = _images(directory)
-        if not has_split and not whole:
-            order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
-            held_out = len(paths) if test_fraction is None else 0
-            if test_fraction is not None and len(paths) > 1:
-                held_out = max(1, round(test_fraction * len(paths)))
-            paths = [paths[i] for i in sorted(order[:held_out] if split == "test" else order[held_out:])]
-        files += paths
-        labels += [label] * len(paths)
-    return _from_files(files, labels, [_raw_name(p.name) for p in folders], folder)
-
-
-def _folders(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _images(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def _raw_name(folder_name: str) -> str:
-    """The first lemma of a WordNet id such as n01440764; any other name as it is."""
-    if not re.fullmatch(r"n\d{8}", folder_name):
-        return folder_name
-    try:
-        return _wordnet().label_name_to_description(folder_name).split(",")[0]
-    except KeyError:
-        return folder_name
-
-
-@lru_cache(maxsize=1)
-def _wordnet() -> ImageNetInfo:
-    return ImageNetInfo("imagenet-22k")
-
-
-def _tiny_imagenet(folder: Path, split: Split) -> Source:
-    """Tiny-ImageNet as published: train in wnid folders, val flat with val_annotations.txt, boxes for both.
-
-    Classes are those of wnids.txt whose train folder is there.
-    """
-    words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text().splitlines() if "\t" in line)
-    wnids = sorted(w for w in (folder / "wnids.txt").read_text().split() if (folder / "train" / w).is_dir())
-    label = {wnid: i for i, wnid in enumerate(wnids)}
-    names = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
-    rows: list[tuple[Path, int, Box]] = []
-    if split == "test":
-        for line in (folder / "val" / "val_annotations.txt").read_text().splitlines():
-            name, wnid, *box = line.split("\t")
-            if wnid in label:
-                rows.append((folder / "val" / "images" / name, label[wnid], tuple(map(int, box))))
-    else:
-        for wnid in wnids:
-            for line in (folder / "train" / wnid / f"{wnid}_boxes.txt").read_text().splitlines():
-                name, *box = line.split("\t")
-                rows.append((folder / "train" / wnid / "images" / name, label[wnid], tuple(map(int, box))))
-    files, labels, boxes = zip(*rows) if rows else ((), (), ())
-    return _from_files(files, labels, names, folder, list(boxes))
-
-
 def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -501,10 +320,13 @@ def _box_mask(box: Box, size: tuple[int, int], side: int, preprocess: Preprocess
     return torch.from_numpy(np.array(fit(mask, side, preprocess, TF.InterpolationMode.NEAREST))) > 127
 
 
+Pixels = TypeVar("Pixels", Image.Image, Tensor)
+
+
 def fit(
-    image: Image.Image, side: int, preprocess: Preprocess, mode: TF.InterpolationMode = TF.InterpolationMode.BILINEAR
-) -> Image.Image:
-    """An image at ``side`` x ``side``: "resize" both sides, or "crop" the centre after the shorter side is 256/224 of it."""
+    image: Pixels, side: int, preprocess: Preprocess, mode: TF.InterpolationMode = TF.InterpolationMode.BILINEAR
+) -> Pixels:
+    """An image, or images ``[...,H,W]``, at ``side`` x ``side``: "resize" both sides, or "crop" the centre after the shorter side is 256/224 of it."""
     if preprocess == "resize":
         return TF.resize(image, [side, side], mode)
     return TF.center_crop(TF.resize(image, round(side * 256 / 224), mode), [side, side])

@@ -12,7 +12,8 @@ import torch
 import torchvision.datasets
 from torchvision.datasets.utils import download_and_extract_archive
 
-from .datasets import is_there, list_datasets, load_dataset, missing_parts
+from .datasets import load_dataset
+from .layouts import is_there, list_datasets, missing_parts
 from .progress import progress
 from .published_sets import DATASETS, DatasetSpec
 from .settings import DEFAULT_ROOT, resolve

@@ -25,9 +25,9 @@ from .files import code_version, digest, write_atomic
 from .models import Clip
 from .settings import AttackSettings, Protocol, Settings
 
-MODULES = ("models", "attacks", "distributed", "evaluation", "datasets", "miniworld")  # the source a record depends on
+MODULES = ("models", "attacks", "distributed", "evaluation", "datasets", "layouts", "miniworld")  # the source a record depends on
 MOST = {True: 1024, False: 128}  # images attacked at once, on CUDA and elsewhere
-ACTIVATIONS = 24  # numbers that the image encoder keeps for each token, channel and block, when its input is differentiated
+ACTIVATIONS = 32  # numbers that the image encoder keeps for each token, channel and block, when its input is differentiated
 NOT_YET = -2  # in place of a predicted class
 SAVE_EVERY = 20.0  # seconds of work that a killed evaluation may lose
 

@@ -143,7 +143,12 @@ def encode(clip: Clip, pixels: Tensor) -> ImageTokens:
 
 @functools.cache
 def _compile(function: Callable) -> Callable:
-    return torch.compile(function)  # one for all models: weights are inputs of the graph
+    """Compiled once for all models, whose weights are inputs of the graph, and soon for batches of all sizes."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(64, config.recompile_limit)  # other norms, losses, precisions are other graphs
+    if hasattr(config, "trace_autograd_ops"):  # an attack's gradient is part of its graph; older versions split it there
+        config.trace_autograd_ops = True
+    return torch.compile(function)
 
 
 def pick_device(device: str) -> torch.device:

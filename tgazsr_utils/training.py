@@ -83,6 +83,7 @@ def finetune(
         tuned.target = clip.target
         return TrainResult(tuned, pd.DataFrame(read_metadata(weights)["history"]), weights)
 
+    data = data.resident(clip.device)
     original, tuned = clip.frozen_copy(), clip.frozen_copy()
     cache = FrozenCache(original, data, folder / "unfinished" / weights.stem)
     parameters = trainable(tuned.visual, settings.last_num_ft)

@@ -1,0 +1,107 @@
+"""Compiling and autocast: what they may not change, and what they must not do."""
+
+import functools
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tgazsr_utils import models
+from tgazsr_utils.attacks import pgd
+from tgazsr_utils.datasets import load_dataset
+from tgazsr_utils.evaluation import evaluate
+from tgazsr_utils.models import Clip, load_clip
+from tgazsr_utils.objectives import OBJECTIVES
+from tgazsr_utils.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.training import finetune
+
+SETTINGS = FinetuneSettings(
+    Alpha=0.08, Beta=0.0, Distance_metric="l2", attention_variant="reference", epochs=1, batch_size=8, lr=1e-4, warmup_steps=2,
+    train_eps=3, train_stepsize=3, train_numsteps=2, seed=0,
+)  # fmt: skip
+ATTACK = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
+
+
+@pytest.fixture(scope="module")
+def graphs():
+    """Compiles to PyTorch's own operators: the graphs are those of the default, without a minute of code generation."""
+    models._compile.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+        yield
+    models._compile.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return load_clip("mini-clip", "mini", "cpu", compiled=True)
+
+
+@pytest.fixture(scope="module")
+def train_set():
+    return load_dataset("shapes", "train", n=20)  # the last batch is short
+
+
+@pytest.mark.parametrize("method", [name for name in OBJECTIVES if name != "Vision-based"])
+def test_a_compiled_model_trains_alike(mini, compiled, graphs, train_set, tmp_path, method):
+    settings = SETTINGS.model_copy(update={"lr": 1e-6 if method == "PMG-AFT" else 1e-4})
+    plain, fast = (finetune(clip, train_set, method, settings, tmp_path / str(clip.compiled)) for clip in (mini, compiled))
+    for column in plain.history.columns.drop("seconds"):
+        torch.testing.assert_close(*(torch.tensor(r.history[column]) for r in (plain, fast)), rtol=1e-3, atol=1e-3)
+    assert fast.clip.compiled and not plain.clip.compiled
+
+
+@pytest.mark.parametrize("protocol", ["last", "worst"])
+@pytest.mark.parametrize("changes", [{}, {"attack": "cw"}, {"norm": "l2", "test_eps": 100, "test_stepsize": 30}])
+def test_a_compiled_model_gives_the_same_record(mini, compiled, graphs, protocol, changes):
+    attack, data = AttackSettings(**ATTACK.model_dump() | changes), load_dataset("letters", "test", n=30)
+    plain, fast = (evaluate(clip, data, attack, protocol, method="CLIP") for clip in (mini, compiled))
+    assert (fast.key, fast.hits) == (plain.key, plain.hits)
+
+
+def test_one_graph_serves_all_models_sizes_and_step_lengths(compiled, graphs, shapes):
+    text, other = compiled.encode_text(shapes.prompts), compiled.frozen_copy()
+    with torch.no_grad():
+        other.visual.proj.mul_(1.5)
+    start = lambda: torch.Generator().manual_seed(0)
+    run = lambda clip, n, step: pgd(clip, shapes.images[:n] / 255, shapes.labels[:n], text, 0.02, step, 2, generator=start())
+    run(compiled, 40, 0.01), run(compiled, 30, 0.02)
+    plain = load_clip("mini-clip", "mini", "cpu")
+    plain.visual.load_state_dict(other.visual.state_dict())
+    counters.clear()
+    for n, step in ((7, 0.013), (23, 0.017), (40, 0.01)):
+        torch.testing.assert_close(run(other, n, step), run(plain, n, step), atol=1e-6, rtol=0)
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_code_gives_the_same_record(mini):
+    data = load_dataset("shapes", "test", n=30)
+    fast = load_clip("mini-clip", "mini", "cpu", compiled=True)
+    assert evaluate(fast, data, ATTACK, method="CLIP").hits == evaluate(mini, data, ATTACK, method="CLIP").hits
+
+
+def test_autocast_is_inside_the_encoder_and_accuracy_is_read_without_it(mini, shapes, monkeypatch):
+    amp = load_clip("mini-clip", "mini", "cpu", "amp_bf16")
+    pixels = shapes.images / 255
+    exact, rounded = mini.encode_image(pixels), amp.encode_image(pixels)
+    assert rounded.pooled.dtype == rounded.patches.dtype == torch.float32 and amp.fingerprint() == mini.fingerprint()
+    for ours, theirs in zip(rounded, exact):
+        assert 1e-4 < (ours - theirs).norm() / theirs.norm() < 3e-2  # bfloat16 has eight bits
+    assert torch.equal(amp.in_full_precision().encode_image(pixels).pooled, exact.pooled) and amp.precision == "amp_bf16"
+    clean, plain = (evaluate(clip, shapes, None, method="CLIP") for clip in (amp, mini))
+    assert clean.hits == plain.hits and clean.key != plain.key
+    seen = []
+    logits = Clip.logits
+    monkeypatch.setattr(Clip, "logits", lambda self, *a: seen.append(self.precision) or logits(self, *a))
+    attacked = evaluate(amp, shapes, ATTACK, method="CLIP")
+    assert seen == ["fp32"] and attacked.precision == "amp_bf16"
+    assert abs(attacked.correct - evaluate(mini, shapes, ATTACK, method="CLIP").correct) <= 2
+
+
+def test_what_auto_means_and_bad_names(mini):
+    automatic = load_clip("mini-clip", "mini", "cpu", "auto", compiled=None)
+    assert (automatic.precision, automatic.compiled) == ("fp32", False)
+    with pytest.raises(ValueError, match="precision 'fp64' is unknown; choose one of auto, fp32, amp_bf16, fp16, bf16"):
+        load_clip("mini-clip", "mini", "cpu", "fp64")
