@@ -1,21 +1,23 @@
 """What a step costs and how fast it is: ``python benchmarks/run.py``, or with the names of some measurements.
 
-Writes ``benchmarks.json`` into --output and prints a table. ViT-B/32 at 224 with random weights: nothing is downloaded,
-and neither operations nor time depend on what the weights are.
+Each measurement runs in a process of its own, one after the other. Writes ``benchmarks.json`` into --output and prints a
+table. ViT-B/32 at 224 with random weights: nothing is downloaded, and neither operations nor time depend on the weights.
 """
 
 import argparse
-import json
+import multiprocessing
 import platform
 import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import tgazsr_utils  # first: makes torchvision importable beside a CPU build of PyTorch
@@ -28,9 +30,6 @@ from tgazsr_utils.objectives import Step, find_objective
 from tgazsr_utils.settings import FinetuneSettings
 from tgazsr_utils.training import attack_and_loss, trainable
 
-ARCH = "ViT-B-32-quickgelu"
-PEAK = {"H200": 790e12}  # dense bf16 FLOP/s, as measured; for the utilisation
-BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12}  # bytes/s, by data sheet
 TGA = find_objective("TGA-ZSR")
 SETTINGS = TGA.with_preset(
     FinetuneSettings(
@@ -41,35 +40,43 @@ SETTINGS = TGA.with_preset(
 
 
 class Setup:
-    """A model, a frozen copy, and a random batch; ``classes`` prompts."""
+    """A model, a frozen copy, and a random batch; ``classes`` prompts. In the precision that the workbook takes by itself."""
 
-    def __init__(self, device: torch.device, batch: int, classes: int):
+    def __init__(self, arch: str, device: torch.device, batch: int, classes: int, compiled: bool | None = None):
         torch.manual_seed(0)
-        self.original = load_clip(ARCH, None, str(device))
+        self.original = load_clip(arch, None, str(device), "auto", compiled=compiled)
         self.clip = self.original.frozen_copy()
         trainable(self.clip.visual, 0)
-        self.images = torch.rand(batch, 3, 224, 224, device=device)
+        self.images = torch.rand(batch, 3, *self.clip.image_size, device=device)
         self.labels = torch.arange(batch, device=device) % classes
         self.prompts = tuple(f"This is a photo of a thing number {i}" for i in range(classes))
-        self.original.encode_text(self.prompts)  # once a run, before any step
+        with torch.no_grad():
+            before = Step(self.clip, self.original, self.images, self.labels, self.prompts)
+            self.maps = text_guided_attention(before.original_tokens, before.true_text)  # encodes the prompts, once a run
 
-    def ours(self, cache: Callable | None = None) -> torch.Tensor:
+    def ours(self, cache: Callable | None = None) -> Tensor:
         step = Step(self.clip, self.original, self.images, self.labels, self.prompts, cache=cache)
         loss, _ = attack_and_loss(step, TGA, SETTINGS, 0)
         self.clip.zero_grad(set_to_none=True)
         loss.backward()
         return loss.detach()
 
-    def released(self) -> torch.Tensor:
+    def ours_after_the_first_epoch(self) -> Tensor:
+        """With the original model's maps kept."""
+        return self.ours(lambda *_: self.maps)
+
+    def released(self) -> Tensor:
         clip, original = (self.original.frozen_copy() for _ in range(2))
+        clip.compiled = original.compiled = False
         for model in (clip, original):
             model.model.requires_grad_(True)
         tokens = clip.tokenizer(list(self.prompts)).to(clip.device)
-        return released_step(clip, original, self.images, self.labels, tokens, SETTINGS).detach()
+        with torch.autocast(clip.device.type, torch.bfloat16, enabled=clip.precision == "amp_bf16"):
+            return released_step(clip, original, self.images, self.labels, tokens, SETTINGS).detach()
 
 
-def seconds(function: Callable[[], torch.Tensor], repeats: int) -> float:
-    """Median wall time of a call, the first one not counted."""
+def seconds(function: Callable[[], Tensor], repeats: int) -> float:
+    """Median wall time of a call, the first one, which may compile, not counted."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -78,65 +85,85 @@ def seconds(function: Callable[[], torch.Tensor], repeats: int) -> float:
     return sorted(times[1:])[repeats // 2]
 
 
-def operations(device: torch.device) -> dict[str, Any]:
-    """Floating-point operations of a step in forwards of its images; the prompts' share is that of 200 at batch 128."""
-    batch, classes = 16, 25
-    setup = Setup(device, batch, classes)
-
-    def count(function: Callable[[], Any]) -> int:
+def count(function: Callable[[], Any]) -> int:
+    """Floating-point operations of a call, of models that are not compiled."""
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operator that the counter does not know
+    try:
         with FlopCounterMode(display=False) as counter:
             function()
         return counter.get_total_flops()
-
-    torch.backends.mha.set_fastpath_enabled(False)  # one fused operator that the counter does not know
-    try:
-        with torch.no_grad():
-            forward = count(lambda: setup.clip.encode_image(setup.images))
-        kept = Step(setup.clip, setup.original, setup.images, setup.labels, setup.prompts)
-        with torch.no_grad():
-            maps = text_guided_attention(kept.original_tokens, kept.true_text)
-        ours, cached, released = count(setup.ours), count(lambda: setup.ours(lambda *_: maps)), count(setup.released)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+def product_rate(device: torch.device) -> float:
+    """FLOP/s of a large matrix product, in bfloat16 on CUDA and float32 elsewhere: what this machine can do at most."""
+    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 10 * 2 * side**3 / seconds(lambda: [a @ b for _ in range(10)][-1][0], 5)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s read and written by a copy of a GiB in the device's memory."""
+    source = torch.empty(2**28, device=device)
+    target = torch.empty_like(source)
+    return 10 * 2 * 2**30 / seconds(lambda: [target.copy_(source) for _ in range(10)][-1][:1], 5)
+
+
+def operations(arch: str, device: torch.device) -> dict[str, Any]:
+    """Floating-point operations of a step in forwards of its images; the prompts' share is that of 200 at batch 128."""
+    batch, classes = 16, 25
+    setup = Setup(arch, device, batch, classes, compiled=False)
+    with torch.no_grad():
+        forward = count(lambda: setup.clip.encode_image(setup.images))
+    ours, cached, released = (count(f) for f in (setup.ours, setup.ours_after_the_first_epoch, setup.released))
     found = {"forward_gflop_an_image": forward / batch / 1e9, "ours_forwards": ours / forward}
     found |= {"ours_forwards_after_the_first_epoch": cached / forward, "released_forwards": released / forward}
     return found | {"ratio": released / ours, "batch": batch, "classes": classes}
 
 
-def step(device: torch.device) -> dict[str, Any]:
-    """Wall time of a step, ours and as released, one after the other on the same device; fp32."""
+def step(arch: str, device: torch.device) -> dict[str, Any]:
+    """Wall time of a training step (attack, loss, backward) after the first epoch, and the share of the machine's rate."""
     batch = 128 if device.type == "cuda" else 8
-    repeats = 10 if device.type == "cuda" else 3
-    setup = Setup(device, batch, 200)
-    ours, released = seconds(setup.ours, repeats), seconds(setup.released, repeats)
-    found = {"batch": batch, "classes": 200, "ours_seconds": ours, "released_seconds": released, "speed_up": released / ours}
-    peak = next((v for k, v in PEAK.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), None)
-    if peak:
-        found["flops_utilisation"] = 11 * 8.8e9 * batch / ours / peak  # forwards a step, see operations
-    return found
+    setup = Setup(arch, device, batch, 200)
+    cached = setup.ours_after_the_first_epoch
+    found = {"batch": batch, "classes": 200, "precision": setup.clip.precision, "compiled": setup.clip.compiled}
+    found["seconds"] = seconds(cached, 20 if device.type == "cuda" else 3)
+    setup.clip.compiled = setup.original.compiled = False
+    found["teraflop"], rate = count(cached) / 1e12, product_rate(device)
+    return found | {"teraflop_s_of_a_matrix_product": rate / 1e12, "utilisation": 1e12 * found["teraflop"] / found["seconds"] / rate}
 
 
-def attack(device: torch.device) -> dict[str, Any]:
+def released(arch: str, device: torch.device) -> dict[str, Any]:
+    """Wall time of the same step as released, in the same precision; see released.py."""
+    batch = 128 if device.type == "cuda" else 8
+    setup = Setup(arch, device, batch, 200)
+    found = {"batch": batch, "classes": 200, "precision": setup.clip.precision}
+    return found | {"seconds": seconds(setup.released, 5 if device.type == "cuda" else 1)}
+
+
+def attack(arch: str, device: torch.device) -> dict[str, Any]:
     """Images a second that PGD with ten steps attacks."""
-    batch = 128 if device.type == "cuda" else 8
-    setup = Setup(device, batch, 200)
+    batch = 512 if device.type == "cuda" else 8
+    setup = Setup(arch, device, batch, 200)
     text = setup.original.encode_text(setup.prompts)
     run = lambda: pgd(setup.original, setup.images, setup.labels, text, 1 / 255, 1 / 255, 10)
-    return {"batch": batch, "steps": 10, "images_a_second": batch / seconds(run, 3)}
+    found = {"batch": batch, "steps": 10, "precision": setup.clip.precision, "compiled": setup.clip.compiled}
+    return found | {"images_a_second": batch / seconds(run, 3)}
 
 
-def kernel(device: torch.device) -> dict[str, Any]:
-    """The attention operator's forward and backward, as a share of the device's memory bandwidth; CUDA only."""
+def kernel(arch: str, device: torch.device) -> dict[str, Any]:
+    """The attention operator's forward and backward, as a share of the device's copying rate; CUDA only."""
     if device.type != "cuda":
         return {"not_measured": "the kernel needs a CUDA device"}
-    batch, patches, width = 1024, 49, 512
+    batch, patches, width = 4096, 49, 512
     shapes = (batch, width), (batch, patches, width), (batch, width)
     pooled, tokens, text = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
     tokens.requires_grad_(True)
     pooled.requires_grad_(True)
 
-    def both(attend: Callable) -> Callable[[], torch.Tensor]:
-        def run() -> torch.Tensor:
+    def both(attend: Callable) -> Callable[[], Tensor]:
+        def run() -> Tensor:
             for _ in range(100):
                 maps = attend(pooled, tokens, text)
                 gradients = torch.autograd.grad(maps.square().sum(), (pooled, tokens))
@@ -145,44 +172,57 @@ def kernel(device: torch.device) -> dict[str, Any]:
         return run
 
     attend = lambda backend: lambda p, t, x: text_guided_attention(ImageTokens(p, t), x, "reference", backend=backend)
-    traffic = 3 * tokens.numel() * tokens.element_size()  # read forwards, read backwards, gradient written
-    bandwidth = next((v for k, v in BANDWIDTH.items() if k in torch.cuda.get_device_name(device)), None)
-    found: dict[str, Any] = {"batch": batch, "patches": patches, "width": width, "dtype": "bfloat16"}
+    traffic, rate = 3 * tokens.numel() * tokens.element_size(), copy_rate(device)  # read forwards and backwards, gradient written
+    found: dict[str, Any] = {"batch": batch, "patches": patches, "width": width, "dtype": "bfloat16", "copy_terabyte_s": rate / 1e12}
     for name, function in (("triton", attend("triton")), ("eager", attend("torch")), ("compiled", torch.compile(attend("torch")))):
         found[f"{name}_microseconds"] = 1e6 * seconds(both(function), 5) / 100
-        if bandwidth:
-            found[f"{name}_share_of_bandwidth"] = traffic / (found[f"{name}_microseconds"] * 1e-6) / bandwidth
+        found[f"{name}_share_of_bandwidth"] = traffic / (found[f"{name}_microseconds"] * 1e-6) / rate
     return found
 
 
-MEASUREMENTS = {f.__name__: f for f in (operations, step, attack, kernel)}
+MEASUREMENTS = {f.__name__: f for f in (operations, step, released, attack, kernel)}
 
 
-def peak_memory(device: torch.device) -> float:
-    """GiB since the start of the process: of the device, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def measured(name: str, arch: str, device: str) -> dict[str, Any]:
+    """One measurement, with the peak memory in GiB of this process: of the device, or resident where that is the CPU."""
+    target = pick_device(device)
+    found = MEASUREMENTS[name](arch, target)
+    if target.type == "cuda":
+        return found | {"peak_memory_gib": torch.cuda.max_memory_allocated(target) / 2**30}
+    return found | {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    names = [line.split(":", 1)[1].strip() for line in _cpu_info() if line.startswith("model name")]
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "code": code_version(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[[], *MEASUREMENTS], help="which measurements (default: all)")
+    parser.add_argument("--arch", default="ViT-B-32-quickgelu", help="an open_clip ViT")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
     options = parser.parse_args()
-    device = pick_device(options.device)
-    machine = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "code": code_version(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    print(f"{ARCH} on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}", flush=True)
-    found: dict[str, Any] = {"machine": machine}
+    found: dict[str, Any] = {"machine": machine(pick_device(options.device)), "arch": options.arch}
+    print(f"{options.arch} on {found['machine']['device']}, torch {torch.__version__}", flush=True)
     for name in options.names or MEASUREMENTS:
-        found[name] = MEASUREMENTS[name](device) | {"peak_memory_gib": peak_memory(device)}
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            found[name] = fresh.submit(measured, name, options.arch, options.device).result()
+        if name == "released" and "step" in found:
+            found["speed_up"] = found["released"]["seconds"] / found["step"]["seconds"]
+            print(f"\nspeed-up of a step: {found['speed_up']:.2f}")
         print(f"\n{name}: {MEASUREMENTS[name].__doc__.splitlines()[0]}")
         print(pd.Series(found[name]).to_string(float_format="{:.3f}".format), flush=True)
         write_json(options.output / "benchmarks.json", found)

@@ -110,7 +110,7 @@ def test_a_sweep_resumes_and_says_what_is_left(sweep, monkeypatch):
     assert measurements == 8 * 2 * 2 + 3 * 2 * (6 + 1) and seconds > 0
     done = {name: sweep.run(name, variants) for name, variants in plan(s).items()}
     assert sweep.seconds_left(variants) == (0, 0, 0)
-    monkeypatch.setattr(ablations, "finetune", lambda *a: finetune(*a, stop=lambda: pytest.fail("trained again")))
+    monkeypatch.setattr(ablations, "finetune", lambda *a, **k: finetune(*a, **k, stop=lambda: pytest.fail("trained again")))
     again = {name: sweep.run(name, variants) for name, variants in plan(s).items()}
     for name in done:
         pd.testing.assert_frame_equal(table(name, done[name]), table(name, again[name]))

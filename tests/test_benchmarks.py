@@ -1,0 +1,59 @@
+"""The benchmarks' command, on the mini-CLIP; their numbers for ViT-B/32 are kept in data/reference/benchmarks."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tgazsr_utils import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import released  # noqa: E402
+import run  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks")
+    command = [sys.executable, "benchmarks/run.py", "--arch", "mini-clip", "--device", "cpu", "--output", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "benchmarks.json").read_text()), done.stdout
+
+
+def test_the_command_measures_and_names_the_machine(found):
+    numbers, printed = found
+    assert set(numbers) == {"machine", "arch", "speed_up", *run.MEASUREMENTS}
+    assert numbers["machine"]["torch"] == torch.__version__ and "threads" in numbers["machine"]["device"]
+    assert all(name in printed for name in run.MEASUREMENTS) and f"speed-up of a step: {numbers['speed_up']:.2f}" in printed
+    assert numbers["speed_up"] == numbers["released"]["seconds"] / numbers["step"]["seconds"] > 1
+    assert 0 < numbers["step"]["utilisation"] < 1 and numbers["attack"]["images_a_second"] > 0
+    assert all(0.1 < numbers[name]["peak_memory_gib"] < 20 for name in run.MEASUREMENTS)
+    assert "not_measured" in numbers["kernel"]
+
+
+def test_operations_are_those_that_the_step_needs():
+    """In forwards of the batch: two attack steps 2 x 2, attacked and clean images 2 x 3, the original 1, and little besides."""
+    numbers = run.operations("mini-clip", torch.device("cpu"))
+    assert 10.7 < numbers["ours_forwards"] < 11 and 9.7 < numbers["ours_forwards_after_the_first_epoch"] < 10
+    assert numbers["released_forwards"] > 17.5  # 18 without its prompts
+
+
+def test_the_released_step_has_the_same_loss(mini, shapes):
+    """Its attack starts elsewhere and it divides no weights' work, but with no step to take the loss is the same number."""
+    settings = run.SETTINGS.model_copy(update={"train_numsteps": 0, "train_eps": 0.0})
+    images, labels = shapes.images[:6] / 255, shapes.labels[:6]
+    tuned = mini.frozen_copy()
+    with torch.no_grad():
+        tuned.visual.proj.mul_(1.1).add_(0.01)
+    tuned.model.requires_grad_(True)
+    tokens = mini.tokenizer(list(shapes.prompts))
+    theirs = released.released_step(tuned, mini.frozen_copy(), images, labels, tokens, settings).item()
+    step = run.Step(tuned, mini, images, labels, shapes.prompts)
+    ours, _ = run.attack_and_loss(step, run.TGA, settings, 0)
+    assert ours.item() == pytest.approx(theirs, rel=1e-4)
+    tuned.model.requires_grad_(False)
