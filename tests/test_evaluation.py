@@ -133,7 +133,10 @@ def test_one_seed_has_intervals_over_images(records):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"world": "photographs"}, {"eps_255": 8.0}, {"attack": "pgd-100"}, {"protocol": "worst"}, {"dataset": "letters"}],
+    [
+        {"world": "photographs"}, {"eps_255": 8.0}, {"attack": "pgd-100"}, {"protocol": "worst"}, {"precision": "amp_bf16"},
+        {"dataset": "letters"},
+    ],  # fmt: skip
 )
 def test_the_leaderboard_refuses_mixtures(records, changes):
     other = [change(r, method="Other", **(changes if r.attack != "none" else {})) for r in records]

@@ -1,6 +1,7 @@
 """The repository keeps its promises: requirements in step, notebooks as agreed, the README's files there."""
 
 import ast
+import json
 import re
 
 import nbformat
@@ -108,6 +109,19 @@ def test_the_readmes_photo_table_is_that_of_the_kept_tables():
             for method in ("CLIP", "TeCoA", "TGA-ZSR")
         ]
         assert f"| {key} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_step_is_that_of_the_kept_benchmark():
+    found = json.loads((ROOT / "data" / "reference" / "benchmarks" / "cpu.json").read_text())
+    operations, step, released = found["operations"], found["step"], found["released"]
+    ours = f"| {operations['ours_forwards']:.1f} | {operations['ours_forwards_after_the_first_epoch']:.1f} | {step['seconds']:.1f}"
+    theirs = 2 * f"| {operations['released_forwards']:.1f} " + f"| {released['seconds']:.1f} | "
+    assert {
+        f"| released {theirs}| {released['peak_memory_gib']:.1f} GiB |",
+        f"| this workbook {ours} | {100 * step['utilisation']:.0f} % | {step['peak_memory_gib']:.1f} GiB |",
+    } <= readme_rows()
+    text = (ROOT / "README.md").read_text()
+    assert f"That is {found['speed_up']:.0f} times faster" in text and f"attacks {found['attack']['images_a_second']:.2f} images" in text
 
 
 def test_no_path_of_a_machine_and_no_output_is_committed():

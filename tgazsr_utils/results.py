@@ -20,7 +20,7 @@ from .progress import progress
 from .settings import AttackSettings, Protocol
 
 PUBLISHED_SETS = 16
-_COLUMNS = {"method", "world", "dataset", "attack", "eps_255", "protocol", "seed", "n", "available", "left_out", "correct"}
+_COLUMNS = {"method", "world", "dataset", "attack", "eps_255", "protocol", "precision", "seed", "n", "available", "left_out", "correct"}
 
 
 class RecordStore:
@@ -177,7 +177,7 @@ def _images_used(part: pd.DataFrame) -> str:
 
 def _refuse_mixture(frame: pd.DataFrame) -> None:
     attacked = frame[frame.kind == "robust"]
-    for part, column in ((frame, "world"), (attacked, "attack"), (attacked, "eps_255"), (attacked, "protocol")):
+    for part, column in ((frame, "world"), (attacked, "attack"), (attacked, "eps_255"), (attacked, "protocol"), (attacked, "precision")):
         if part[column].nunique() > 1:
             values = ", ".join(map(str, sorted(part[column].unique())))
             raise ValueError(f"records differ in {column} ({values}); one table holds one {column}")
