@@ -26,8 +26,8 @@ class FrozenCache:
     digest of its values, so a damaged one is made anew.
     """
 
-    def __init__(self, original: Clip, data: ImageSet, run: Path):
-        self.original, self.data, self.run = original, data, run
+    def __init__(self, original: Clip, data: ImageSet, run: Path, quiet: bool = False):
+        self.original, self.data, self.run, self.quiet = original, data, run, quiet
         self._kept: dict[str, Tensor] = {}
 
     def remove(self) -> None:
@@ -69,7 +69,7 @@ class FrozenCache:
     def _make(self, name: str, compute: Callable[[Step], Tensor]) -> Tensor:
         """Values ``[N, ...]`` of all images, fp32 on the CPU."""
         values = None
-        hidden = distributed.rank() > 0
+        hidden = self.quiet or distributed.rank() > 0
         with progress(total=len(self.data), desc=f"original model, {name}", unit="image", disable=hidden) as bar:
             for batch in self.data.batches(BATCH, self.original.device):
                 step = Step(self.original, self.original, batch.images, batch.labels, self.data.prompts)

@@ -2,7 +2,7 @@
 
 import textwrap
 from itertools import cycle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -323,8 +323,11 @@ def ablation(table: pd.DataFrame, seeds: pd.DataFrame, title: str, kinds: Sequen
     return figure
 
 
-def alpha_beta(table: pd.DataFrame, title: str) -> Figure:
-    """Robust, clean and average accuracy over Alpha and Beta; only measured points are filled. ``table``: ablations.table."""
+def alpha_beta(table: pd.DataFrame, title: str, mark: Mapping[str, float] | None = None) -> Figure:
+    """Robust, clean and average accuracy over Alpha and Beta; only measured points are filled. ``table``: ablations.table.
+
+    ``mark``: where "Alpha" and "Beta" are to be marked by a ring, counted in steps of the measured grid.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     for axis, kind in zip(axes, ("robust", "clean", "average")):
         grid = table.reset_index().pivot_table(index="Alpha", columns="Beta", values=kind).sort_index(ascending=False)
@@ -332,8 +335,34 @@ def alpha_beta(table: pd.DataFrame, title: str) -> Figure:
         plt.setp(axis.get_yticklabels(), rotation=0)
         axis.set(title=f"{kind} accuracy (%)", xlabel="Beta (weight of L_AMC)", ylabel="Alpha (weight of L_AR)", facecolor="0.92")
         axis.grid(False)
+        if mark:
+            axis.plot(mark["Beta"] + 0.5, len(grid) - 0.5 - mark["Alpha"], marker="o", mfc="none", mec="crimson", ms=40, mew=2.5)
     figure.suptitle(_wrapped(title, figure))
     return figure
+
+
+def loss_mixture(table: pd.DataFrame, cosines: Mapping[str, float]) -> Figure:
+    """Weighted terms of a loss and their gradients' norms, and the cosines between gradients. ``table``: explorer.mix."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained", width_ratios=[1, 1, 1.1])
+    terms = table.drop("sum")
+    for axis, column, label in zip(axes, ("weighted", "gradient"), ("weighted term", "norm of its gradient, weighted")):
+        bars = axis.barh(terms.index, terms[column], color=sns.color_palette()[:3])
+        axis.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
+        axis.set(xlabel=label, title=f"sum: {table.loc['sum', column]:.3f}")
+        axis.margins(x=0.2)
+    between = [f"{pair}: {_or_dash(value)}" for pair, value in cosines.items()]
+    with_sum = [f"{name}, sum: {_or_dash(value)}" for name, value in terms.cosine.items()]
+    weights = ", ".join(f"{name} {value:g}" for name, value in terms.weight.items())
+    axes[2].axis("off")
+    axes[2].text(0, 0.95, "\n".join([f"Weights: {weights}", "", "Cosines between gradients", *between, *with_sum]), va="top", linespacing=1.5)
+    for axis in axes[:2]:
+        axis.invert_yaxis()
+        axis.grid(False, axis="y")
+    return figure
+
+
+def _or_dash(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:+.2f}"
 
 
 def budgets(table: pd.DataFrame, title: str) -> Figure:

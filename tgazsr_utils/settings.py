@@ -292,12 +292,22 @@ class AblationNotebook(EvaluateNotebook):
         return names
 
 
+class ExplorerNotebook(ModelSettings, FinetuneSettings, AttackSettings):
+    """05_alpha_beta_explorer"""
+
+    dataset: str
+    tuned: str  # model to start with: "mini-tga-zsr", a file, or "latest:METHOD" in the output folder
+    train_images: Count | None  # for fine-tuning at the sliders' place
+    test_images: Count  # to choose from
+
+
 NOTEBOOKS: dict[str, type[WorkbookSettings]] = {
     "00_pretrain_mini_clip": PretrainNotebook,
     "01_attention_shift": AttentionShiftNotebook,
     "02_train_tga_zsr": TrainNotebook,
     "03_ablations": AblationNotebook,
     "04_evaluate_16_datasets": EvaluateNotebook,
+    "05_alpha_beta_explorer": ExplorerNotebook,
 }
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

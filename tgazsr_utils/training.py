@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,7 @@ def finetune(
     folder: Path,
     stop: Callable[[], bool] = lambda: False,
     processes: int = 1,
+    watch: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> TrainResult:
     """Tunes a copy of ``clip``'s image encoder on ``data`` and writes its weights to ``folder``.
 
@@ -67,7 +68,8 @@ def finetune(
     SGD step. A checkpoint is written each epoch and on Ctrl-C, or when ``stop()`` is true after a step (both raise
     KeyboardInterrupt); the same call then goes on from there, and a finished run is only loaded. ``clip`` itself is
     not changed. ``processes`` of this machine share each batch (``distributed.launch``); so do the processes that call
-    this together, as torchrun starts them: the outcome is that of one process but for rounding. Raises ValueError for an unknown objective, FloatingPointError for a loss that is not finite.
+    this together, as torchrun starts them: the outcome is that of one process but for rounding. ``watch`` is called after each
+    step, instead of a bar, with the number of steps done and in all and what the history keeps of the step. Raises ValueError for an unknown objective, FloatingPointError for a loss that is not finite.
     """
     if isinstance(objective, str):
         objective = find_objective(objective)
@@ -85,7 +87,7 @@ def finetune(
 
     data = data.resident(clip.device)
     original, tuned = clip.frozen_copy(), clip.frozen_copy()
-    cache = FrozenCache(original, data, folder / "unfinished" / weights.stem)
+    cache = FrozenCache(original, data, folder / "unfinished" / weights.stem, quiet=watch is not None)
     parameters = trainable(tuned.visual, settings.last_num_ft)
     optimizer = torch.optim.SGD(
         parameters, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay
@@ -95,7 +97,8 @@ def finetune(
     per_epoch = math.ceil(len(data) / settings.batch_size)
     total = per_epoch * settings.epochs
     main = distributed.rank() == 0
-    bar = progress(total=total, initial=state["step"], desc=f"{objective.name} seed {settings.seed}", disable=not main)
+    hidden = watch is not None or not main
+    bar = progress(total=total, initial=state["step"], desc=f"{objective.name} seed {settings.seed}", disable=hidden)
     with deferred_interrupt() as interrupted, bar:
         for step, chunk in batches(data, settings, state["step"], clip.device):
             started = time.perf_counter()
@@ -112,6 +115,8 @@ def finetune(
             state["step"] = step + 1
             bar.set_postfix({name: f"{v:.3f}" for name, v in values.items() if name != "robust_batch_accuracy"}, refresh=False)
             bar.update()
+            if watch is not None:
+                watch(state["step"], total, row)
             wanted = bool(distributed.largest(torch.tensor(stop() or interrupted(), dtype=torch.int, device=clip.device)))
             if main and (wanted or state["step"] % per_epoch == 0):
                 save_checkpoint(checkpoint, state, tuned.visual, optimizer)
