@@ -65,14 +65,22 @@ class Setup:
         """With the original model's maps kept."""
         return self.ours(lambda *_: self.maps)
 
-    def released(self) -> Tensor:
+    def as_released(self) -> Callable[[], Tensor]:
+        """The released step of the same batch, in the same precision."""
         clip, original = (self.original.frozen_copy() for _ in range(2))
         clip.compiled = original.compiled = False
         for model in (clip, original):
             model.model.requires_grad_(True)
         tokens = clip.tokenizer(list(self.prompts)).to(clip.device)
-        with torch.autocast(clip.device.type, torch.bfloat16, enabled=clip.precision == "amp_bf16"):
-            return released_step(clip, original, self.images, self.labels, tokens, SETTINGS).detach()
+
+        def step() -> Tensor:
+            with torch.autocast(clip.device.type, torch.bfloat16, enabled=clip.precision == "amp_bf16"):
+                loss = released_step(clip, original, self.images, self.labels, tokens, SETTINGS)
+            for model in (clip, original):
+                model.zero_grad(set_to_none=True)
+            return loss.detach()
+
+        return step
 
 
 def seconds(function: Callable[[], Tensor], repeats: int) -> float:
@@ -116,7 +124,7 @@ def operations(arch: str, device: torch.device) -> dict[str, Any]:
     setup = Setup(arch, device, batch, classes, compiled=False)
     with torch.no_grad():
         forward = count(lambda: setup.clip.encode_image(setup.images))
-    ours, cached, released = (count(f) for f in (setup.ours, setup.ours_after_the_first_epoch, setup.released))
+    ours, cached, released = (count(f) for f in (setup.ours, setup.ours_after_the_first_epoch, setup.as_released()))
     found = {"forward_gflop_an_image": forward / batch / 1e9, "ours_forwards": ours / forward}
     found |= {"ours_forwards_after_the_first_epoch": cached / forward, "released_forwards": released / forward}
     return found | {"ratio": released / ours, "batch": batch, "classes": classes}
@@ -129,6 +137,7 @@ def step(arch: str, device: torch.device) -> dict[str, Any]:
     cached = setup.ours_after_the_first_epoch
     found = {"batch": batch, "classes": 200, "precision": setup.clip.precision, "compiled": setup.clip.compiled}
     found["seconds"] = seconds(cached, 20 if device.type == "cuda" else 3)
+    found["peak_memory_gib"] = peak_memory(device)
     setup.clip.compiled = setup.original.compiled = False
     found["teraflop"], rate = count(cached) / 1e12, product_rate(device)
     return found | {"teraflop_s_of_a_matrix_product": rate / 1e12, "utilisation": 1e12 * found["teraflop"] / found["seconds"] / rate}
@@ -139,7 +148,7 @@ def released(arch: str, device: torch.device) -> dict[str, Any]:
     batch = 128 if device.type == "cuda" else 8
     setup = Setup(arch, device, batch, 200)
     found = {"batch": batch, "classes": 200, "precision": setup.clip.precision}
-    return found | {"seconds": seconds(setup.released, 5 if device.type == "cuda" else 1)}
+    return found | {"seconds": seconds(setup.as_released(), 5 if device.type == "cuda" else 1)}
 
 
 def attack(arch: str, device: torch.device) -> dict[str, Any]:
@@ -183,13 +192,18 @@ def kernel(arch: str, device: torch.device) -> dict[str, Any]:
 MEASUREMENTS = {f.__name__: f for f in (operations, step, released, attack, kernel)}
 
 
+def peak_memory(device: torch.device) -> float:
+    """GiB so far: of the device, or resident where that is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def measured(name: str, arch: str, device: str) -> dict[str, Any]:
-    """One measurement, with the peak memory in GiB of this process: of the device, or resident where that is the CPU."""
+    """One measurement, with the peak memory of this process."""
     target = pick_device(device)
     found = MEASUREMENTS[name](arch, target)
-    if target.type == "cuda":
-        return found | {"peak_memory_gib": torch.cuda.max_memory_allocated(target) / 2**30}
-    return found | {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return {"peak_memory_gib": peak_memory(target)} | found
 
 
 def machine(device: torch.device) -> dict[str, Any]:

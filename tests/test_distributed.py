@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from tgazsr_utils import ROOT
+from tgazsr_utils import ROOT, distributed, evaluation
 from tgazsr_utils.datasets import load_dataset
 from tgazsr_utils.models import load_clip
 from tgazsr_utils.objectives import Objective, Term
@@ -33,7 +34,13 @@ def centred_squares(step, settings):
     return [Term("spread", 1e-3, (pooled - pooled.mean(0)).square().sum())]
 
 
-@pytest.mark.parametrize("method", ["TGA-ZSR", "FT-Adv.", "PMG-AFT", "FARE", "Vision-based-grad", Objective("Mine", centred_squares)])
+def towards_the_original(step):
+    """A training attack that asks for tokens itself."""
+    target = step.original_tokens.pooled + step.clean_tokens.pooled.detach()
+    return lambda tokens: -(tokens.pooled - target).square().sum()
+
+
+@pytest.mark.parametrize("method", ["TGA-ZSR", "FT-Adv.", "PMG-AFT", "FARE", "Vision-based-grad", Objective("Mine", centred_squares, towards_the_original)])
 def test_two_processes_train_as_one_does(mini, train_set, tmp_path, method):
     settings = SETTINGS.model_copy(update={"lr": 1e-5}) if method == "PMG-AFT" else SETTINGS
     one, two = (finetune(mini, train_set, method, settings, tmp_path / str(n), processes=n) for n in (1, 2))
@@ -56,6 +63,34 @@ def test_two_processes_measure_what_one_does(mini, tmp_path, protocol):
     assert [(r.key, r.hits, r.n) for r in one] == [(r.key, r.hits, r.n) for r in two]
     assert {r.attack for r in two} == {"none", "pgd-3"} and two[1].correct < two[0].correct
     assert not list((tmp_path / "2" / "unfinished").glob("*"))
+
+
+def test_two_processes_measure_autoattack_as_one_does_whatever_fits(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "TOGETHER", 8)
+    data, attack = load_dataset("shapes", "test", n=20), AttackSettings(attack="autoattack", test_eps=1.5, test_stepsize=0, test_numsteps=5)
+    found = []
+    for count, fits in ((1, 64), (1, 4), (2, 64)):
+        monkeypatch.setattr(evaluation, "batch_that_fits", lambda clip: fits)
+        store = RecordStore(tmp_path / f"{count} {fits}")
+        found.append(evaluate_all(mini, [data], attack, method="CLIP", store=store, processes=count)[1].hits)
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_process_that_is_late_finds_what_the_first_has_kept_and_loses_nothing(mini, tmp_path, monkeypatch):
+    data, kept = load_dataset("letters", "test", n=40), evaluation._kept
+    attack = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=2)
+    monkeypatch.setattr(evaluation, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(evaluation, "batch_that_fits", lambda clip: 4)
+    monkeypatch.setattr(evaluation, "_kept", lambda *a: (time.sleep(2.0 * distributed.rank()), kept(*a))[1])
+    one, two = (
+        evaluate_all(mini, [data], attack, method="CLIP", store=RecordStore(tmp_path / str(n)), processes=n)[1] for n in (1, 2)
+    )
+    assert (two.n, two.left_out, two.hits) == (one.n, 0, one.hits)
+
+
+def test_random_weights_are_the_same_in_every_process():
+    assert load_clip("mini-clip", None, "cpu").fingerprint() == load_clip("mini-clip", None, "cpu").fingerprint()
+    assert load_clip("mini-clip", None, "cpu", seed=1).fingerprint() != load_clip("mini-clip", None, "cpu").fingerprint()
 
 
 def test_what_goes_wrong_in_one_of_them_is_said(mini, train_set, tmp_path):
@@ -85,12 +120,14 @@ NOTEBOOK = SETTINGS.model_dump() | {
 def test_torchrun_fills_the_folder_that_a_notebook_then_only_reads(tmp_path):
     asked = ["smoke", "04", "-p", "output", str(tmp_path), "-p", "testdata", "[shapes, letters]", "-p", "methods", "[TGA-ZSR]"]
     own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = lambda *start: subprocess.run(
-        [sys.executable, "-m", *start, "tgazsr_utils.runner", *asked], cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=240
+    run = lambda *start, given=(): subprocess.run(
+        [sys.executable, "-m", *start, "tgazsr_utils.runner", *asked, *given], cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=240
     )
     together = run("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     assert together.returncode == 0, together.stderr
     assert together.stdout.count("TGA-ZSR seed 0: 4/4") == 1  # from one of them
+    refused = run("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", given=["-p", "processes", "2"])
+    assert refused.returncode != 0 and "under torchrun each process takes its own device" in refused.stderr
     made = {path: path.stat().st_mtime_ns for kind in ("records", "models") for path in (tmp_path / kind).rglob("*.*")}
     assert sum(path.suffix == ".json" for path in made) == 2 * 2 * 2
     leaderboard = (tmp_path / "tables" / "leaderboard.csv").read_bytes()

@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 from tgazsr_utils import models
 from tgazsr_utils.attacks import pgd
+from tgazsr_utils.attention import grad_cam
 from tgazsr_utils.datasets import load_dataset
 from tgazsr_utils.evaluation import evaluate
 from tgazsr_utils.models import Clip, load_clip
@@ -57,7 +58,7 @@ def test_a_compiled_model_trains_alike(mini, compiled, graphs, train_set, tmp_pa
 def test_a_compiled_model_gives_the_same_record(mini, compiled, graphs, protocol, changes):
     attack, data = AttackSettings(**ATTACK.model_dump() | changes), load_dataset("letters", "test", n=30)
     plain, fast = (evaluate(clip, data, attack, protocol, method="CLIP") for clip in (mini, compiled))
-    assert (fast.key, fast.hits) == (plain.key, plain.hits)
+    assert fast.hits == plain.hits and fast.key != plain.key
 
 
 def test_one_graph_serves_all_models_sizes_and_step_lengths(compiled, graphs, shapes):
@@ -92,11 +93,16 @@ def test_autocast_is_inside_the_encoder_and_accuracy_is_read_without_it(mini, sh
     assert torch.equal(amp.in_full_precision().encode_image(pixels).pooled, exact.pooled) and amp.precision == "amp_bf16"
     clean, plain = (evaluate(clip, shapes, None, method="CLIP") for clip in (amp, mini))
     assert clean.hits == plain.hits and clean.key != plain.key
+    labels, text = shapes.labels[:4], amp.encode_text(shapes.prompts)
+    assert grad_cam(amp, pixels[:4], text, labels).dtype == torch.float32
     seen = []
     logits = Clip.logits
     monkeypatch.setattr(Clip, "logits", lambda self, *a: seen.append(self.precision) or logits(self, *a))
     attacked = evaluate(amp, shapes, ATTACK, method="CLIP")
     assert seen == ["fp32"] and attacked.precision == "amp_bf16"
+    seen.clear()
+    worst = evaluate(amp, shapes, ATTACK, "worst", method="CLIP")  # which image is fooled is told in full precision
+    assert set(seen) == {"fp32"} and worst.hits == evaluate(mini, shapes, ATTACK, "worst", method="CLIP").hits
     assert abs(attacked.correct - evaluate(mini, shapes, ATTACK, method="CLIP").correct) <= 2
 
 

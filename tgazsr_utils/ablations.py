@@ -232,7 +232,11 @@ class Sweep:
         return self._loaded[path]
 
     def seconds_left(self, variants: Sequence[Variant]) -> tuple[int, int, float]:
-        """(models to train, measurements to make, about how many seconds that takes in one process here)."""
+        """(models to train, measurements to make, about how many seconds that takes).
+
+        The last is NaN where several processes will do it on devices that this one does not have.
+        """
+        here = self.original.device.type == self.original.target
         models: dict[Path, float] = {}  # seconds, as in the other two
         measured: dict[tuple, float] = {}
         speed: dict[tuple, float] = {}
@@ -245,14 +249,16 @@ class Sweep:
                     clip = self._tuned(v, seed) if source.exists() else None
                     if clip is None and source not in models:
                         kind = (v.method, v.training.batch_size, v.training.train_numsteps, v.training.last_num_ft)
-                        if kind not in speed:
+                        if not here:
+                            speed[kind] = float("nan")
+                        elif kind not in speed:
                             speed[kind] = seconds_per_step(self.original, self.train, find_objective(v.method), v.training)
                         models[source] = speed[kind] * v.training.epochs * -(-len(self.train) // v.training.batch_size)
                 for data in self.few if v.few_images else self.tests:
                     for attack in (None, v.attack):
                         if clip is None or self.store.get(record_key(clip, data, attack, v.protocol, v.method, seed)) is None:
                             asked = (source, data.fingerprint(), attack and (attack.label, attack.test_eps), protocol_of(attack, v.protocol))
-                            measured[asked] = len(data) * self._seconds_per_image(attack)
+                            measured[asked] = len(data) * self._seconds_per_image(attack) if here else float("nan")
         return len(models), len(measured), sum(models.values()) + sum(measured.values())
 
     def _seconds_per_image(self, attack: AttackSettings | None) -> float:

@@ -199,16 +199,19 @@ def _check(images: Tensor, norm: str, **numbers: float) -> None:
 
 def _random_start(images: Tensor, eps: float, norm: Norm, generator: Generators) -> Tensor:
     """Uniform in the eps-ball around each image, cut with [0,1]; drawn where the generators are."""
-    if isinstance(generator, Sequence):
-        return torch.cat([_random_start(image[None], eps, norm, one) for image, one in zip(images, generator)])
-    options = {"generator": generator, "device": None if generator is None else generator.device}
+
+    def draw(kind: Callable[..., Tensor], *shape: int) -> Tensor:
+        if isinstance(generator, Sequence):
+            drawn = torch.stack([kind(shape, generator=one, device=one.device) for one in generator])
+        else:
+            drawn = kind((len(images), *shape), generator=generator, device=None if generator is None else generator.device)
+        return drawn.to(images.device, images.dtype)
+
     if norm == "linf":
-        noise = torch.rand(images.shape, **options).to(images.device, images.dtype)
-        return torch.clamp(images + eps * (2 * noise - 1), *_ball(images, eps))
-    direction = torch.randn(images.shape, **options)
-    radius = torch.rand(len(images), **options) ** (1 / images.shape[1:].numel())
-    x = images + eps * (radius.view(-1, 1, 1, 1) * _unit(direction)).to(images.device, images.dtype)
-    return _project_l2(x, images, eps)
+        return torch.clamp(images + eps * (2 * draw(torch.rand, *images.shape[1:]) - 1), *_ball(images, eps))
+    direction = _unit(draw(torch.randn, *images.shape[1:]))
+    radius = draw(torch.rand, 1, 1, 1) ** (1 / images.shape[1:].numel())
+    return _project_l2(images + eps * radius * direction, images, eps)
 
 
 def _length(x: Tensor) -> Tensor:

@@ -105,7 +105,8 @@ def grad_cam(clip: Clip, images: Tensor, text: Tensor, labels: Tensor, different
             (slope,) = torch.autograd.grad(true, kept[0], create_graph=differentiable)
     finally:
         handle.remove()
-    activations, slope = kept[0][:, 1:], slope[:, 1:]  # without the class token
+    dtype = clip.visual.proj.dtype  # maps are of the weights' type, whatever autocast computes in
+    activations, slope = kept[0][:, 1:].to(dtype), slope[:, 1:].to(dtype)  # without the class token
     maps = min_max((activations * slope.mean(1, keepdim=True)).sum(2).relu()).unflatten(1, clip.grid)
     return maps if differentiable else maps.detach()
 
@@ -164,15 +165,15 @@ def _isometric(maps: Tensor, size: int) -> Tensor:
     A resized map is U a V' with the bilinear weights U ``[size,h]`` and V ``[size,w]``. With U = QR, Q orthonormal, the
     inner products of R a S' are those of U a V': ``(U'U)`` applied on both sides, without forming it.
     """
-    rows, columns = (_triangle(n, size).to(maps.device, maps.dtype) for n in maps.shape[-2:])
+    rows, columns = (_triangle(n, size, maps.device, maps.dtype) for n in maps.shape[-2:])
     return rows @ maps @ columns.T
 
 
 @functools.lru_cache(maxsize=32)
-def _triangle(n: int, size: int) -> Tensor:
+def _triangle(n: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """R of the QR decomposition of the weights ``[size,n]`` that resize n values linearly (align_corners=False)."""
     weights = F.interpolate(torch.eye(n, dtype=torch.float64)[None], size=size, mode="linear", align_corners=False)[0].T
-    return torch.linalg.qr(weights, mode="r").R
+    return torch.linalg.qr(weights, mode="r").R.to(device, dtype)
 
 
 @torch.no_grad()

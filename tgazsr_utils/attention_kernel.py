@@ -7,6 +7,8 @@ tokens' type. The operator is ``tgazsr::attention``, one node to autograd, autoc
 TRITON_INTERPRET=1 the same kernels run on the CPU.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -128,6 +130,11 @@ def _meta(patches: Tensor, text: Tensor, variant: str) -> dict:
     return {"P": P, "D": D, "T": T, "COSINE": variant == "cosine", "BLOCK_P": block, "BLOCK_D": width, "num_warps": 8}
 
 
+def _on(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of its arguments."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+
+
 @torch.library.custom_op("tgazsr::attention", mutates_args=())
 def attention(pooled: Tensor, patches: Tensor, text: Tensor, variant: str) -> tuple[Tensor, Tensor, Tensor]:
     """Maps ``[B,T,P]`` in [0,1], fp32, of T = 1 or 2 texts; and the scores ``[B,T,P]`` and norms that the backward needs.
@@ -142,7 +149,8 @@ def attention(pooled: Tensor, patches: Tensor, text: Tensor, variant: str) -> tu
     norms = maps.new_zeros(B, P)  # of the tokens, for "cosine" alone
     if B:
         inputs = [x.contiguous() for x in (pooled, patches, text)]
-        _forward[(B,)](*inputs, maps, scores, norms, **_meta(patches, text, variant))
+        with _on(patches):
+            _forward[(B,)](*inputs, maps, scores, norms, **_meta(patches, text, variant))
     return maps, scores, norms
 
 
@@ -161,7 +169,8 @@ def attention_backward(
     outputs = tuple(torch.empty_like(x) for x in inputs[:3])
     if len(patches):
         meta = _meta(patches, text, variant)
-        _backward[(len(patches), triton.cdiv(meta["D"], meta["BLOCK_D"]))](*inputs, *outputs, **meta)
+        with _on(patches):
+            _backward[(len(patches), triton.cdiv(meta["D"], meta["BLOCK_D"]))](*inputs, *outputs, **meta)
     return outputs
 
 

@@ -117,7 +117,7 @@ class ImageSet:
         if isinstance(self.images, Tensor):
             parts = ((rows, self._fitted(rows), None) for rows in chunks)
         else:
-            parts = self._decode([chunk.tolist() for chunk in chunks])
+            parts = self._decode([chunk.tolist() for chunk in chunks], pin=torch.device(device).type == "cuda")
         for number, (rows, images, _) in enumerate(parts, start=skip):
             if len(rows):
                 moved = images.to(device, non_blocking=images.is_pinned()).float() / 255
@@ -150,12 +150,11 @@ class ImageSet:
                 bar.update(len(rows))
         return replace(self, images=images.to(device), to_fit=(self.images.side, self.images.preprocess))
 
-    def _decode(self, chunks: Sequence[list[int]]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """(rows, images, masks) of each chunk, without those that cannot be read."""
-        workers = min(16, os.cpu_count() or 1, len(chunks) // 4)
-        cuda = torch.cuda.is_available()
+    def _decode(self, chunks: Sequence[list[int]], pin: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """(rows, images, masks) of each chunk, without those that cannot be read; ``pin``: for a quick way to a CUDA device."""
+        workers = min(16, os.cpu_count() or 1, len(chunks)) if sum(map(len, chunks)) >= 512 else 0
         # The generator keeps the loader from drawing its workers' seed from the global random state.
-        options = {"num_workers": workers, "pin_memory": cuda, "generator": torch.Generator().manual_seed(0)}
+        options = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator().manual_seed(0)}
         options["worker_init_fn"] = _leave_interrupts_to_the_main_process
         for decoded in DataLoader(self.images, batch_size=None, sampler=chunks, **options):
             if decoded.problems and self.on_bad_image == "stop":

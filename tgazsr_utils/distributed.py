@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -68,12 +69,26 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             gradient.copy_(mean.view_as(gradient))
 
 
-def largest(values: Tensor) -> Tensor:
-    """The largest of each value over processes."""
+def largest(values: Tensor, device: torch.device) -> Tensor:
+    """The largest of each value over processes; ``device`` is where they can talk."""
+    if processes() == 1:
+        return values
+    there = values.to(device, copy=True)
+    dist.all_reduce(there, op=dist.ReduceOp.MAX)
+    return there.to(values.device)
+
+
+def in_any(flag: bool, device: torch.device) -> bool:
+    """Is ``flag`` true in one of the processes?"""
+    return bool(largest(torch.tensor(int(flag)), device))
+
+
+def of_main(compute: Callable[[], Any]) -> Any:
+    """What ``compute`` gives in the main process: what is on the disk, they must all see alike."""
+    box = [compute() if rank() == 0 else None]
     if processes() > 1:
-        values = values.clone()
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def wait() -> None:
@@ -120,7 +135,7 @@ def _work(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
 @contextmanager
 def joined() -> Iterator[torch.device]:
     """Within, this is one of the processes that torchrun or ``launch`` started; yields its device."""
-    state = PartialState()
+    state = PartialState(timeout=timedelta(days=7))  # one may have much more to do than another
     try:
         yield state.device
     finally:

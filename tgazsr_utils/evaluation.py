@@ -28,7 +28,8 @@ from .settings import AttackSettings, Protocol, Settings
 MODULES = ("models", "attacks", "distributed", "evaluation", "datasets", "layouts", "miniworld")  # the source a record depends on
 MOST = {True: 1024, False: 128}  # images attacked at once, on CUDA and elsewhere
 ACTIVATIONS = 32  # numbers that the image encoder keeps for each token, channel and block, when its input is differentiated
-NOT_YET = -2  # in place of a predicted class
+TOGETHER = 64  # images that AutoAttack has at once
+UNREADABLE, NOT_YET = -1, -2  # in place of a predicted class
 SAVE_EVERY = 20.0  # seconds of work that a killed evaluation may lose
 
 
@@ -46,7 +47,10 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
 def batch_that_fits(clip: Clip) -> int:
     """How many images to attack at once: a power of two whose activations should take a third of the free memory, at most MOST."""
     visual, device = clip.visual, clip.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        free = psutil.virtual_memory().available
     tokens = 1 + clip.grid[0] * clip.grid[1]
     one = 4 * ACTIVATIONS * tokens * visual.conv1.out_channels * len(visual.transformer.resblocks)
     return 2 ** int(math.log2(max(1, min(MOST[device.type == "cuda"], free / 3 / one))))
@@ -58,14 +62,16 @@ def attacked_batches(
 ) -> Iterator[tuple[Batch, Tensor]]:  # fmt: skip
     """Batches of clean images and the attacked ones (the same without attack), of all rows or of those of ``chunks``.
 
-    An image's random start depends on the set, ``seed`` and its row alone, not on its batch.
+    An image's random start depends on the set, ``seed`` and its row alone, not on its batch (but for AutoAttack). Attacks that
+    stop at the first image that fools decide that in full precision.
     """
+    attacker = clip if protocol_of(attack, protocol) == "last" else clip.in_full_precision()
     text = clip.encode_text(data.prompts)
     for batch in data.batches(chunks or batch_that_fits(clip), clip.device):
         attacked = batch.images
         if attack is not None:
             starts = generators(clip.device, batch.rows.tolist(), "evaluation", data.key, seed)
-            attacked = attack_as_set(clip, batch.images, batch.labels, text, attack, protocol, starts)
+            attacked = attack_as_set(attacker, batch.images, batch.labels, text, attack, protocol, starts)
         yield batch, attacked
 
 
@@ -81,20 +87,24 @@ def predict(
 ) -> Tensor:
     """Predicted classes ``[N]`` on clean images (``attack=None``) or on those the attack makes against ``clip``.
 
-    -1 where an image could not be read. Read in full precision whatever the attack computes in. ``partial`` names a file
+    UNREADABLE where an image could not be read. Read in full precision whatever the attack computes in. ``partial`` names a file
     that keeps what is done every few seconds; if it is there, this goes on from it, with the same outcome. Where memory
-    runs out the batch is halved. Several processes (``distributed``) share the images.
+    runs out the batch is halved. Several processes (``distributed``) share the images. AutoAttack, whose random draws are for
+    a batch, always has TOGETHER images of the same rows at once.
     """
     reader, text = clip.in_full_precision(), clip.encode_text(data.prompts)
-    predictions = _kept(partial, len(data))
-    own = (predictions == NOT_YET).nonzero().flatten()
-    own = own[distributed.share(len(own))]
+    predictions = distributed.largest(_kept(partial, len(data)), clip.device)
+    left = predictions == NOT_YET
+    together = attack is not None and attack.attack == "autoattack"
+    chunks = [rows for rows in torch.arange(len(data)).split(TOGETHER) if left[rows].any()] if together else left.nonzero()
+    own = chunks[distributed.rank() :: distributed.processes()]
     if bar is not None:
-        bar.update(int((predictions != NOT_YET).sum()))
-    size, saved = batch_that_fits(clip), time.monotonic()
+        bar.update(int((~left).sum()))
+    size, saved = TOGETHER if together else batch_that_fits(clip), time.monotonic()
     while len(own):
         try:
-            for batch, attacked in attacked_batches(clip, data, attack, protocol, seed, own.split(size)):
+            batches = own if together else own.flatten().split(size)
+            for batch, attacked in attacked_batches(clip, data, attack, protocol, seed, batches):
                 predictions[batch.rows] = reader.logits(attacked, text).argmax(1).cpu()
                 if bar is not None:
                     bar.update(len(batch.rows) * distributed.processes())
@@ -103,13 +113,18 @@ def predict(
                     saved = time.monotonic()
             break
         except RuntimeError as error:
-            if size == 1 or not should_reduce_batch_size(error):
+            if together or size == 1 or not should_reduce_batch_size(error):
                 raise
             size //= 2
-            own = own[predictions[own] == NOT_YET]
+            own = own[predictions[own.flatten()] == NOT_YET]
         clear_device_cache()  # outside of the handler, which holds on to what filled the memory
         print(f"memory ran out; going on with {size} images at once", flush=True)
-    return distributed.largest(predictions.to(clip.device)).cpu().clamp(min=-1)
+    for rows in own:
+        predictions[rows] = predictions[rows].clamp(min=UNREADABLE)
+    predictions = distributed.largest(predictions, clip.device)
+    if (predictions == NOT_YET).any():
+        raise RuntimeError(f"{int((predictions == NOT_YET).sum())} images of {data.key} were measured by no process")
+    return predictions
 
 
 def _of_process(partial: Path) -> Path:
@@ -201,7 +216,7 @@ def record_key(
     settings = {} if attack is None else attack.model_dump()
     protocol = protocol_of(attack, protocol)
     return digest(
-        method, clip.fingerprint(), clip.precision, data.fingerprint(), settings, protocol, seed, clip.target, code_version(MODULES)
+        method, clip.fingerprint(), clip.how, data.fingerprint(), settings, protocol, seed, code_version(MODULES)
     )
 
 

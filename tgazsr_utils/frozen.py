@@ -42,7 +42,7 @@ class FrozenCache:
         """Values ``[len(rows), ...]`` on the model's device; ``compute`` gives those of a Step without attacked images."""
         if name not in self._kept:
             values = self._read(self._path(name))
-            if values is None:
+            if distributed.in_any(values is None, self.original.device):
                 values = self._make(name, compute)
                 if distributed.rank() == 0:
                     header = {"digest": digest(values)}

@@ -26,6 +26,8 @@ from . import DATA
 from .files import digest, write_atomic
 from .settings import Precision, resolve
 
+torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution, and fp32 is to mean fp32
+
 MINI_ARCH = "mini-clip"
 SHIPPED = {"mini": DATA / "mini_clip.safetensors", "mini-tga-zsr": DATA / "mini_tga_zsr.safetensors"}
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of weights
@@ -85,6 +87,11 @@ class Clip(nn.Module):
         """``function(self, *arguments)``, compiled if this model is."""
         return (_compile(function) if self.compiled and self.device.type == self.target else function)(self, *arguments)
 
+    @property
+    def how(self) -> tuple[str, str, bool]:
+        """What numbers may depend on besides the weights: type of device, precision, compiled or not."""
+        return self.target, self.precision, self.compiled
+
     def in_full_precision(self) -> "Clip":
         """The same model, sharing its weights, without autocast."""
         clone = copy.copy(self)
@@ -98,7 +105,7 @@ class Clip(nn.Module):
         for chunk in (missing[i : i + 512] for i in range(0, len(missing), 512)):
             embeddings = self.model.encode_text(self.tokenizer(chunk).to(self.device), normalize=True)
             self._prompts.update(zip(chunk, embeddings))
-        return torch.stack([self._prompts[p] for p in prompts]).to(self.device)
+        return torch.stack([self._prompts[p].to(self.device) for p in prompts])
 
     def similarity(self, pooled: Tensor, text: Tensor) -> Tensor:
         """``exp(logit_scale) * cosine``: logits ``[B,C]`` of pooled tokens ``[B,D]`` and text ``[C,D]``."""
@@ -169,13 +176,14 @@ def load_clip(
     image_size: int | None = None,
     compiled: bool | None = False,
     processes: int = 1,
+    seed: int = 0,
 ) -> Clip:
     """A CLIP through open_clip, in eval mode and without gradients for its weights.
 
     ``arch``: any open_clip ViT with a class token, or "mini-clip". ``pretrained``: an open_clip tag ("openai",
     "laion2b_s34b_b79k", ...) or "hf-hub:OWNER/NAME", both downloaded when first used; "local-dir:FOLDER"; a weights
     file; a checkpoint released with TGA-ZSR or TeCoA, which holds an image encoder only (the rest then comes from
-    "openai"); "mini" or "mini-tga-zsr" (shipped, for "mini-clip"); or None for random weights. ``precision``: of the weights,
+    "openai"); "mini" or "mini-tga-zsr" (shipped, for "mini-clip"); or None for random weights (by ``seed``). ``precision``: of the weights,
     "fp32", "fp16" or "bf16"; "amp_bf16": fp32 weights and bfloat16 autocast in the image encoder; "auto": that on
     CUDA, else fp32. ``image_size``: side in pixels, other than the architecture's own; position embeddings are
     interpolated. ``compiled``: through torch.compile; None: on CUDA. ``processes``:
@@ -212,7 +220,9 @@ def load_clip(
                 resize_pos_embed(state, model)
                 model.load_state_dict(state)
             else:
-                model = open_clip.create_model(arch, pretrained=source, **options)
+                with torch.random.fork_rng([target] if target.type == "cuda" else []):
+                    torch.manual_seed(seed)
+                    model = open_clip.create_model(arch, pretrained=source, **options)
         if encoder is not None:
             state = {f"visual.{name.removeprefix('module.')}": value.float() for name, value in encoder.items()}
             resize_pos_embed(state, model)

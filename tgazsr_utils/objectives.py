@@ -42,6 +42,7 @@ class Step:
     adversarial: Tensor | None = None  # images attacked against f: x'; the very same images for a method without attack
     rows: Tensor | None = None  # [B] of the images in the training set
     cache: Callable[[str, "Compute", Tensor], Tensor] | None = None  # keeps what depends on f0 and clean images alone
+    shared: bool = True  # among processes, where there are several
 
     @cached_property
     def text(self) -> Tensor:
@@ -70,19 +71,21 @@ class Step:
         with torch.no_grad():
             return self._encode(self.original, self.adversarial)
 
-    @staticmethod
-    def _encode(clip: Clip, images: Tensor) -> ImageTokens:
+    def _encode(self, clip: Clip, images: Tensor) -> ImageTokens:
+        if not self.shared:
+            return clip.encode_image(images)
         tokens = clip.encode_image(images[distributed.share(len(images))])
         return ImageTokens(*(distributed.gather(part, len(images)) for part in tokens))
 
     def part(self, rows: slice) -> "Step":
-        """Some of the batch, not yet attacked; nothing that was computed goes with it."""
+        """Some of the batch, not yet attacked, for this process alone; nothing that was computed goes with it."""
         return replace(
             self,
             images=self.images[rows],
             labels=self.labels[rows],
             adversarial=None,
             rows=None if self.rows is None else self.rows[rows],
+            shared=False,
         )
 
     def tokens(self, side: str) -> ImageTokens:
@@ -163,7 +166,10 @@ OBJECTIVES: dict[str, Objective] = {}
 
 
 def objective(name: str, *, attack: Attack | None = cross_entropy_attack, **preset: float) -> Callable:
-    """Registers a loss function under its name, with what its training attack maximises and its published settings."""
+    """Registers a loss function under its name, with what its training attack maximises and its published settings.
+
+    ``attack`` sees the images of one process; what it maximises must be a sum over images.
+    """
 
     def register(terms: Callable[[Step, ObjectiveSettings], list[Term]]) -> Callable:
         OBJECTIVES[name] = Objective(name, terms, attack, PRESET | preset)

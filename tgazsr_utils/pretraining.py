@@ -121,8 +121,7 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
     relevant = settings.model_dump(include=_RELEVANT)
     key = digest(relevant, pairs.fingerprint, open_clip.get_model_config(settings.arch), code_version(MODULES))
     checkpoint = folder / f"pretrain_{settings.arch}_{key}.ckpt"
-    torch.manual_seed(settings.seed)
-    clip = load_clip(settings.arch, None, settings.device).requires_grad_(True)
+    clip = load_clip(settings.arch, None, settings.device, seed=settings.seed).requires_grad_(True)
     model, device = clip.model, clip.device
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]

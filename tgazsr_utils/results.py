@@ -62,8 +62,9 @@ def evaluate_all(
     ``processes`` of this machine share each set's images (``distributed.launch``); so do those that call this together.
     """
     wanted = [(data, kind, record_key(clip, data, kind, protocol, method, seed)) for data in sets for kind in (None, attack)]
-    missing = {key: (data, kind) for data, kind, key in wanted if store.get(key) is None}
-    if missing and processes > 1:
+    lacking = distributed.of_main(lambda: {key for _, _, key in wanted if store.get(key) is None})
+    missing = {key: (data, kind) for data, kind, key in wanted if key in lacking}
+    if missing and processes > 1 and distributed.processes() == 1:
         distributed.launch(processes, _evaluate_with_others, clip, sets, attack, protocol, method, seed, store)
     elif missing:
         total, main = sum(len(data) for data, _ in missing.values()), distributed.rank() == 0
@@ -76,8 +77,7 @@ def evaluate_all(
                     store.add(record)
                     for path in partial.parent.glob(f"{key}_*"):
                         path.unlink(missing_ok=True)
-        distributed.wait()
-    return [store.get(key) for _, _, key in wanted]
+    return distributed.of_main(lambda: [store.get(key) for _, _, key in wanted])
 
 
 def _evaluate_with_others(

@@ -234,6 +234,9 @@ def run(profile_name: str, numbers: list[str], given: dict[str, Any], fresh: boo
     for name in chosen:
         check_choices(name, parameters[name])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        unsuitable = {name for name in ("device", "processes") for values in parameters.values() if values.get(name, "auto") not in ("auto", 1)}
+        if unsuitable or fresh or "00_pretrain_mini_clip" in chosen:
+            raise SettingsError("under torchrun each process takes its own device: no device, no processes, no --fresh, and not notebook 00")
         with distributed.joined(), contextlib.redirect_stdout(sys.stdout if distributed.rank() == 0 else io.StringIO()):
             for name in chosen:
                 print(f"\n=== {name}, in {distributed.processes()} processes", flush=True)

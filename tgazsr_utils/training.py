@@ -25,7 +25,7 @@ from .objectives import Objective, Step, find_objective
 from .progress import progress
 from .settings import FinetuneSettings
 
-MODULES = ("models", "attention", "attention_kernel", "attacks", "distributed", "objectives", "frozen", "training")  # the source a tuned model depends on
+MODULES = ("models", "attention", "attention_kernel", "attacks", "distributed", "objectives", "frozen", "datasets", "training")  # the source a tuned model depends on
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def tuned_path(folder: Path, objective: Objective, settings: FinetuneSettings, d
     # Also of functions that a notebook cell defines.
     source = [inspect.getsource(part) for part in (objective.terms, objective.attack) if part is not None]
     key = digest(
-        source, settings.model_dump(), data.fingerprint(), original.fingerprint(), original.precision, code_version(MODULES)
+        source, settings.model_dump(), data.fingerprint(), original.fingerprint(), original.how, code_version(MODULES)
     )
     return folder / f"{objective.name}_seed{settings.seed}_{key}.safetensors"
 
@@ -75,9 +75,9 @@ def finetune(
         objective = find_objective(objective)
     settings = objective.with_preset(settings)
     weights = tuned_path(folder, objective, settings, data, clip)
-    if processes > 1 and not weights.exists():
+    if processes > 1 and distributed.processes() == 1 and not weights.exists():
         distributed.launch(processes, _finetune_with_others, clip, data, objective, settings, folder)
-    if weights.exists():
+    if distributed.of_main(weights.exists):
         weights.touch()  # now the latest of its method
         tuned = load_clip(
             clip.arch, weights, str(clip.device), clip.precision, clip.image_size[0], clip.compiled
@@ -117,7 +117,7 @@ def finetune(
             bar.update()
             if watch is not None:
                 watch(state["step"], total, row)
-            wanted = bool(distributed.largest(torch.tensor(stop() or interrupted(), dtype=torch.int, device=clip.device)))
+            wanted = distributed.in_any(stop() or interrupted(), clip.device)
             if main and (wanted or state["step"] % per_epoch == 0):
                 save_checkpoint(checkpoint, state, tuned.visual, optimizer)
             if wanted:
@@ -146,7 +146,7 @@ def attack_and_loss(
     with torch.no_grad():
         logits = batch.clip.similarity(batch.adversarial_tokens.pooled, batch.text)
         accuracy = (logits.argmax(1) == batch.labels).float().mean()
-        values = torch.stack([loss, *(term.value for term in terms), accuracy]).tolist()  # the step's one wait for the device
+        values = torch.stack([loss, *(term.value for term in terms), accuracy]).tolist()  # one wait for the device, not one each
     noted = dict(zip(["loss", *(term.name for term in terms), "robust_batch_accuracy"], values))
     if not math.isfinite(noted["loss"]):
         listed = ", ".join(f"{term.name} {noted[term.name]:g}" for term in terms)
@@ -223,7 +223,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], module: nn.Module, optimi
 
 def load_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restores module and optimiser from ``path`` if it is there; the step to go on from and the history so far."""
-    if not path.exists():
+    if not distributed.of_main(path.exists):
         return {"step": 0, "history": []}
     state = torch.load(path, map_location="cpu", weights_only=True)
     module.load_state_dict(state.pop("module"))
