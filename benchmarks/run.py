@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,10 +25,13 @@ import tgazsr_utils  # first: makes torchvision importable beside a CPU build of
 from released import released_step
 from tgazsr_utils.attacks import pgd
 from tgazsr_utils.attention import text_guided_attention
+from tgazsr_utils.datasets import load_dataset
+from tgazsr_utils.explorer import Explorer, Models
 from tgazsr_utils.files import code_version, write_json
-from tgazsr_utils.models import ImageTokens, load_clip, pick_device
+from tgazsr_utils.models import SHIPPED, ImageTokens, load_clip, pick_device
 from tgazsr_utils.objectives import Step, find_objective
-from tgazsr_utils.settings import FinetuneSettings
+from tgazsr_utils.runner import default_parameters
+from tgazsr_utils.settings import ExplorerNotebook, FinetuneSettings, validate
 from tgazsr_utils.training import attack_and_loss, trainable
 
 TGA = find_objective("TGA-ZSR")
@@ -189,7 +193,29 @@ def kernel(arch: str, device: torch.device) -> dict[str, Any]:
     return found
 
 
-MEASUREMENTS = {f.__name__: f for f in (operations, step, released, attack, kernel)}
+def explorer(arch: str, device: torch.device) -> dict[str, Any]:
+    """Of notebook 05 on the mini-CLIP: seconds to redraw the loss mixer and the attacked image, and what 200 slider moves keep."""
+    original = load_clip("mini-clip", "mini", str(device), "auto", compiled=False)
+    train, test = (load_dataset("shapes", part, n=64) for part in ("train", "test"))
+    settings = validate(ExplorerNotebook, default_parameters("05_alpha_beta_explorer") | {"output": "runs/benchmarks"})
+    shown = Explorer(Models(original, SHIPPED["mini-tga-zsr"], settings.output_path / "models"), test, train, settings)
+
+    def timed(slider: Any, moves: int) -> float:
+        """Median seconds of a move of a slider, until its panels are redrawn."""
+        times = []
+        for number in range(moves):
+            started = time.perf_counter()
+            slider.value = slider.min + (number % 50 + 1) * slider.step
+            times.append(time.perf_counter() - started)
+        return sorted(times)[moves // 2]
+
+    found = {"seconds_of_an_alpha_move": timed(shown.Alpha, 200), "seconds_of_an_epsilon_move": timed(shown.attack.eps, 20)}
+    before = psutil.Process().memory_info().rss
+    timed(shown.Alpha, 100), timed(shown.attack.eps, 100)
+    return found | {"mib_kept_by_200_moves": (psutil.Process().memory_info().rss - before) / 2**20}
+
+
+MEASUREMENTS = {f.__name__: f for f in (operations, step, released, attack, kernel, explorer)}
 
 
 def peak_memory(device: torch.device) -> float:

@@ -99,10 +99,9 @@ def test_a_person_can_use_the_explorer(page, tmp_path):
     for _ in range(8):
         page.keyboard.press("ArrowRight")
     page.wait_for_function("was => [...document.querySelectorAll('figcaption')].some(e => /perturbation/.test(e.innerText) && e.innerText != was)", arg=caption)
+    shot(page.locator("text=Away from:"), "attack")
     prompt = page.get_by_label("prompt")
     prompt.fill("a red <b>thing</b> & more"), prompt.press("Enter")
-    page.wait_for_timeout(1500)
-    shot(factor, "attack")
     prompt.fill(""), prompt.press("Enter")
     page.locator(".tga .error:has-text('the prompt is empty')").wait_for()  # said, not lost
     prompt.fill("a star"), prompt.press("Enter")
@@ -126,7 +125,7 @@ def test_a_person_can_use_the_explorer(page, tmp_path):
 
     shot(page.locator("text=Nothing between is measured"), "surface")
     assert page.locator(ERRORS).count() == 0, page.locator(ERRORS).all_inner_texts()
-    wide = "[...document.querySelectorAll('.jp-OutputArea-output')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 80))"
+    wide = "[...document.querySelectorAll('.jp-OutputArea-output, .widget-html-content')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 80))"
     assert page.evaluate(wide) == []  # fits, nothing to scroll sideways
     ink, paper = page.evaluate("[getComputedStyle(document.querySelector('.tga td')).color, getComputedStyle(document.querySelector('.jp-Notebook')).backgroundColor]")
     lightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 for colour in (ink, paper)]

@@ -121,6 +121,8 @@ def test_the_readmes_step_is_that_of_the_kept_benchmark():
         f"| this workbook {ours} | {100 * step['utilisation']:.0f} % | {step['peak_memory_gib']:.1f} GiB |",
     } <= readme_rows()
     text = (ROOT / "README.md").read_text()
+    moves = found["explorer"]["seconds_of_an_alpha_move"], found["explorer"]["seconds_of_an_epsilon_move"]
+    assert f"redraws in {1000 * moves[0]:.0f} ms, one of epsilon in {moves[1]:.2f} s" in text
     assert f"That is {found['speed_up']:.0f} times faster" in text and f"attacks {found['attack']['images_a_second']:.2f} images" in text
 
 

@@ -154,6 +154,7 @@ _STYLE = """<style>
 .tga td:first-child, .tga th:first-child { text-align: left; } .tga .sum td { border-top: 1px solid var(--jp-border-color1, #bbb); font-weight: 600; }
 .tga .bar { display: inline-block; width: 96px; text-align: left; background: var(--jp-layout-color2, #eee); height: 10px; }
 .tga .bar i { display: block; height: 10px; background: var(--jp-brand-color1, #1976d2); }
+.tga .row { display: flex; flex-flow: row wrap; gap: 6px 22px; align-items: flex-start; margin-bottom: 6px; } .tga .row .bar { width: 64px; }
 .tga figure { display: inline-block; margin: 0 12px 6px 0; vertical-align: top; } .tga figcaption { text-align: center; }
 .tga .error { color: var(--jp-error-color1, #d32f2f); white-space: pre-wrap; } .tga .quiet { color: var(--jp-ui-font-color2, #555); }
 </style>"""
@@ -213,14 +214,14 @@ def look_html(seen: Look) -> str:
         _picture(_with_attention(seen.adversarial, seen.attacked_map), "attention, attacked"),
     ]
     rows = lambda top: "".join(f"<tr><td>{html.escape(name)}</td><td>{100 * p:.1f} %</td><td>{_bar(p)}</td></tr>" for name, p in top)
-    tops = [f'<td style="vertical-align:top"><table><tr><th>{head}</th><th></th><th></th></tr>{rows(top)}</table></td>'
+    tops = [f'<table><tr><th>{head}</th><th></th><th></th></tr>{rows(top)}</table>'
             for head, top in (("probability before", seen.before), ("after the attack", seen.after))]  # fmt: skip
     names = {"l2": "distance (l2)", "cosine": "cosine", "iou_top20": "overlap of the top 20 %", "centre_move": "centre moved (patches)",
-             "energy_clean": "inside the object, clean", "energy_adv": "inside the object, attacked", "energy_uniform": "if spread evenly"}  # fmt: skip
+             "energy_clean": "inside object, clean", "energy_adv": "inside object, attacked", "energy_uniform": "if spread evenly"}  # fmt: skip
     shifts = "".join(f"<tr><td>{names[name]}</td><td>{value:.2f}</td></tr>" for name, value in seen.shift.items())
-    shift = f'<td style="vertical-align:top"><table><tr><th>attention shift</th><th></th></tr>{shifts}</table></td>'
+    shift = f"<table><tr><th>attention shift</th><th></th></tr>{shifts}</table>"
     flipped = "the attack flips the answer" if seen.before[0][0] != seen.after[0][0] else "the answer stays"
-    return _html(f'{"".join(pictures)}<table><tr>{"".join(tops)}{shift}</tr></table><p class="quiet">Away from: {html.escape(seen.label)}; {flipped}.</p>')
+    return _html(f'{"".join(pictures)}<div class="row">{"".join(tops)}{shift}</div><p class="quiet">Away from: {html.escape(seen.label)}; {flipped}.</p>')
 
 
 def surface_svg(sweep: pd.DataFrame, Alpha: float, Beta: float) -> str:
