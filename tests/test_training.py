@@ -165,6 +165,25 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_term(mini, train_set,
         finetune(mini, train_set, "Nonsense", SETTINGS, tmp_path)
 
 
+def test_a_gradient_that_is_not_finite_stops_with_its_term_and_the_last_good_checkpoint(mini, train_set, tmp_path):
+    """Values are finite, and so is the cross-entropy's gradient; the square root of zero has none. From the second epoch on."""
+    seen = []
+
+    def terms(step, settings):
+        seen.append(step)
+        factor = 1.0 if len(seen) <= 3 else 0.0
+        root = (factor * step.adversarial_tokens.pooled.square().sum()).sqrt()
+        return [Term("CE", 1.0, step.cross_entropy(step.adversarial_tokens)), Term("L_root", 1e-3, root)]
+
+    broken = Objective("Broken", terms)
+    with pytest.raises(FloatingPointError, match="gradient of Broken is not finite at step 3: that of L_root; .* checkpoint is .*ckpt"):
+        finetune(mini, train_set, broken, SETTINGS, tmp_path)
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["step"] == 3 and all(torch.isfinite(value).all() for value in state["module"].values())
+    assert all(row["gradient_norm"] > 0 for row in state["history"])
+
+
 def test_training_lowers_the_loss_on_attacked_images(mini, tmp_path):
     data = load_dataset("shapes", "train", n=64)
     settings = SETTINGS.model_copy(update={"epochs": 6, "batch_size": 32, "lr": 1e-2})

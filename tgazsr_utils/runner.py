@@ -26,6 +26,7 @@ import pandas as pd
 import papermill
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from IPython.core.interactiveshell import InteractiveShell
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
@@ -242,6 +243,17 @@ def run(profile_name: str, numbers: list[str], given: dict[str, Any], fresh: boo
                 print(f"\n=== {name}, in {distributed.processes()} processes", flush=True)
                 take_part(name, parameters[name])
         return 0
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.parent / f".{folder.name}.lock", timeout=0):
+            return _run_in(folder, profile_name, profile, in_order, chosen, parameters, fresh)
+    except Timeout:
+        raise SettingsError(f"another run writes to {output} now; wait for it, or give this one a folder of its own with -p output") from None
+
+
+def _run_in(
+    folder: Path, profile_name: str, profile: Profile, in_order: list[str], chosen: list[str], parameters: dict[str, dict[str, Any]], fresh: bool
+) -> int:  # fmt: skip
     now = environment(next(iter(parameters.values()))["device"])
     if fresh and folder.exists():
         aside = folder.with_name(f"{folder.name}-before-{datetime.now():%Y%m%d-%H%M%S}")
@@ -250,7 +262,7 @@ def run(profile_name: str, numbers: list[str], given: dict[str, Any], fresh: boo
     manifest_path = folder / "manifest.json"
     manifest = load_manifest(manifest_path)
     manifest |= {"profile": profile_name, "environment": now}
-    print(f"{profile_name}: {profile.description.strip()}\nresults go to {output}", flush=True)
+    print(f"{profile_name}: {profile.description.strip()}\nresults go to {os.path.relpath(folder, ROOT)}", flush=True)
     before = ""
     for name in in_order:
         inputs = before = fingerprint(name, parameters[name], before)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +104,21 @@ def finetune(
             started = time.perf_counter()
             optimizer.param_groups[0]["lr"] = settings.lr * warmup_cosine(step, settings.warmup_steps, total)
             batch = Step(tuned, original, chunk.images, chunk.labels, data.prompts, rows=chunk.rows, cache=cache)
-            loss, values = attack_and_loss(batch, objective, settings, step)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            distributed.average_gradients(parameters)
+            try:
+                loss, values = attack_and_loss(batch, objective, settings, step)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                distributed.average_gradients(parameters)
+                values["gradient_norm"] = gradient_norm(batch, objective, settings, parameters, step)
+            except FloatingPointError as error:
+                kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+                raise FloatingPointError(f"{error}; nothing was changed by this step, {kept}") from None
             optimizer.step()
 
             row = {"step": step, "lr": optimizer.param_groups[0]["lr"], **values, "seconds": time.perf_counter() - started}
             state["history"].append(row)
             state["step"] = step + 1
-            bar.set_postfix({name: f"{v:.3f}" for name, v in values.items() if name != "robust_batch_accuracy"}, refresh=False)
+            bar.set_postfix({name: f"{v:.3f}" for name, v in values.items() if name not in ("robust_batch_accuracy", "gradient_norm")}, refresh=False)
             bar.update()
             if watch is not None:
                 watch(state["step"], total, row)
@@ -152,6 +157,22 @@ def attack_and_loss(
         listed = ", ".join(f"{term.name} {noted[term.name]:g}" for term in terms)
         raise FloatingPointError(f"loss of {objective.name} is not finite at step {step}: {listed}")
     return loss, noted
+
+
+def gradient_norm(
+    batch: Step, objective: Objective, settings: FinetuneSettings, parameters: list[nn.Parameter], step: int
+) -> float:
+    """Euclidean norm of the gradients that the weights have now. Raises FloatingPointError, with the terms at fault, if it is not finite."""
+    norm = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None])).norm().item()
+    if not math.isfinite(norm):
+        again = replace(batch)  # its graph is used up
+        faults = []
+        for term in objective.terms(again, settings):
+            slopes = torch.autograd.grad(term.value, parameters, retain_graph=True, allow_unused=True)
+            if not all(torch.isfinite(slope).all() for slope in slopes if slope is not None):
+                faults.append(term.name)
+        raise FloatingPointError(f"gradient of {objective.name} is not finite at step {step}: that of {', '.join(faults) or 'their sum'}")
+    return norm
 
 
 def seconds_per_step(clip: Clip, data: ImageSet, objective: Objective, settings: FinetuneSettings) -> float:

@@ -1,0 +1,47 @@
+"""Two runs into one folder: the second is refused, or both find the same whole files."""
+
+import multiprocessing
+import subprocess
+import sys
+
+import torch
+from filelock import FileLock
+
+from tgazsr_utils import ROOT
+from tgazsr_utils.datasets import load_dataset
+from tgazsr_utils.models import load_clip
+from tgazsr_utils.results import RecordStore, evaluate_all
+from tgazsr_utils.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.training import finetune
+
+SETTINGS = FinetuneSettings(
+    Alpha=0.08, Beta=0.05, Distance_metric="l2", attention_variant="reference", epochs=3, batch_size=8, lr=1e-3, warmup_steps=2,
+    train_eps=3, train_stepsize=3, train_numsteps=1, seed=0,
+)  # fmt: skip
+
+
+def test_a_second_headless_run_into_a_folder_is_refused(tmp_path):
+    with FileLock(tmp_path / ".out.lock"):  # as a run that goes on holds it
+        command = [sys.executable, "-m", "tgazsr_utils.runner", "smoke", "01", "-p", "output", str(tmp_path / "out")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "another run writes to" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def work(folder):
+    """Trains and measures, as a notebook does."""
+    torch.set_num_threads(1)
+    clip = load_clip("mini-clip", "mini", "cpu")
+    tuned = finetune(clip, load_dataset("shapes", "train", n=20), "TGA-ZSR", SETTINGS, folder / "models")
+    sets = [load_dataset(key, "test", n=20) for key in ("shapes", "letters")]
+    attack = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
+    return [(r.key, r.hits) for r in evaluate_all(tuned.clip, sets, attack, method="TGA-ZSR", store=RecordStore(folder / "records"))]
+
+
+def test_two_notebooks_that_train_and_measure_the_same_end_alike(tmp_path):
+    alone = work(tmp_path / "alone")
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        both = pool.map(work, [tmp_path / "shared"] * 2)
+    assert both == [alone, alone]
+    assert len(list((tmp_path / "shared" / "records").glob("*.json"))) == 4
+    assert len(list((tmp_path / "shared" / "models").glob("*"))) == 2  # the weights, and the emptied folder of unfinished work
