@@ -1,4 +1,5 @@
 import os
+import random
 
 import pytest
 import torch
@@ -62,3 +63,8 @@ def passes(monkeypatch):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=25, help="how often the kill test kills")
+    parser.addoption("--kills-seed", type=int, default=random.SystemRandom().randrange(10**6), help="when it does")

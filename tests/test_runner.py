@@ -81,7 +81,7 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(tmp_path, capfd):
     assert main(given) == 0
     log = capfd.readouterr().out
     manifest = json.loads((out / "manifest.json").read_text())
-    assert [e["status"] for e in manifest["notebooks"].values()] == ["finished"] * 5
+    assert [e["status"] for e in manifest["notebooks"].values()] == ["finished"] * 6
     assert {"torch", "open_clip_torch"} <= set(manifest["environment"]["packages"])
     assert "TGA-ZSR seed 0: 4/4" in log and "16 sets" in log  # progress reached the log
     for name in manifest["notebooks"]:
@@ -89,14 +89,16 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(tmp_path, capfd):
         executed = nbformat.read(out / "notebooks" / f"{name}.ipynb", as_version=4)
         assert all(c.execution_count for c in executed.cells if c.cell_type == "code")
     figures = {p.stem for p in (out / "figures").glob("*.png")}
-    assert figures == {p.stem for p in (out / "figures").glob("*.svg")} and len(figures) >= 22
+    assert figures == {p.stem for p in (out / "figures").glob("*.svg")} and len(figures) >= 25
+    panels = [output.data for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "execute_result"]
+    assert len(panels) == 4 and all("image/png" in data and not any("widget" in kind for kind in data) for data in panels)  # of 05
     assert "TGA-ZSR" in log.rsplit("robust", 1)[1]  # the closing table
     assert len(list((out / "records").glob("*.json"))) >= 3 * 16 * 2
 
     assert "mini-world" in log.rsplit("robust", 1)[1]
 
     assert main(given) == 0
-    assert capfd.readouterr().out.count("done already") == 5
+    assert capfd.readouterr().out.count("done already") == 6
     assert main([*given, "--fresh", "-p", "seed", "x"]) == 2  # refused before anything is moved
     assert out.exists() and not list(tmp_path.glob("out-before-*"))
 

@@ -328,7 +328,7 @@ class Models:
 
     def look_again(self) -> None:
         """Finds the models that the output folder holds, the latest first, at most 30."""
-        for path in sorted(self.folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)[:30]:
+        for path in sorted(self.folder.glob("[!.]*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)[:30]:
             self._files.setdefault(self.name_of(path), path)
 
     @property

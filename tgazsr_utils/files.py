@@ -1,9 +1,12 @@
 """Files that are either whole or not there, and fingerprints of what a result depends on."""
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,12 @@ _SOURCES = {path.stem: path.read_text() for path in sorted(PACKAGE.glob("*.py"))
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> Path:
-    """Lets ``write`` fill a temporary file beside ``path`` and then puts it in place in one step."""
+    """Lets ``write`` fill a temporary file beside ``path``, hidden, and then puts it in place in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.stem)}-*{path.suffix}"):  # by a process that was killed
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)

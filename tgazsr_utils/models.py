@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from open_clip.factory import load_state_dict
 from open_clip.model import resize_pos_embed
 from open_clip.transformer import VisionTransformer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import DATA
@@ -304,7 +304,10 @@ def save_clip(clip: Clip, path: Path, precision: str = "fp32", **metadata: Any) 
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What ``save_clip`` wrote beside the weights; nothing for a file of somebody else's."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-    return {k: json.loads(v) for k, v in metadata.items()} if "arch" in metadata else {}
+    """What ``save_clip`` wrote beside the weights; nothing for a file of somebody else's. Raises ValueError for a damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return {k: json.loads(v) for k, v in metadata.items()} if "arch" in metadata else {}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"weights {path} are damaged: {' '.join(str(error).split())}") from None

@@ -61,7 +61,7 @@ def load_profile(name: str) -> Profile:
         raise SettingsError(f"profile {name!r} is unknown; there are: {there}")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"profile {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"profile {path} must hold names and values")

@@ -45,6 +45,9 @@ Distinct = Annotated[list[Item], Field(min_length=1), AfterValidator(_distinct)]
 class SettingsError(ValueError):
     """One line that names the value and says what is allowed."""
 
+    def __init__(self, text: str):
+        super().__init__(" ".join(text.split()))  # one line, whatever a name or value is
+
 
 class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -315,7 +318,7 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 def validate(model: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
     """Settings from plain values. Raises SettingsError, one line, for an unknown name or a value out of range."""
-    unknown = sorted(set(values) - set(model.model_fields))
+    unknown = sorted(set(values) - set(model.model_fields), key=str)  # YAML has names that are no strings
     if unknown:
         raise SettingsError(unknown_parameter(unknown[0], model.model_fields))
     try:
@@ -330,8 +333,8 @@ def validate(model: type[AnySettings], values: Mapping[str, Any]) -> AnySettings
         raise SettingsError(f"parameter {name}{given}: {problem}" if name else problem) from None
 
 
-def unknown_parameter(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def unknown_parameter(name: Any, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"unknown parameter {name!r}: {hint}known are {', '.join(sorted(known))}"
 

@@ -1,0 +1,139 @@
+"""More than ten thousand bad inputs: each is taken, or refused in one line that names the file or the value."""
+
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from safetensors.torch import save, save_file
+
+from tgazsr_utils import evaluation, frozen, runner
+from tgazsr_utils.evaluation import Record
+from tgazsr_utils.models import SHIPPED, load_clip, read_metadata
+from tgazsr_utils.results import RecordStore
+from tgazsr_utils.settings import NOTEBOOKS, SettingsError, validate
+
+
+def fuzz(examples):
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(max_examples=examples, deadline=None, database=None, suppress_health_check=checks)
+
+
+def one_line(error):
+    assert str(error) and "\n" not in str(error).strip(), str(error)
+
+
+RECORD = {
+    "key": "abc", "method": "CLIP", "model": "m", "arch": "mini-clip", "world": "mini-world", "dataset": "shapes", "data": "d",
+    "attack": "none", "eps_255": 0.0, "protocol": "last", "seed": 0, "n": 2, "correct": 1, "hits": "80", "settings": {}, "code": "c",
+    "device": "cpu", "seconds": 1.0, "time": "now",
+}  # fmt: skip
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def damaged(draw, whole: bytes, most=64):
+    """A cut, an overwritten piece, an insertion, or other bytes altogether."""
+    kind = draw(st.sampled_from(["cut", "piece", "insert", "other"]))
+    at = draw(st.integers(0, len(whole)))
+    piece = draw(st.binary(min_size=1, max_size=most))
+    return {"cut": whole[:at], "piece": whole[:at] + piece + whole[at + len(piece) :], "insert": whole[:at] + piece + whole[at:], "other": piece}[kind]
+
+
+def try_record(folder, content):
+    (folder / "abc.json").write_bytes(content)
+    try:
+        assert isinstance(RecordStore(folder).get("abc"), Record)
+    except ValueError as error:
+        one_line(error)
+        assert "abc.json" in str(error)
+
+
+@fuzz(2500)
+@given(content=damaged(json.dumps(RECORD).encode()))
+def test_damaged_records(tmp_path, content):
+    try_record(tmp_path, content)
+
+
+@fuzz(2000)
+@given(name=st.sampled_from([*RECORD, "other"]), value=anything)
+def test_records_with_a_strange_value(tmp_path, name, value):
+    try_record(tmp_path, json.dumps(RECORD | {name: value}).encode())
+
+
+PROFILE = b"description: mine\nnotebooks: [02_train_tga_zsr]\nparameters: {seed: 3, methods: [TeCoA]}\nby_notebook:\n  02_train_tga_zsr: {epochs: 2}\n"
+
+
+@fuzz(2000)
+@given(content=damaged(PROFILE, 24))
+def test_damaged_profiles(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(runner, "PROFILES", tmp_path)
+    (tmp_path / "mine.yaml").write_bytes(content)
+    try:
+        profile = runner.load_profile("mine")
+        runner.check_names(profile, {}, profile.notebooks)
+        for notebook in profile.notebooks:
+            runner.parameters_of(notebook, profile, "runs/x", {})
+    except SettingsError as error:
+        one_line(error)
+
+
+@fuzz(2000)
+@given(notebook=st.sampled_from(list(NOTEBOOKS)), data=st.data())
+def test_parameters_with_a_strange_value(notebook, data):
+    model = NOTEBOOKS[notebook]
+    name = data.draw(st.sampled_from([*model.model_fields, "other"]))
+    values = runner.default_parameters(notebook) | {name: data.draw(anything)}
+    try:
+        validate(model, values)
+    except SettingsError as error:
+        one_line(error)
+        assert name in str(error) or "other" in str(error) or "data_root" in str(error)
+
+
+@st.composite
+def headers(draw):
+    """A safetensors file with a header of our making, whose length may lie."""
+    entry = st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "x"]), anything, max_size=4)
+    header = draw(st.dictionaries(st.sampled_from(["predictions", "values", "__metadata__", "visual.proj"]), entry | anything, max_size=3))
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", draw(st.just(len(text)) | st.integers(0, 2**64 - 1))) + text + draw(st.binary(max_size=32))
+
+
+@fuzz(1500)
+@given(content=headers() | damaged(save({"predictions": torch.tensor([1, -1, 3])})))
+def test_kept_predictions(tmp_path, content):
+    """What cannot be used is measured anew."""
+    partial = tmp_path / "key.safetensors"
+    (tmp_path / "key_0.safetensors").write_bytes(content)
+    kept = evaluation._kept(partial, 3)
+    assert kept.shape == (3,) and kept.dtype == torch.int64 and (kept >= evaluation.NOT_YET).all()
+
+
+@fuzz(1000)
+@given(content=headers() | damaged(save({"values": torch.rand(3, 2)}, {"digest": "abc"})))
+def test_kept_maps(tmp_path, content):
+    path = tmp_path / "run_pooled.safetensors"
+    path.write_bytes(content)
+    assert frozen.FrozenCache._read(path) is None  # no digest fits
+
+
+@fuzz(60)
+@given(content=headers() | damaged(SHIPPED["mini"].read_bytes()[:4000]))
+def test_weights(tmp_path, content):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        load_clip("mini-clip", path, "cpu")
+    one_line(caught.value)
+    assert "weights.safetensors" in str(caught.value)
+    try:
+        assert isinstance(read_metadata(path), dict)
+    except ValueError as error:
+        one_line(error)
+        assert "weights.safetensors" in str(error)

@@ -1,0 +1,115 @@
+"""SIGKILL at random moments, again and again: what was done is kept, and the end is that of an undisturbed run.
+
+``--kills N`` kills more often than 25 times; ``--kills-seed S`` repeats a run (the seed is printed).
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tgazsr_utils import ROOT, evaluation
+from tgazsr_utils.ablations import Sweep, plan
+from tgazsr_utils.datasets import load_dataset
+from tgazsr_utils.evaluation import Record
+from tgazsr_utils.models import load_clip
+from tgazsr_utils.results import RecordStore, evaluate_all
+from tgazsr_utils.runner import default_parameters
+from tgazsr_utils.settings import AblationNotebook, AttackSettings, FinetuneSettings, validate
+from tgazsr_utils.training import finetune
+
+SETTINGS = FinetuneSettings(
+    Alpha=0.08, Beta=0.05, Distance_metric="l2", attention_variant="reference", epochs=4, batch_size=8, lr=1e-3, warmup_steps=2,
+    train_eps=3, train_stepsize=3, train_numsteps=1, seed=0,
+)  # fmt: skip
+fork = multiprocessing.get_context("fork")  # a child has all that is imported
+
+
+def work(folder):
+    """Training, measuring and a sweep, as notebooks 02 to 04 do; saves as often as it can."""
+    os.setsid()
+    torch.set_num_threads(1)
+    evaluation.SAVE_EVERY, evaluation.batch_that_fits = 0.0, lambda clip: 4
+    clip, train = load_clip("mini-clip", "mini", "cpu"), load_dataset("shapes", "train", n=24)
+    sets = [load_dataset(key, "test", n=16) for key in ("shapes", "letters")]
+    tuned = finetune(clip, train, "TGA-ZSR", SETTINGS, folder / "models")
+    attack = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
+    evaluate_all(tuned.clip, sets, attack, method="TGA-ZSR", store=RecordStore(folder / "records"))
+    parameters = default_parameters("03_ablations") | {"train_images": 24, "epochs": 1, "batch_size": 8, "ablations": ["loss_parts"]}
+    sweep = Sweep(clip, train, sets, sets, folder)
+    settings = validate(AblationNotebook, parameters | {"output": str(folder), "test_numsteps": 2})
+    sweep.run("loss_parts", plan(settings)["loss_parts"][:2])
+
+
+def start(folder):
+    child = fork.Process(target=work, args=(folder,))
+    child.start()
+    return child
+
+
+def outcome(folder):
+    """Records but for what tells of time, and tuned weights; not the hidden files that a killed process was writing."""
+    read = lambda path: Record.model_validate_json(path.read_text())  # raises for what is half written
+    records = {path.stem: read(path).model_dump(exclude={"time", "seconds"}) for path in (folder / "records").glob("[!.]*.json")}
+    return records, {path.name: load_file(path) for path in (folder / "models").glob("[!.]*.safetensors")}
+
+
+def same(first, second):
+    equal = lambda a, b: set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+    return first[0] == second[0] and set(first[1]) == set(second[1]) and all(equal(first[1][n], second[1][n]) for n in first[1])
+
+
+def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_been(tmp_path, request, capsys):
+    kills, seed = request.config.getoption("--kills"), request.config.getoption("--kills-seed")
+    chance = random.Random(seed)
+    child, started = start(tmp_path / "whole"), time.monotonic()
+    child.join()
+    duration, whole = time.monotonic() - started, outcome(tmp_path / "whole")
+    assert child.exitcode == 0 and len(whole[0]) == 12 and len(whole[1]) == 3
+    done, rounds, killed = 0, 0, False
+    while done < kills:
+        folder, rounds, before = tmp_path / f"round {rounds}", rounds + 1, {}
+        while True:
+            child = start(folder)
+            child.join(chance.uniform(0.02, 0.5) * duration)
+            if killed := child.is_alive():
+                os.kill(child.pid, signal.SIGKILL)
+                done += 1
+            child.join()
+            records = outcome(folder)[0]
+            assert before.items() <= records.items()  # none is lost or changed
+            before = records
+            if not killed:
+                break
+        assert child.exitcode == 0 and same(outcome(folder), whole)
+        assert not list((folder / "models").glob("*.ckpt")) and not list((folder / "records" / "unfinished").glob("[!.]*"))
+    with capsys.disabled():
+        print(f"\n{done} kills in {rounds} runs, seed {seed}: each run ended as the undisturbed one", flush=True)
+
+
+def test_the_whole_run_killed_and_started_again(tmp_path, request):
+    chance = random.Random(request.config.getoption("--kills-seed"))
+    asked = [sys.executable, "-m", "tgazsr_utils.runner", "smoke", "02", "-p", "methods", "[TGA-ZSR]", "-p", "train_images", "320", "-p", "output"]
+    run = lambda folder: subprocess.Popen([*asked, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = time.monotonic()
+    assert run(tmp_path / "whole").communicate()[1] is None
+    duration = time.monotonic() - started
+    for _ in range(3):
+        process = run(tmp_path / "parts")
+        time.sleep(chance.uniform(0.3, 0.95) * duration)
+        process.kill()
+        process.communicate()
+    last = run(tmp_path / "parts")
+    printed, _ = last.communicate()
+    assert last.returncode == 0, printed
+    assert same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+    manifest = json.loads((tmp_path / "parts" / "manifest.json").read_text())
+    assert {entry["status"] for entry in manifest["notebooks"].values()} == {"finished"}
