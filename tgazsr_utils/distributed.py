@@ -106,7 +106,7 @@ def launch(count: int, function: Callable[..., Any], *arguments: Any) -> None:
     if torch.cuda.is_initialized():
         raise RuntimeError(
             f"processes = {count}: CUDA is in use in this process, which therefore cannot be forked; "
-            "restart the kernel and load models with device 'cpu' (each process moves them to its own device)"
+            "restart the kernel and load models with load_clip(..., processes=...), which leaves them on the CPU until then"
         )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -31,7 +31,7 @@ from . import DATA, plots
 from .attacks import pgd
 from .attention import attention_shift, resize, text_guided_attention
 from .datasets import ImageSet, fit
-from .models import Clip, load_clip, read_metadata
+from .models import Clip, load_alike, read_metadata
 from .objectives import PRESET, Step, find_objective
 from .progress import HEADLESS
 from .settings import ExplorerNotebook, FinetuneSettings
@@ -345,10 +345,7 @@ class Models:
 
     def __getitem__(self, name: str) -> Clip:
         if name not in self._loaded:
-            like = self.original
-            self._loaded[name] = load_clip(
-                like.arch, self._files[name], str(like.device), like.precision, like.image_size[0], like.compiled
-            )
+            self._loaded[name] = load_alike(self.original, self._files[name])
             while len(self._loaded) > 5:
                 del self._loaded[next(name for name in self._loaded if name != "original")]
         return self._loaded[name]

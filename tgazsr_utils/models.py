@@ -183,8 +183,8 @@ def load_clip(
     ``arch``: any open_clip ViT with a class token, or "mini-clip". ``pretrained``: an open_clip tag ("openai",
     "laion2b_s34b_b79k", ...) or "hf-hub:OWNER/NAME", both downloaded when first used; "local-dir:FOLDER"; a weights
     file; a checkpoint released with TGA-ZSR or TeCoA, which holds an image encoder only (the rest then comes from
-    "openai"); "mini" or "mini-tga-zsr" (shipped, for "mini-clip"); or None for random weights (by ``seed``). ``precision``: of the weights,
-    "fp32", "fp16" or "bf16"; "amp_bf16": fp32 weights and bfloat16 autocast in the image encoder; "auto": that on
+    "openai"); "mini" or "mini-tga-zsr" (shipped, for "mini-clip"); or None for random weights (by ``seed``). ``precision``: of the
+    weights, "fp32", "fp16" or "bf16"; "amp_bf16": fp32 weights and bfloat16 autocast in the image encoder; "auto": that on
     CUDA, else fp32. ``image_size``: side in pixels, other than the architecture's own; position embeddings are
     interpolated. ``compiled``: through torch.compile; None: on CUDA. ``processes``:
     where there are several, the model waits on the CPU for them (see ``distributed.launch``). Raises ValueError for an unknown name, or a file that is unreadable, of another architecture, or
@@ -236,6 +236,13 @@ def load_clip(
     for name, values in normalisation.items():
         getattr(clip, name).copy_(torch.tensor(values).view(3, 1, 1))
     return clip
+
+
+def load_alike(clip: Clip, weights: Path) -> Clip:
+    """Other weights into a model that runs where and as ``clip`` does. Raises ValueError as ``load_clip``."""
+    loaded = load_clip(clip.arch, weights, str(clip.device), clip.precision, clip.image_size[0], clip.compiled)
+    loaded.target = clip.target
+    return loaded
 
 
 _SCHEMAS = ("hf-hub:", "local-dir:")

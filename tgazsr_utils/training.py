@@ -20,7 +20,7 @@ from .attacks import generators, pgd
 from .datasets import Batch, ImageSet
 from .files import code_version, digest, seeded, write_atomic
 from .frozen import FrozenCache
-from .models import Clip, load_clip, read_metadata, save_clip
+from .models import Clip, load_alike, read_metadata, save_clip
 from .objectives import Objective, Step, find_objective
 from .progress import progress
 from .settings import FinetuneSettings
@@ -79,11 +79,7 @@ def finetune(
         distributed.launch(processes, _finetune_with_others, clip, data, objective, settings, folder)
     if distributed.of_main(weights.exists):
         weights.touch()  # now the latest of its method
-        tuned = load_clip(
-            clip.arch, weights, str(clip.device), clip.precision, clip.image_size[0], clip.compiled
-        )
-        tuned.target = clip.target
-        return TrainResult(tuned, pd.DataFrame(read_metadata(weights)["history"]), weights)
+        return TrainResult(load_alike(clip, weights), pd.DataFrame(read_metadata(weights)["history"]), weights)
 
     data = data.resident(clip.device)
     original, tuned = clip.frozen_copy(), clip.frozen_copy()
