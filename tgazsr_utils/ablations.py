@@ -20,7 +20,7 @@ from .datasets import ImageSet
 from .evaluation import Record, protocol_of, record_key
 from .models import Clip
 from .objectives import find_objective
-from .results import RecordStore, beside_each_seed, evaluate_all, paired_difference, per_seed, summary
+from .results import RecordStore, difference, evaluate_all, per_seed, summary
 from .settings import AblationNotebook, AttackSettings, FinetuneSettings, Protocol, validate
 from .training import finetune, seconds_per_step, tuned_path
 
@@ -185,13 +185,16 @@ class Sweep:
     """Trains and measures variants, each once however many ablations ask for it; what is done is only read.
 
     ``tests``: the sets that variants are measured on, ``few`` those of variants with ``few_images``. Tuned models go to
-    ``folder/models``, records to ``folder/records``, as the other notebooks keep theirs. ``processes``: see ``finetune``.
+    ``folder/models``, records to ``folder/records``, as the other notebooks keep theirs. ``processes``: see ``finetune``; ``check_images``:
+    see ``evaluate_all``.
     """
 
     def __init__(
-        self, original: Clip, train: ImageSet, tests: Sequence[ImageSet], few: Sequence[ImageSet], folder: Path, processes: int = 1
-    ):
-        self.original, self.train, self.tests, self.few, self.processes = original, train, tests, few, processes
+        self, original: Clip, train: ImageSet, tests: Sequence[ImageSet], few: Sequence[ImageSet], folder: Path, processes: int = 1,
+        check_images: int = 0,
+    ):  # fmt: skip
+        self.original, self.train, self.tests, self.few = original, train, tests, few
+        self.processes, self.check_images = processes, check_images
         self.models, self.store = folder / "models", RecordStore(folder / "records")
         self._speed: tuple[float, float] | None = None
         self._loaded: dict[Path, Clip] = {}
@@ -210,7 +213,7 @@ class Sweep:
         for seed in v.seeds:
             clip = self.original if v.training is None else self._tuned(v, seed)
             sets = self.few if v.few_images else self.tests
-            options = {"method": v.method, "seed": seed, "store": self.store, "processes": self.processes}
+            options = {"method": v.method, "seed": seed, "store": self.store, "processes": self.processes, "check_images": self.check_images}
             records += evaluate_all(clip, sets, v.attack, v.protocol, **options)
         return records
 
@@ -299,8 +302,7 @@ def table(name: str, done: Sequence[tuple[Variant, list[Record]]]) -> pd.DataFra
         first = firsts.setdefault(group, records)
         row = {**v.label, **summary(records)}
         for kind in ("robust", "clean"):
-            pick = lambda these: [r for r in these if (r.attack == "none") == (kind == "clean")]
-            found = 3 * (float("nan"),) if first is records else paired_difference(*beside_each_seed(pick(records), pick(first)))
+            found = 3 * (float("nan"),) if first is records else difference(kind, records, first)
             row |= dict(zip((f"{kind}_minus_first", f"{kind}_minus_first_low", f"{kind}_minus_first_high"), found))
         rows.append(row)
     return pd.DataFrame(rows).set_index(list(done[0][0].label))

@@ -194,7 +194,7 @@ def accuracy_bars(frame: pd.DataFrame, title: str) -> Figure:
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     methods = list(dict.fromkeys(frame.method))
     for shift, (kind, hatch) in zip((-0.2, 0.2), (("clean", ""), ("robust", "//"))):
-        part = frame[frame.kind == kind].set_index("method").loc[methods]
+        part = frame[frame.kind == kind].set_index("method").reindex(methods)
         error = [part.accuracy - part.low, part.high - part.accuracy]
         error = [side.clip(lower=0) for side in error]  # rounding at 0 and 100 %
         axis.bar(np.arange(len(methods)) + shift, part.accuracy, 0.38, yerr=error, hatch=hatch, label=kind, capsize=3)
@@ -209,7 +209,7 @@ def accuracy_heatmap(frame: pd.DataFrame, title: str) -> Figure:
     figure, axes = plt.subplots(2, 1, figsize=(0.72 * len(sets) + 3, 0.5 * len(methods) * 2 + 3), layout="constrained")
     for axis, kind in zip(axes, ("robust", "clean")):
         table = frame[frame.kind == kind].pivot_table(index="method", columns="dataset", values="accuracy")
-        table = table.loc[methods, sets].assign(MEAN=lambda t: t.mean(axis=1))
+        table = table.reindex(index=methods, columns=sets).assign(MEAN=lambda t: t.mean(axis=1))
         sns.heatmap(table, annot=True, fmt=".0f", cmap="viridis", vmin=0, vmax=100, ax=axis, annot_kws={"size": 9},
                     cbar_kws={"label": "top-1 (%)"}, linewidths=0.5)  # fmt: skip
         axis.set(title=f"{kind} accuracy (%)", xlabel="", ylabel="")
@@ -232,13 +232,13 @@ def trade_off(table: pd.DataFrame, title: str, published: pd.DataFrame | None = 
     for color, marker, (method, row) in zip(cycle(sns.color_palette()), cycle(MARKERS), table.iterrows()):
         axis.errorbar(row.clean, row.robust, xerr=_or_none(row.clean_ci), yerr=_or_none(row.robust_ci), fmt="none", color=color,
                       capsize=3, alpha=0.7)  # fmt: skip
-        axis.scatter(row.clean, row.robust, size(row.average), color=color, marker=marker, label=f"{method}: {row.average:.1f}", zorder=3)
+        axis.scatter(row.clean, row.robust, size(row.average), color=color, marker=marker, label=f"{method}: {_or_dash(row.average, '.1f')}", zorder=3)
         if published is not None and method in published.index:
             there = published.loc[method]
             axis.scatter(there.clean, there.robust, size(there.average), color="grey", marker=marker, alpha=0.6)
             axis.plot([row.clean, there.clean], [row.robust, there.robust], color="grey", lw=0.7)
     x_limits = max(0, every.clean.min() - 6), min(100, every.clean.max() + 6)
-    y_limits = max(0, every.robust.min() - 6), every.robust.max() + 6
+    y_limits = (max(0, every.robust.min() - 6), every.robust.max() + 6) if every.robust.notna().any() else (0, 100)
     for average in range(5, 100, 5):
         axis.plot(x_limits, [2 * average - x for x in x_limits], color="grey", lw=0.7, alpha=0.5, zorder=0)
         y = 2 * average - x_limits[1]
@@ -267,10 +267,10 @@ def difference_matrix(differences: pd.DataFrame, title: str) -> Figure:
     for axis, kind in zip(axes, ("robust", "clean")):
         part = differences[differences.kind == kind]
         grid = part.pivot(index="method", columns="other", values="difference").loc[methods, methods]
-        largest = max(1.0, float(grid.abs().max().max()))
+        largest = max(1.0, float(grid.abs().max().fillna(0).max()))
         sns.heatmap(grid, cmap="vlag", vmin=-largest, vmax=largest, ax=axis, linewidths=0.5, cbar_kws={"label": "points"},
                     mask=np.eye(n, dtype=bool))  # fmt: skip
-        for row in part[part.method != part.other].itertuples():
+        for row in part[(part.method != part.other) & part.difference.notna()].itertuples():
             y, x = methods.index(row.method), methods.index(row.other)
             clear = row.low > 0 or row.high < 0
             color = "white" if abs(row.difference) > 0.6 * largest else "black"
@@ -361,8 +361,8 @@ def loss_mixture(table: pd.DataFrame, cosines: Mapping[str, float]) -> Figure:
     return figure
 
 
-def _or_dash(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:+.2f}"
+def _or_dash(value: float, format_spec: str = "+.2f") -> str:
+    return "–" if np.isnan(value) else f"{value:{format_spec}}"
 
 
 def budgets(table: pd.DataFrame, title: str) -> Figure:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -13,37 +14,49 @@ from scipy.stats import t as student_t
 from . import DATA, distributed
 from .datasets import DATASETS, ImageSet
 from .evaluation import Record, evaluate, record_key, wilson
-from .files import write_atomic
+from .files import code_version, write_atomic
 from .miniworld import TASKS
 from .models import Clip
 from .progress import progress
-from .settings import AttackSettings, Protocol
+from .sanity import MODULES, AttackCheck, check_attack, check_key, checked_settings, sets_to_check
+from .settings import PLUMBING, AttackSettings, Protocol
 
 PUBLISHED_SETS = 16
 _COLUMNS = {"method", "world", "dataset", "attack", "eps_255", "protocol", "precision", "seed", "n", "available", "left_out", "correct"}
 
+Kept = TypeVar("Kept", Record, AttackCheck)
 
-class RecordStore:
-    """A folder with one JSON file a Record, written in one step and never changed."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+class RecordStore(Generic[Kept]):
+    """A folder with one JSON file a Record (or an AttackCheck), written in one step and never changed."""
 
-    def get(self, key: str) -> Record | None:
+    def __init__(self, folder: Path, kind: type[Kept] = Record):
+        self.folder, self.kind = folder, kind
+
+    @property
+    def checks(self) -> "RecordStore[AttackCheck]":
+        return RecordStore(self.folder / "checks", AttackCheck)
+
+    def get(self, key: str) -> Kept | None:
         path = self.folder / f"{key}.json"
-        return _read(path) if path.exists() else None
+        return self._read(path) if path.exists() else None
 
-    def add(self, record: Record) -> Record:
+    def all(self) -> list[Kept]:
+        return [self._read(path) for path in sorted(self.folder.glob("[!.]*.json"))]
+
+    def add(self, record: Kept) -> Kept:
         text = record.model_dump_json(indent=1) + "\n"
         write_atomic(self.folder / f"{record.key}.json", lambda temporary: temporary.write_text(text))
         return record
 
-
-def _read(path: Path) -> Record:
-    try:
-        return Record.model_validate_json(path.read_text())
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise ValueError(f"record {path} is damaged ({str(error).splitlines()[0]}); remove it to measure again") from None
+    def _read(self, path: Path) -> Kept:
+        try:
+            record = self.kind.model_validate_json(path.read_text())
+        except (ValidationError, UnicodeDecodeError) as error:
+            raise ValueError(f"record {path} is damaged ({str(error).splitlines()[0]}); remove it to measure again") from None
+        if record.key != path.stem:
+            raise ValueError(f"record {path} is that of {record.key}; remove it to measure again")
+        return record
 
 
 def evaluate_all(
@@ -56,17 +69,27 @@ def evaluate_all(
     seed: int = 0,
     store: RecordStore,
     processes: int = 1,
+    check_images: int = 0,
 ) -> list[Record]:
     """Two records a set, clean and attacked, each stored when done; what the store has is not measured again.
 
     ``processes`` of this machine share each set's images (``distributed.launch``); so do those that call this together.
+    With ``check_images`` the attack is first checked on about so many (``sanity.check_attack``), once a model that has not
+    random weights; where it fails that is said, and attacked records, though stored, are not returned.
     """
+    wanted_check = check_images and attack.test_eps and sets[0].world != PLUMBING
+    to_check = sets_to_check(sets, check_images) if wanted_check else []
+    checked = check_key(clip, to_check, attack) if to_check else None
+    unchecked = distributed.of_main(lambda: checked is not None and store.checks.get(checked) is None)
     wanted = [(data, kind, record_key(clip, data, kind, protocol, method, seed)) for data in sets for kind in (None, attack)]
     lacking = distributed.of_main(lambda: {key for _, _, key in wanted if store.get(key) is None})
     missing = {key: (data, kind) for data, kind, key in wanted if key in lacking}
-    if missing and processes > 1 and distributed.processes() == 1:
-        distributed.launch(processes, _evaluate_with_others, clip, sets, attack, protocol, method, seed, store)
-    elif missing:
+    if (missing or unchecked) and processes > 1 and distributed.processes() == 1:
+        distributed.launch(processes, _evaluate_with_others, clip, sets, attack, protocol, method, seed, store, check_images)
+        missing, unchecked = {}, False
+    if unchecked:
+        distributed.of_main(lambda: store.checks.add(check_attack(clip, to_check, attack)))
+    if missing:
         total, main = sum(len(data) for data, _ in missing.values()), distributed.rank() == 0
         with progress(total=total, desc=f"evaluate {method} seed {seed}", unit="image", disable=not main) as bar:
             for key, (data, kind) in missing.items():
@@ -77,14 +100,27 @@ def evaluate_all(
                     store.add(record)
                     for path in partial.parent.glob(f"{key}_*"):
                         path.unlink(missing_ok=True)
-    return distributed.of_main(lambda: [store.get(key) for _, _, key in wanted])
+    records, check = distributed.of_main(lambda: ([store.get(key) for _, _, key in wanted], checked and store.checks.get(checked)))
+    if check is None or not check.problems:
+        return records
+    print(f"robust accuracy of {method} (seed {seed}) is not counted, as the attack cannot be trusted: {'; '.join(check.problems)}", flush=True)
+    return [record for record in records if record.attack == "none"]
 
 
 def _evaluate_with_others(
     clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings, protocol: Protocol, method: str, seed: int, store: RecordStore,
-    device: torch.device,
+    check_images: int, device: torch.device,
 ) -> None:  # fmt: skip
-    evaluate_all(clip.to(device), sets, attack, protocol, method=method, seed=seed, store=store)
+    evaluate_all(clip.to(device), sets, attack, protocol, method=method, seed=seed, store=store, check_images=check_images)
+
+
+def attack_checks(records: Sequence[Record], attack: AttackSettings, store: RecordStore) -> dict[str, AttackCheck]:
+    """The checks of the models that ``records`` are of, under ``attack``; by method, and seed where there are several."""
+    code, settings = code_version(MODULES), checked_settings(attack)
+    kept = {(c.model, c.precision): c for c in store.checks.all() if c.code == code and c.settings == settings}
+    several = len({r.seed for r in records}) > 1
+    names = {f"{r.method}, seed {r.seed}" if several else r.method: (r.model, r.precision) for r in records}
+    return {name: kept[model] for name, model in names.items() if model in kept}
 
 
 def to_frame(records: Sequence[Record]) -> pd.DataFrame:
@@ -101,7 +137,7 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
 def per_seed(records: Sequence[Record]) -> pd.DataFrame:
     """One row a seed: robust and clean accuracy, each a mean over its sets, and their average, in percent."""
     means = to_frame(records).pivot_table(index="seed", columns="kind", values="accuracy", aggfunc="mean")
-    means = means.reindex(columns=["robust", "clean"])
+    means = means.reindex(columns=["robust", "clean"])  # NaN: what is not counted
     return means.assign(average=means.mean(axis=1, skipna=False))
 
 
@@ -115,7 +151,7 @@ def summary(records: Sequence[Record]) -> dict[str, float | str]:
     _refuse_mixture(to_frame(records))
     means = per_seed(records)
     if len(means) > 1:
-        halves = student_t.ppf(0.975, len(means) - 1) * means.std() / np.sqrt(len(means))
+        halves = student_t.ppf(0.975, len(means) - 1) * means.std(skipna=False) / np.sqrt(len(means))
         interval = f"{len(means)} seeds"
     else:
         robust = {r.data: _bits(r) for r in records if r.attack != "none"}
@@ -130,7 +166,7 @@ def summary(records: Sequence[Record]) -> dict[str, float | str]:
         interval = "images"
     row = {}
     for kind in means:
-        row |= {kind: means[kind].mean(), f"{kind}_ci": halves[kind]}
+        row |= {kind: means[kind].mean(skipna=False), f"{kind}_ci": halves[kind]}
     return row | {"interval": interval}
 
 
@@ -253,16 +289,20 @@ def differences(records: Sequence[Record]) -> pd.DataFrame:
     """
     rows = []
     for method, other in product(leaderboard(records).index, repeat=2):
-        for kind in ("robust", "clean"):
-            a, b = (
-                [r for r in records if r.method == name and (r.attack == "none") == (kind == "clean")]
-                for name in (method, other)
-            )
-            rows.append((kind, method, other, *paired_difference(*beside_each_seed(a, b))))
+        a, b = ([r for r in records if r.method == name] for name in (method, other))
+        rows += [(kind, method, other, *difference(kind, a, b)) for kind in ("robust", "clean")]
     return pd.DataFrame(rows, columns=["kind", "method", "other", "difference", "low", "high"])
 
 
-def beside_each_seed(a: Sequence[Record], b: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+def difference(kind: str, a: Sequence[Record], b: Sequence[Record]) -> tuple[float, float, float]:
+    """``paired_difference`` of "robust" or of "clean" accuracy, with ``_beside_each_seed``; NaN where it is not counted in all seeds."""
+    picked = [[r for r in records if (r.attack == "none") == (kind == "clean")] for records in (a, b)]
+    if any({r.seed for r in part} != {r.seed for r in whole} for part, whole in zip(picked, (a, b))):
+        return float("nan"), float("nan"), float("nan")
+    return paired_difference(*_beside_each_seed(*picked))
+
+
+def _beside_each_seed(a: Sequence[Record], b: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     """The same, but that records of one seed, such as the untuned model's, are repeated for each seed of the others."""
     repeat = lambda records, seeds: [r.model_copy(update={"seed": seed}) for r in records for seed in seeds]
     seeds_a, seeds_b = ({r.seed for r in records} for records in (a, b))
@@ -280,7 +320,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     shown = table.copy()
     for kind in ("robust", "clean", "average"):
         halves = shown.pop(f"{kind}_ci")
-        shown[kind] = [f"{a:.1f}" + ("" if np.isnan(h) else f"\u00a0±\u00a0{h:.1f}") for a, h in zip(table[kind], halves)]
+        with_half = [f"{a:.1f}" + ("" if np.isnan(h) else f"\u00a0±\u00a0{h:.1f}") for a, h in zip(table[kind], halves)]
+        shown[kind] = ["not counted" if np.isnan(a) else text for a, text in zip(table[kind], with_half)]
     for column in [c for c in shown if c.endswith("_minus_first")]:
         bounds = zip(table[column], shown.pop(f"{column}_low"), shown.pop(f"{column}_high"))
         shown[column] = ["" if np.isnan(d) else f"{d:+.1f} [{low:.1f}, {high:.1f}]" for d, low, high in bounds]

@@ -219,6 +219,7 @@ class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
     methods: Distinct[str]
     overrides: dict[str, dict[str, Any]] = {}  # method -> parameters of fine-tuning that differ for it
     processes: Count = 1  # that train and measure together, each on a device of its own
+    check_images: Annotated[int, Field(ge=0)] = 16  # about so many check the attack once a model (sanity.check_attack); 0: none
 
     @property
     def model_options(self) -> dict[str, Any]:

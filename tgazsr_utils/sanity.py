@@ -1,0 +1,193 @@
+"""Can what withstands an attack be called robust? Checks of the attack, once a model.
+
+A model may withstand gradient attacks only because its gradients are of no use (Athalye et al. 2018; Carlini et al. 2019), which
+other attacks then do without. Such robustness is reported, not counted (``results.evaluate_all``).
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from scipy.stats import binomtest, t as student_t
+from torch import Tensor
+
+from .attacks import generators, pgd, summed_cross_entropy
+from .datasets import ImageSet
+from .evaluation import wilson
+from .files import code_version, digest
+from .models import Clip
+from .progress import progress
+from .settings import AttackSettings, Norm, Settings
+
+MODULES = ("models", "attacks", "evaluation", "datasets", "layouts", "miniworld", "sanity")  # the source a check depends on
+Z, P = 3.29, 0.001  # a finding is beyond 99.9 % chance: each model is looked at in six ways, and sound ones are to pass
+FROM_A_SET = 8  # images, before another set is taken
+STEPS = (1, 10, 100)  # of PGD
+LARGE_EPS, LARGE_STEPS = 16.0, 20  # 1/255; hardly an image should stay recognised
+LARGE = f"PGD-{LARGE_STEPS}, large"
+FEW = 0.05  # that share may stay so, and may have no gradient
+RAISED = 0.9  # PGD should raise the loss of all images over noise; gradients that lead nowhere do so for half of them
+QUERIES = 100  # of Square, for each image
+
+
+class Outcome(Settings):
+    """What one attack does to the images of a check."""
+
+    attack: str
+    eps_255: float
+    correct: int
+    loss: float  # mean cross-entropy, nats
+
+
+class AttackCheck(Settings):
+    """Of one model under attacks of one epsilon, norm and step size; never edited."""
+
+    key: str  # names all that the outcome depends on
+    model: str  # fingerprint of the weights
+    precision: str
+    world: str
+    datasets: list[str]
+    settings: dict[str, Any]  # norm, epsilon and step size
+    n: int
+    zero_gradients: int  # images whose pixels' gradient is zero or not finite
+    outcomes: list[Outcome]
+    problems: list[str]  # empty: passed
+    code: str
+    device: str
+    seconds: float
+    time: str  # UTC, ISO 8601
+
+
+def sets_to_check(sets: Sequence[ImageSet], images: int) -> list[ImageSet]:
+    """About ``images`` images: FROM_A_SET from each of as many sets as that makes, the first set among them."""
+    count = min(len(sets), max(1, images // FROM_A_SET))
+    return [data.subset(-(-images // count)) for data in sets[:: -(-len(sets) // count)]]
+
+
+def check_key(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> str:
+    data = [part.fingerprint() for part in sets]
+    return digest(clip.fingerprint(), clip.how, data, checked_settings(attack), code_version(MODULES))
+
+
+def checked_settings(attack: AttackSettings) -> dict[str, Any]:
+    """What of an attack a check depends on; AutoAttack, which chooses its own steps, is checked with a quarter of epsilon."""
+    step = attack.test_eps / 4 if attack.attack == "autoattack" else attack.test_stepsize
+    return {"norm": attack.norm, "test_eps": attack.test_eps, "test_stepsize": step}
+
+
+def check_attack(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> AttackCheck:
+    """Attacks all images of ``sets`` with noise, PGD and Square, and says what does not fit together (``problems``).
+
+    Epsilon, norm and step size are those of ``attack`` (``checked_settings``), the loss is cross-entropy, and PGD starts
+    from the same noise whatever its steps. Raises ValueError if none of the images can be read.
+    """
+    started = time.perf_counter()
+    with progress(sets, desc="check of the attack", unit="set", leave=False) as bar:
+        batches = [batch for data in bar for batch in _attacked(clip, data, attack)]
+    if not batches:
+        raise ValueError(f"no image to check the attack with can be read, of {', '.join(data.key for data in sets)}")
+    right, loss = (pd.concat([batch[i] for batch in batches], ignore_index=True) for i in (0, 1))
+    zero = sum(batch[2] for batch in batches)
+    eps = {name: attack.test_eps for name in right} | {"clean": 0.0, LARGE: large_eps(attack)}
+    outcomes = [Outcome(attack=name, eps_255=eps[name], correct=right[name].sum(), loss=loss[name].mean()) for name in right]
+    return AttackCheck(
+        key=check_key(clip, sets, attack),
+        model=clip.fingerprint(),
+        precision=clip.precision,
+        world=sets[0].world,
+        datasets=[data.key for data in sets],
+        settings=checked_settings(attack),
+        n=len(right),
+        zero_gradients=zero,
+        outcomes=outcomes,
+        problems=list(problems(right, loss, zero, large_eps(attack))),
+        code=code_version(MODULES),
+        device=clip.target,
+        seconds=round(time.perf_counter() - started, 3),
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def large_eps(attack: AttackSettings) -> float:
+    """In 1/255: LARGE_EPS, or twice the attack's own where that is more; for l2, LARGE_EPS times the attack's own."""
+    return LARGE_EPS * attack.test_eps if attack.norm == "l2" else min(255.0, max(LARGE_EPS, 2 * attack.test_eps))
+
+
+def problems(right: pd.DataFrame, loss: pd.DataFrame, zero: int, large: float) -> Iterator[str]:
+    """What speaks against the attack, beyond chance (``Z``, ``P``).
+
+    ``right`` and ``loss``: a row an image, a column an attack: "clean", "noise", "PGD-n" by rising n, "Square", LARGE.
+    ``zero``: images without a gradient. ``large``: epsilon of LARGE, in 1/255.
+    """
+    n, by_steps = len(right), [name for name in right if name.startswith("PGD-") and name != LARGE]
+    last = by_steps[-1]
+    if wilson(zero, n, Z)[0] > FEW:
+        yield f"the gradient is zero for {zero} of {n} images"
+    raised = int((loss[last] > loss.noise).sum())
+    if raised < RAISED * n:
+        yield f"{last} raises the loss of {raised} of {n} images over random noise ({loss[last].mean():.2f} against {loss.noise.mean():.2f} on average)"
+    for fewer, more in pairwise(["noise", *by_steps]):
+        if _chance_of_falling(loss[more] - loss[fewer]) < P:
+            yield f"{more} reaches a lower loss than {fewer} ({loss[more].mean():.2f} against {loss[fewer].mean():.2f})"
+    for weak, strong in [*pairwise(by_steps), ("Square", last)]:
+        only_weak, only_strong = int((right[strong] & ~right[weak]).sum()), int((right[weak] & ~right[strong]).sum())
+        if only_weak > only_strong and binomtest(only_weak, only_weak + only_strong).pvalue < P:
+            yield f"{weak} fools {only_weak} of {n} images that {strong} does not, and {strong} {only_strong} that {weak} does not"
+    left = int(right[LARGE].sum())
+    if wilson(left, n, Z)[0] > FEW:
+        yield f"{left} of {n} images are still recognised at epsilon {large:g}/255"
+
+
+def _chance_of_falling(rise: pd.Series) -> float:
+    """That the mean is so far below zero, if in truth it is not (one-sided t test); NaN for a single value, or none but zeros."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(student_t.cdf(rise.mean() / (rise.std() / np.sqrt(len(rise))), len(rise) - 1))
+
+
+@torch.no_grad()  # but for the gradients of the pixels
+def _attacked(clip: Clip, data: ImageSet, attack: AttackSettings) -> Iterator[tuple[pd.DataFrame, pd.DataFrame, int]]:
+    """Of each batch: which images are recognised and their cross-entropy, a column an attack, and how many have no gradient."""
+    reader, text = clip.in_full_precision(), clip.encode_text(data.prompts)
+    eps, step, large = attack.test_eps / 255, checked_settings(attack)["test_stepsize"] / 255, large_eps(attack) / 255
+    for batch in data.batches(FROM_A_SET * 16, clip.device):
+        run = lambda eps, step, steps: pgd(
+            clip, batch.images, batch.labels, text, eps, step, steps, norm=attack.norm,
+            generator=generators(clip.device, batch.rows.tolist(), "sanity", data.key),
+        )  # fmt: skip
+        images = {"clean": batch.images, "noise": run(eps, step, 0)}
+        images |= {f"PGD-{steps}": run(eps, step, steps) for steps in STEPS}
+        images |= {"Square": _square(reader, batch.images, batch.labels, text, eps, attack.norm), LARGE: run(large, large / 4, LARGE_STEPS)}
+        logits = {name: reader.logits(pixels, text) for name, pixels in images.items()}
+        right = {name: (values.argmax(1) == batch.labels).cpu().numpy() for name, values in logits.items()}
+        loss = {name: F.cross_entropy(values, batch.labels, reduction="none").cpu().numpy() for name, values in logits.items()}
+        with torch.enable_grad():
+            pixels = images["noise"].requires_grad_(True)
+            (slope,) = torch.autograd.grad(summed_cross_entropy(clip.logits(pixels, text), batch.labels), pixels)
+        length = slope.flatten(1).abs().amax(1)
+        yield pd.DataFrame(right), pd.DataFrame(loss), int(((length == 0) | ~length.isfinite()).sum())
+
+
+def _square(clip: Clip, images: Tensor, labels: Tensor, text: Tensor, eps: float, norm: Norm) -> Tensor:
+    """The Square attack (Andriushchenko et al. 2020) by pyautoattack: random search that sees logits only."""
+    from pyautoattack.square import SquareAttack  # slow to import
+
+    attack = SquareAttack(
+        lambda pixels: clip.logits(pixels, text), norm={"linf": "Linf", "l2": "L2"}[norm], n_queries=QUERIES, eps=eps, seed=0, device=images.device
+    )
+    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds the global generator
+        return attack.perturb(images, labels)
+
+
+def table(checks: Mapping[str, AttackCheck]) -> pd.DataFrame:
+    """One row a model: accuracy in percent under each attack of its check, and the verdict."""
+    rows = {}
+    for name, check in checks.items():
+        shares = {outcome.attack: 100 * outcome.correct / check.n for outcome in check.outcomes}
+        rows[name] = shares | {"images": check.n, "verdict": "; ".join(check.problems) or "passed"}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
