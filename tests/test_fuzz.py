@@ -2,14 +2,18 @@
 
 import json
 import struct
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from safetensors.torch import save, save_file
 
-from tgazsr_utils import evaluation, frozen, runner
+from tgazsr_utils import evaluation, runner
+from tgazsr_utils.checkpoints import Checkpoints
 from tgazsr_utils.evaluation import Record
+from tgazsr_utils.files import digest, save_tensors
+from tgazsr_utils.frozen import FrozenCache
 from tgazsr_utils.models import SHIPPED, load_clip, read_metadata
 from tgazsr_utils.results import RecordStore
 from tgazsr_utils.settings import NOTEBOOKS, SettingsError, validate
@@ -55,7 +59,7 @@ def try_record(folder, content):
 
 
 @fuzz(2500)
-@given(content=damaged(json.dumps(RECORD).encode()))
+@given(content=damaged(json.dumps(RECORD | {"checksum": digest(RECORD)}).encode()))
 def test_damaged_records(tmp_path, content):
     try_record(tmp_path, content)
 
@@ -63,7 +67,8 @@ def test_damaged_records(tmp_path, content):
 @fuzz(2000)
 @given(name=st.sampled_from([*RECORD, "other"]), value=anything)
 def test_records_with_a_strange_value(tmp_path, name, value):
-    try_record(tmp_path, json.dumps(RECORD | {name: value}).encode())
+    content = RECORD | {name: value}
+    try_record(tmp_path, json.dumps(content | {"checksum": digest(content)}).encode())
 
 
 PROFILE = b"description: mine\nnotebooks: [02_train_tga_zsr]\nparameters: {seed: 3, methods: [TeCoA]}\nby_notebook:\n  02_train_tga_zsr: {epochs: 2}\n"
@@ -105,22 +110,62 @@ def headers(draw):
     return struct.pack("<Q", draw(st.just(len(text)) | st.integers(0, 2**64 - 1))) + text + draw(st.binary(max_size=32))
 
 
+def ours(tensors, **about):
+    """Bytes of a file as we write it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return save_tensors(Path(folder) / "a", tensors, **about).read_bytes()
+
+
+PREDICTIONS = ours({"predictions": torch.tensor([1, -1, 3]), "sums": torch.tensor([4, 5, 6])}, run="key")
+
+
 @fuzz(1500)
-@given(content=headers() | damaged(save({"predictions": torch.tensor([1, -1, 3])})))
+@given(content=headers() | damaged(PREDICTIONS))
 def test_kept_predictions(tmp_path, content):
     """What cannot be used is measured anew."""
     partial = tmp_path / "key.safetensors"
     (tmp_path / "key_0.safetensors").write_bytes(content)
-    kept = evaluation._kept(partial, 3)
-    assert kept.shape == (3,) and kept.dtype == torch.int64 and (kept >= evaluation.NOT_YET).all()
+    kept, _ = evaluation._kept(partial, 3)
+    assert kept.tolist() == ([1, -1, 3] if content == PREDICTIONS else 3 * [evaluation.NOT_YET])
+
+
+MAPS = ours({"values": torch.rand(3, 2)}, run="run", name="pooled")
 
 
 @fuzz(1000)
-@given(content=headers() | damaged(save({"values": torch.rand(3, 2)}, {"digest": "abc"})))
+@given(content=headers() | damaged(MAPS))
 def test_kept_maps(tmp_path, content):
-    path = tmp_path / "run_pooled.safetensors"
-    path.write_bytes(content)
-    assert frozen.FrozenCache._read(path) is None  # no digest fits
+    (tmp_path / "run_pooled.safetensors").write_bytes(content)
+    values = FrozenCache(None, None, tmp_path / "run")._read("pooled")
+    assert (values is not None) == (content == MAPS)
+
+
+MODULE = torch.nn.Linear(2, 2)
+OPTIMIZER = torch.optim.SGD(MODULE.parameters(), lr=0.1, momentum=0.9)
+MODULE(torch.rand(1, 2)).sum().backward()
+OPTIMIZER.step()
+
+
+def checkpoint():
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Checkpoints(Path(folder) / "run")
+        kept.save({"step": 3, "history": [{"loss": 0.5}]}, MODULE, OPTIMIZER)
+        return kept.newest().read_bytes()
+
+
+CHECKPOINT = checkpoint()
+
+
+@fuzz(1500)
+@given(content=headers() | damaged(CHECKPOINT))
+def test_checkpoints(tmp_path, content):
+    kept = Checkpoints(tmp_path / "run")
+    (tmp_path / "run.step3.ckpt").write_bytes(content)
+    try:
+        assert kept.load(MODULE, OPTIMIZER)["step"] == 3 and content == CHECKPOINT
+    except ValueError as error:
+        one_line(error)
+        assert "run.step3.ckpt" in str(error) and content != CHECKPOINT
 
 
 @fuzz(60)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tgazsr_utils.datasets import load_dataset
+from tgazsr_utils.files import load_tensors
 from tgazsr_utils.models import Clip, find_weights, load_clip
 from tgazsr_utils.objectives import Objective, Term
 from tgazsr_utils.settings import FinetuneSettings, PretrainNotebook
@@ -91,7 +92,7 @@ def test_ctrl_c_finishes_the_step_and_writes_a_checkpoint(mini, train_set, tmp_p
     with pytest.raises(KeyboardInterrupt, match="step 2 of 6"):
         finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path, stop=lambda: press() and os.kill(os.getpid(), signal.SIGINT))
     (checkpoint,) = tmp_path.glob("*.ckpt")
-    assert torch.load(checkpoint, weights_only=True)["step"] == 2
+    assert checkpoint.name.endswith(".step2.ckpt") and load_tensors(checkpoint)[1]["state"]["step"] == 2
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -179,9 +180,9 @@ def test_a_gradient_that_is_not_finite_stops_with_its_term_and_the_last_good_che
     with pytest.raises(FloatingPointError, match="gradient of Broken is not finite at step 3: that of L_root; .* checkpoint is .*ckpt"):
         finetune(mini, train_set, broken, SETTINGS, tmp_path)
     (checkpoint,) = tmp_path.glob("*.ckpt")
-    state = torch.load(checkpoint, weights_only=True)
-    assert state["step"] == 3 and all(torch.isfinite(value).all() for value in state["module"].values())
-    assert all(row["gradient_norm"] > 0 for row in state["history"])
+    weights, about = load_tensors(checkpoint)
+    assert about["state"]["step"] == 3 and all(torch.isfinite(value).all() for value in weights.values())
+    assert all(row["gradient_norm"] > 0 for row in about["state"]["history"])
 
 
 def test_training_lowers_the_loss_on_attacked_images(mini, tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import shutil
 import socket
 import sys
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,7 +92,8 @@ def by_hand(spec: DatasetSpec, root: Path) -> list[str]:
 
 
 def fetch_set(key: str, root: Path) -> str:
-    """Downloads one set into ``root`` and says so. A half-done download is never mistaken for a set.
+    """Downloads one set into ``root`` and says so. A half-done download is never mistaken for a set; an archive with a member
+    that would be written elsewhere is refused.
 
     What torchvision downloads and unpacks goes to ``<root>/.fetching/<key>`` first. After an interruption, archives are
     kept where their checksum tells whether they are whole, and unpacked afresh. Raises whatever the download raises.
@@ -103,6 +105,7 @@ def fetch_set(key: str, root: Path) -> str:
         raise FileExistsError(f"{root / spec.folder} is there but lacks {', '.join(missing_parts(key, root))}; move it away")
     if key != "tinyImageNet" and spec.torchvision in (None, "StanfordCars"):
         raise RuntimeError("cannot be downloaded by program")
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # zipfile keeps members inside of itself
     staging = root / ".fetching" / key
     if key in _NO_CHECKSUM:
         shutil.rmtree(staging, ignore_errors=True)

@@ -13,15 +13,13 @@ import pandas as pd
 import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import distributed
 from .attacks import attack_as_set, generators
 from .attention import Variant, attention_shift, text_guided_attention
 from .datasets import Batch, ImageSet
-from .files import code_version, digest, write_atomic
+from .files import DamagedFile, code_version, digest, load_tensors, save_tensors, seeded
 from .models import Clip
 from .settings import AttackSettings, Protocol, Settings
 
@@ -75,7 +73,13 @@ def attacked_batches(
         yield batch, attacked
 
 
-@torch.no_grad()
+def pixel_sums(images: Tensor) -> Tensor:
+    """A number ``[B]`` for each of images ``[B,3,H,W]`` in [0,1] that changes with any of its 8-bit pixels; on the CPU."""
+    levels = (255 * images).round().long().flatten(1)
+    odd = 2 * torch.randint(2**62, levels.shape[1:], generator=seeded("cpu", "pixel sums")) + 1
+    return (levels * odd.to(levels.device)).sum(1).cpu()  # modulo 2^64
+
+
 def predict(
     clip: Clip,
     data: ImageSet,
@@ -92,8 +96,16 @@ def predict(
     runs out the batch is halved. Several processes (``distributed``) share the images. AutoAttack, whose random draws are for
     a batch, always has TOGETHER images of the same rows at once.
     """
+    return _predict(clip, data, attack, protocol, seed, bar, partial)[0]
+
+
+@torch.no_grad()
+def _predict(
+    clip: Clip, data: ImageSet, attack: AttackSettings | None, protocol: Protocol, seed: int, bar, partial: Path | None
+) -> tuple[Tensor, Tensor]:
+    """(classes of ``predict``, ``pixel_sums`` of the images that were read)."""
     reader, text = clip.in_full_precision(), clip.encode_text(data.prompts)
-    predictions = distributed.largest(_kept(partial, len(data)), clip.device)
+    predictions, sums = (distributed.largest(kept, clip.device) for kept in _kept(partial, len(data)))
     left = predictions == NOT_YET
     together = attack is not None and attack.attack == "autoattack"
     chunks = [rows for rows in torch.arange(len(data)).split(TOGETHER) if left[rows].any()] if together else left.nonzero()
@@ -106,10 +118,11 @@ def predict(
             batches = own if together else own.flatten().split(size)
             for batch, attacked in attacked_batches(clip, data, attack, protocol, seed, batches):
                 predictions[batch.rows] = reader.logits(attacked, text).argmax(1).cpu()
+                sums[batch.rows] = pixel_sums(batch.images)
                 if bar is not None:
                     bar.update(len(batch.rows) * distributed.processes())
                 if partial is not None and time.monotonic() - saved > SAVE_EVERY:
-                    write_atomic(_of_process(partial), lambda temporary: save_file({"predictions": predictions}, temporary))
+                    save_tensors(_of_process(partial), {"predictions": predictions, "sums": sums}, run=partial.stem)
                     saved = time.monotonic()
             break
         except RuntimeError as error:
@@ -121,25 +134,26 @@ def predict(
         print(f"memory ran out; going on with {size} images at once", flush=True)
     for rows in own:
         predictions[rows] = predictions[rows].clamp(min=UNREADABLE)
-    predictions = distributed.largest(predictions, clip.device)
+    predictions, sums = (distributed.largest(part, clip.device) for part in (predictions, sums))
     if (predictions == NOT_YET).any():
         raise RuntimeError(f"{int((predictions == NOT_YET).sum())} images of {data.key} were measured by no process")
-    return predictions
+    return predictions, sums
 
 
 def _of_process(partial: Path) -> Path:
     return partial.with_stem(f"{partial.stem}_{distributed.rank()}")
 
 
-def _kept(partial: Path | None, n: int) -> Tensor:
-    """What earlier runs have left in ``partial``, by however many processes; NOT_YET elsewhere."""
-    predictions = torch.full((n,), NOT_YET)
+def _kept(partial: Path | None, n: int) -> tuple[Tensor, Tensor]:
+    """Predictions and pixel sums that earlier runs have left in ``partial``, by however many processes; NOT_YET elsewhere."""
+    predictions, sums = torch.full((n,), NOT_YET), torch.full((n,), torch.iinfo(torch.int64).min)
     for path in sorted(partial.parent.glob(f"{partial.stem}_*{partial.suffix}")) if partial else ():
         try:
-            predictions = torch.maximum(predictions, load_file(path)["predictions"])
-        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-            print(f"{path} is damaged ({error}); what it held is measured anew", flush=True)
-    return predictions
+            kept = load_tensors(path, run=partial.stem)[0]
+            predictions, sums = torch.maximum(predictions, kept["predictions"]), torch.maximum(sums, kept["sums"])
+        except DamagedFile as error:
+            print(f"{error}; what it held is measured anew", flush=True)
+    return predictions, sums
 
 
 @dataclass(frozen=True)
@@ -187,7 +201,8 @@ class Record(Settings):
     arch: str
     world: str
     dataset: str
-    data: str  # fingerprint of the images, labels and prompts
+    data: str  # fingerprint of the images (of files: their names and sizes), labels and prompts
+    pixels: str | None = None  # names the pixels that were read: a file whose content changes under its name shows
     attack: str  # "none" or AttackSettings.label
     eps_255: float
     protocol: Protocol
@@ -245,7 +260,7 @@ def evaluate(
     that cannot be read are not counted.
     """
     started = time.perf_counter()
-    predictions = predict(clip, data, attack, protocol, seed, bar, partial)
+    predictions, sums = _predict(clip, data, attack, protocol, seed, bar, partial)
     read = predictions >= 0
     if not read.any():
         raise ValueError(f"image set {data.key!r}: none of its {len(data)} images can be read")
@@ -259,6 +274,7 @@ def evaluate(
         world=data.world,
         dataset=data.key,
         data=data.fingerprint(),
+        pixels=digest(sums[read]),
         attack="none" if attack is None else attack.label,
         eps_255=0.0 if attack is None else attack.test_eps,
         protocol=protocol_of(attack, protocol),

@@ -5,13 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import distributed
 from .datasets import ImageSet
-from .files import digest, write_atomic
+from .files import DamagedFile, load_tensors, save_tensors
 from .models import Clip
 from .objectives import Step
 from .progress import progress
@@ -22,8 +20,8 @@ BATCH = 128  # a fixed partition, so that values do not depend on the order of t
 class FrozenCache:
     """Values of each image of ``data`` under ``original``, one file ``<run>_<name>.safetensors`` for each quantity.
 
-    ``run`` names all that training depends on (``training.tuned_path``), so a stale file is never taken; a file holds a
-    digest of its values, so a damaged one is made anew.
+    ``run`` names all that training depends on (``training.tuned_path``), so a stale file is never taken; a damaged one is
+    made anew.
     """
 
     def __init__(self, original: Clip, data: ImageSet, run: Path, quiet: bool = False):
@@ -41,28 +39,20 @@ class FrozenCache:
     def __call__(self, name: str, compute: Callable[[Step], Tensor], rows: Tensor) -> Tensor:
         """Values ``[len(rows), ...]`` on the model's device; ``compute`` gives those of a Step without attacked images."""
         if name not in self._kept:
-            values = self._read(self._path(name))
+            values = self._read(name)
             if distributed.in_any(values is None, self.original.device):
                 values = self._make(name, compute)
                 if distributed.rank() == 0:
-                    header = {"digest": digest(values)}
-                    write_atomic(self._path(name), lambda temporary: save_file({"values": values}, temporary, header))
+                    save_tensors(self._path(name), {"values": values}, run=self.run.name, name=name)
             self._kept[name] = values.to(self.original.device)
         return self._kept[name][rows.to(self.original.device)]
 
-    @staticmethod
-    def _read(path: Path) -> Tensor | None:
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, "pt") as file:
-                values = file.get_tensor("values")
-                if digest(values) == (file.metadata() or {}).get("digest"):
-                    return values
-            problem = "its values are not those that were written"
-        except (SafetensorError, OSError) as error:
-            problem = str(error)
-        print(f"{path} is damaged ({problem}); making it anew", flush=True)
+    def _read(self, name: str) -> Tensor | None:
+        if self._path(name).exists():
+            try:
+                return load_tensors(self._path(name), run=self.run.name, name=name)[0]["values"]
+            except DamagedFile as error:
+                print(f"{error}; making it anew", flush=True)
         return None
 
     @torch.no_grad()

@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import miniworld
+from .checkpoints import Checkpoints
 from .datasets import ImageSet
 from .files import code_version, digest
 from .models import Clip, load_clip
 from .progress import progress
 from .settings import PretrainNotebook
-from .training import deferred_interrupt, load_checkpoint, save_checkpoint, warmup_cosine
+from .training import deferred_interrupt, warmup_cosine
 
-MODULES = ("models", "miniworld", "pretraining", "training")  # the source a pre-trained model depends on
+MODULES = ("models", "miniworld", "checkpoints", "pretraining", "training")  # the source a pre-trained model depends on
 CAPTIONS_PER_IMAGE = 2
 _RELEVANT = {"arch", "seed", "steps", "batch_size", "lr", "warmup_steps", "weight_decay"}
 _PHOTO_TEMPLATES = ("This is a photo of a {}", "A photo of a {}", "An image of a {}", "{}")
@@ -120,14 +121,14 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
     """
     relevant = settings.model_dump(include=_RELEVANT)
     key = digest(relevant, pairs.fingerprint, open_clip.get_model_config(settings.arch), code_version(MODULES))
-    checkpoint = folder / f"pretrain_{settings.arch}_{key}.ckpt"
+    checkpoints = Checkpoints(folder / f"pretrain_{settings.arch}_{key}")
     clip = load_clip(settings.arch, None, settings.device, seed=settings.seed).requires_grad_(True)
     model, device = clip.model, clip.device
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6)
-    state = load_checkpoint(checkpoint, model, optimizer)
+    state = checkpoints.load(model, optimizer)
     bar = progress(total=settings.steps, initial=state["step"], desc=f"pre-train {settings.arch}")
     with deferred_interrupt() as interrupted, bar:
         for step in range(state["step"], settings.steps):
@@ -140,7 +141,12 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
             loss = contrastive_loss(images, texts, batch.fits.to(device), model.logit_scale.exp())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not (loss.isfinite() and norm.isfinite()):
+                raise FloatingPointError(
+                    f"pre-training is not finite at step {step}: contrastive loss {loss.item():g}, norm of its gradient {norm.item():g}; "
+                    f"nothing was changed by this step, {checkpoints.said()}"
+                )
             optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(100))
@@ -151,7 +157,7 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
             bar.set_postfix(loss=f"{loss.item():.3f}", scale=f"{scale:.1f}", refresh=False)
             bar.update()
             if interrupted() or state["step"] % 200 == 0 or state["step"] == settings.steps:
-                save_checkpoint(checkpoint, state, model, optimizer)
+                checkpoints.save(state, model, optimizer)
             if interrupted():
                 raise KeyboardInterrupt(f"stopped after step {state['step']} of {settings.steps}; run again to go on")
     clip.eval().requires_grad_(False)

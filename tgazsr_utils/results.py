@@ -1,5 +1,6 @@
 """The append-only store of Records, and the tables made from them."""
 
+import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -8,13 +9,12 @@ from typing import Generic, TypeVar
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import ValidationError
 from scipy.stats import t as student_t
 
 from . import DATA, distributed
 from .datasets import DATASETS, ImageSet
 from .evaluation import Record, evaluate, record_key, wilson
-from .files import code_version, write_atomic
+from .files import DamagedFile, code_version, digest, write_atomic, write_json
 from .miniworld import TASKS
 from .models import Clip
 from .progress import progress
@@ -22,7 +22,7 @@ from .sanity import MODULES, AttackCheck, check_attack, check_key, checked_setti
 from .settings import PLUMBING, AttackSettings, Protocol
 
 PUBLISHED_SETS = 16
-_COLUMNS = {"method", "world", "dataset", "attack", "eps_255", "protocol", "precision", "seed", "n", "available", "left_out", "correct"}
+_COLUMNS = {"method", "world", "dataset", "data", "pixels", "attack", "eps_255", "protocol", "precision", "seed", "n", "available", "left_out", "correct"}
 
 Kept = TypeVar("Kept", Record, AttackCheck)
 
@@ -45,18 +45,20 @@ class RecordStore(Generic[Kept]):
         return [self._read(path) for path in sorted(self.folder.glob("[!.]*.json"))]
 
     def add(self, record: Kept) -> Kept:
-        text = record.model_dump_json(indent=1) + "\n"
-        write_atomic(self.folder / f"{record.key}.json", lambda temporary: temporary.write_text(text))
+        content = record.model_dump(mode="json")
+        write_json(self.folder / f"{record.key}.json", content | {"checksum": digest(content)})
         return record
 
     def _read(self, path: Path) -> Kept:
         try:
-            record = self.kind.model_validate_json(path.read_text())
-        except (ValidationError, UnicodeDecodeError) as error:
-            raise ValueError(f"record {path} is damaged ({str(error).splitlines()[0]}); remove it to measure again") from None
-        if record.key != path.stem:
-            raise ValueError(f"record {path} is that of {record.key}; remove it to measure again")
-        return record
+            content = json.loads(path.read_bytes())
+            if not isinstance(content, dict) or content.pop("checksum", None) != digest(content):
+                raise ValueError("its content is not what was written")
+            if content.get("key") != path.stem:
+                raise ValueError(f"it is that of {content.get('key')}")
+            return self.kind.model_validate_json(json.dumps(content))
+        except (ValueError, RecursionError) as error:  # also of pydantic, and of bytes that are no text
+            raise DamagedFile(f"record {path} is damaged ({str(error).splitlines()[0]}); remove it to measure again") from None
 
 
 def evaluate_all(
@@ -217,6 +219,9 @@ def _refuse_mixture(frame: pd.DataFrame) -> None:
         if part[column].nunique() > 1:
             values = ", ".join(map(str, sorted(part[column].unique())))
             raise ValueError(f"records differ in {column} ({values}); one table holds one {column}")
+    changed = frame.groupby(["dataset", "data"]).pixels.nunique() > 1
+    if changed.any():
+        raise ValueError(f"files of {changed[changed].index[0][0]} were changed between measurements, which saw different pixels; measure anew what is wrong")
     sets = frame.groupby(["method", "seed", "kind"])["dataset"].agg(frozenset)
     if sets.nunique() > 1:
         raise ValueError("methods or seeds were measured on different sets; their means cannot be compared")

@@ -65,7 +65,10 @@ def load_profile(name: str) -> Profile:
         raise SettingsError(f"profile {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"profile {path} must hold names and values")
-    profile = validate(Profile, values)
+    try:
+        profile = validate(Profile, values)
+    except SettingsError as error:
+        raise SettingsError(f"profile {name!r}: {error}") from None
     for notebook in (*profile.notebooks, *profile.by_notebook):
         if notebook not in NOTEBOOKS:
             raise SettingsError(f"profile {name!r}: notebook {notebook!r} is unknown; there are: {', '.join(NOTEBOOKS)}")
@@ -216,10 +219,12 @@ def load_manifest(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {"notebooks": {}}
     try:
-        manifest = json.loads(path.read_text())
-        return {"notebooks": dict(manifest["notebooks"])}
-    except (ValueError, TypeError, KeyError):
-        raise SettingsError(f"manifest {path} is damaged; remove it to run everything again") from None
+        notebooks = json.loads(path.read_bytes())["notebooks"]
+        if not all(isinstance(entry, dict) for entry in notebooks.values()):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise SettingsError(f"manifest {path} is damaged; remove it to run the notebooks again, which goes on from what is stored") from None
+    return {"notebooks": notebooks}
 
 
 def run(profile_name: str, numbers: list[str], given: dict[str, Any], fresh: bool) -> int:
@@ -259,6 +264,8 @@ def _run_in(
         aside = folder.with_name(f"{folder.name}-before-{datetime.now():%Y%m%d-%H%M%S}")
         folder.rename(aside)
         print(f"earlier results were moved to {aside.name}")
+    folder.mkdir(exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # raises OSError now rather than after hours
     manifest_path = folder / "manifest.json"
     manifest = load_manifest(manifest_path)
     manifest |= {"profile": profile_name, "environment": now}
@@ -290,11 +297,11 @@ def _run_in(
         except Exception as error:  # a kernel that died or did not start
             failure = f"stopped: {type(error).__name__}: {' '.join(str(error).split())}"
         entry |= {"status": "failed" if failure else "finished", "seconds": round(time.time() - started, 1)}
-        if failure:
+        if failure:  # said first: the disk may be full
+            print(f"\n{name} {failure}\nexecuted copy: {folder / 'notebooks' / name}.ipynb", file=sys.stderr)
             entry["error"] = failure
         write_json(manifest_path, manifest)
         if failure:
-            print(f"\n{name} {failure}\nexecuted copy: {folder / 'notebooks' / name}.ipynb", file=sys.stderr)
             return 1
         print(f"{name}: {entry['seconds']:.0f} s", flush=True)
     show(folder, with_table=any(name.startswith("04") for name in chosen))

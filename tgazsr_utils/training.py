@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from . import distributed
 from .attacks import generators, pgd
+from .checkpoints import Checkpoints
 from .datasets import Batch, ImageSet
-from .files import code_version, digest, seeded, write_atomic
+from .files import code_version, digest, seeded
 from .frozen import FrozenCache
 from .models import Clip, load_alike, read_metadata, save_clip
 from .objectives import Objective, Step, find_objective
 from .progress import progress
 from .settings import FinetuneSettings
 
-MODULES = ("models", "attention", "attention_kernel", "attacks", "distributed", "objectives", "frozen", "datasets", "training")  # the source a tuned model depends on
+MODULES = ("models", "attention", "attention_kernel", "attacks", "checkpoints", "distributed", "objectives", "frozen", "datasets", "training")  # the source a tuned model depends on
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def finetune(
     optimizer = torch.optim.SGD(
         parameters, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
-    checkpoint = weights.with_suffix(".ckpt")
-    state = load_checkpoint(checkpoint, tuned.visual, optimizer)
+    checkpoints = Checkpoints(weights.with_suffix(""))
+    state = checkpoints.load(tuned.visual, optimizer)
     per_epoch = math.ceil(len(data) / settings.batch_size)
     total = per_epoch * settings.epochs
     main = distributed.rank() == 0
@@ -107,8 +108,7 @@ def finetune(
                 distributed.average_gradients(parameters)
                 values["gradient_norm"] = gradient_norm(batch, objective, settings, parameters, step)
             except FloatingPointError as error:
-                kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
-                raise FloatingPointError(f"{error}; nothing was changed by this step, {kept}") from None
+                raise FloatingPointError(f"{error}; nothing was changed by this step, {checkpoints.said()}") from None
             optimizer.step()
 
             row = {"step": step, "lr": optimizer.param_groups[0]["lr"], **values, "seconds": time.perf_counter() - started}
@@ -120,12 +120,12 @@ def finetune(
                 watch(state["step"], total, row)
             wanted = distributed.in_any(stop() or interrupted(), clip.device)
             if main and (wanted or state["step"] % per_epoch == 0):
-                save_checkpoint(checkpoint, state, tuned.visual, optimizer)
+                checkpoints.save(state, tuned.visual, optimizer)
             if wanted:
                 raise KeyboardInterrupt(f"stopped after step {state['step']} of {total}; the same call goes on from there")
     if main:
         save_clip(tuned, weights, method=objective.name, settings=settings.model_dump(), history=state["history"])
-        checkpoint.unlink(missing_ok=True)
+        checkpoints.remove()
         cache.remove()
     distributed.wait()
     return TrainResult(tuned.requires_grad_(False), pd.DataFrame(state["history"]), weights)
@@ -231,21 +231,6 @@ def batches(
         skip = min(max(start - first, 0), len(chunks))
         for batch in data.batches(chunks, device, skip):
             yield first + batch.number, batch
-
-
-def save_checkpoint(path: Path, state: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    whole = state | {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
-    write_atomic(path, lambda temporary: torch.save(whole, temporary))
-
-
-def load_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restores module and optimiser from ``path`` if it is there; the step to go on from and the history so far."""
-    if not distributed.of_main(path.exists):
-        return {"step": 0, "history": []}
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    module.load_state_dict(state.pop("module"))
-    optimizer.load_state_dict(state.pop("optimizer"))
-    return state
 
 
 @contextmanager
