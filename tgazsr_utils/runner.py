@@ -157,10 +157,11 @@ def fingerprint(notebook: str, parameters: dict[str, Any], before: str) -> str:
     return digest(FOLDER / f"{notebook}.ipynb", parameters, *contents, listings, code_version(), before)
 
 
-def execute(notebook: str, parameters: dict[str, Any], folder: Path) -> Path:
+def execute(notebook: str, parameters: dict[str, Any], folder: Path) -> None:
     """Runs one notebook with papermill into ``folder``, its output echoed live, and exports it to HTML."""
     executed = folder / "notebooks" / f"{notebook}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
+    html = folder / "html" / f"{notebook}.html"
     with tempfile.TemporaryDirectory(prefix="tgazsr-") as sockets:
         kernel = {"transport": "ipc", "ip": f"{sockets}/kernel", "shutdown_wait_time": 60.0}  # ipc: no open port
         try:
@@ -176,9 +177,11 @@ def execute(notebook: str, parameters: dict[str, Any], folder: Path) -> Path:
                 config=Config({"KernelManager": kernel}),
                 extra_arguments=["--IPKernelApp.log_level=50"],  # a kernel that is interrupted fills the log with its own troubles
             )
-        finally:
-            export_html(executed, folder / "html" / f"{notebook}.html")
-    return executed
+        except BaseException:
+            with contextlib.suppress(OSError):  # what went wrong first is what is to be told
+                export_html(executed, html)
+            raise
+    export_html(executed, html)
 
 
 def take_part(notebook: str, parameters: dict[str, Any]) -> None:
