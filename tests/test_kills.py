@@ -11,15 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tgazsr_utils import ROOT, evaluation
+from tgazsr_utils import ROOT, evaluation, sanity
 from tgazsr_utils.ablations import Sweep, plan
 from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.evaluation import Record
 from tgazsr_utils.models import load_clip
 from tgazsr_utils.results import RecordStore, evaluate_all
 from tgazsr_utils.runner import default_parameters
@@ -38,11 +38,12 @@ def work(folder):
     os.setsid()
     torch.set_num_threads(1)
     evaluation.SAVE_EVERY, evaluation.batch_that_fits = 0.0, lambda clip: 4
+    sanity.STEPS, sanity.LARGE_STEPS, sanity.QUERIES = (1, 2), 4, 5
     clip, train = load_clip("mini-clip", "mini", "cpu"), load_dataset("shapes", "train", n=24)
     sets = [load_dataset(key, "test", n=16) for key in ("shapes", "letters")]
     tuned = finetune(clip, train, "TGA-ZSR", SETTINGS, folder / "models")
     attack = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
-    evaluate_all(tuned.clip, sets, attack, method="TGA-ZSR", store=RecordStore(folder / "records"))
+    evaluate_all(tuned.clip, sets, attack, method="TGA-ZSR", store=RecordStore(folder / "records"), check_images=8)
     parameters = default_parameters("03_ablations") | {"train_images": 24, "epochs": 1, "batch_size": 8, "ablations": ["loss_parts"]}
     sweep = Sweep(clip, train, sets, sets, folder)
     settings = validate(AblationNotebook, parameters | {"output": str(folder), "test_numsteps": 2})
@@ -57,8 +58,8 @@ def start(folder):
 
 def outcome(folder):
     """Records but for what tells of time, and tuned weights; not the hidden files that a killed process was writing."""
-    read = lambda path: Record.model_validate_json(path.read_text())  # raises for what is half written
-    records = {path.stem: read(path).model_dump(exclude={"time", "seconds"}) for path in (folder / "records").glob("[!.]*.json")}
+    store = RecordStore(folder / "records")
+    records = {r.key: r.model_dump(exclude={"time", "seconds"}) for r in [*store.all(), *store.checks.all()]}  # raises for what is half written
     return records, {path.name: load_file(path) for path in (folder / "models").glob("[!.]*.safetensors")}
 
 
@@ -73,7 +74,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_been(tmp
     child, started = start(tmp_path / "whole"), time.monotonic()
     child.join()
     duration, whole = time.monotonic() - started, outcome(tmp_path / "whole")
-    assert child.exitcode == 0 and len(whole[0]) == 12 and len(whole[1]) == 3
+    assert child.exitcode == 0 and len(whole[0]) == 13 and len(whole[1]) == 3
     done, rounds, killed = 0, 0, False
     while done < kills:
         folder, rounds, before = tmp_path / f"round {rounds}", rounds + 1, {}
@@ -96,9 +97,12 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_been(tmp
 
 
 def test_the_whole_run_killed_and_started_again(tmp_path, request):
+    """run_all.sh, which becomes the runner, in this environment."""
     chance = random.Random(request.config.getoption("--kills-seed"))
-    asked = [sys.executable, "-m", "tgazsr_utils.runner", "smoke", "02", "-p", "methods", "[TGA-ZSR]", "-p", "train_images", "320", "-p", "output"]
-    run = lambda folder: subprocess.Popen([*asked, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    asked = ["bash", "run_all.sh", "smoke", "02", "-p", "methods", "[TGA-ZSR]", "-p", "train_images", "320", "-p", "output"]
+    own = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    options = {"cwd": ROOT, "env": os.environ | own, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    run = lambda folder: subprocess.Popen([*asked, str(folder)], **options)
     started = time.monotonic()
     assert run(tmp_path / "whole").communicate()[1] is None
     duration = time.monotonic() - started

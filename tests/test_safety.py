@@ -1,0 +1,195 @@
+"""Nothing from outside is executed, written elsewhere, or open to others."""
+
+import ast
+import functools
+import http.server
+import importlib.util
+import io
+import json
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+import torchvision.datasets
+from miniatures import write_all
+
+from tgazsr_utils import ROOT, datasets_command
+from tgazsr_utils.datasets import load_dataset
+from tgazsr_utils.explorer import look, look_html
+from tgazsr_utils.runner import main
+
+SOURCES = [*sorted((ROOT / "tgazsr_utils").glob("*.py")), *sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "benchmarks").glob("*.py"))]
+
+
+class RunsCode:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def calls(path):
+    """(dotted name, keyword names and constants) of each call in a module or notebook."""
+    if path.suffix == ".ipynb":
+        text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    else:
+        text = path.read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call):
+            keywords = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+            yield ast.unparse(node.func), keywords
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_call_that_would_run_what_a_file_or_a_person_says(path):
+    for name, keywords in calls(path):
+        assert name not in {"eval", "exec", "os.system", "pickle.load", "pickle.loads", "yaml.load", "joblib.load", "pd.read_pickle"}, name
+        assert not name.endswith("torch.load") or keywords.get("weights_only") is True
+        assert not keywords.get("shell") and not keywords.get("allow_pickle")
+
+
+def test_a_pickle_in_place_of_a_published_set_is_not_read(tmp_path):
+    """CIFAR comes as pickles: only those with the published checksums are opened."""
+    root, trace = write_all(tmp_path / "sets"), tmp_path / "ran"
+    for name in ("test_batch", "batches.meta"):
+        (root / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(RunsCode(trace)))
+    with pytest.raises(ValueError, match="'cifar10' in .* cannot be read"):
+        load_dataset("cifar10", "test", root)
+    assert not trace.exists()
+
+
+@pytest.fixture
+def served(tmp_path):
+    """(folder, address on loopback where its files can be got)."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    (tmp_path / "served").mkdir()
+    handler = functools.partial(Quiet, directory=str(tmp_path / "served"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield tmp_path / "served", f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("member", ["../../../outside.txt", "/{root}/outside.txt", "link"])
+def test_an_archive_cannot_write_outside_of_its_folder(served, tmp_path, monkeypatch, capsys, member):
+    """FGVC-Aircraft is a tar without a checksum."""
+    archive = served[0] / "fgvc-aircraft-2013b.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        if member == "link":
+            link = tarfile.TarInfo("fgvc-aircraft-2013b/out")
+            link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+            tar.addfile(link)
+        name = "fgvc-aircraft-2013b/out/outside.txt" if member == "link" else member.format(root=str(tmp_path).lstrip("/"))
+        info = tarfile.TarInfo(name)
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"evil"))
+    monkeypatch.setattr(torchvision.datasets.FGVCAircraft, "_URL", f"{served[1]}/{archive.name}")
+    assert datasets_command.main(["fetch", "fgvc_aircraft", "--root", str(tmp_path / "deep" / "sets")]) == 1
+    said = capsys.readouterr().out
+    assert "fgvc_aircraft: failed: " in said and ("outside" in said or "absolute" in said or member.startswith("/"))  # a slash is dropped
+    assert not [path for path in tmp_path.rglob("outside.txt") if tmp_path / "deep" / "sets" / ".fetching" not in path.parents]
+
+
+def test_a_zip_cannot_either(served, tmp_path, monkeypatch):
+    """Tiny-ImageNet is a zip without a checksum."""
+    archive = served[0] / "tiny-imagenet-200.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("../../../outside.txt", "evil")
+        file.writestr("tiny-imagenet-200/wnids.txt", "n01")
+    spec = datasets_command.DATASETS["tinyImageNet"]
+    monkeypatch.setitem(datasets_command.DATASETS, "tinyImageNet", replace(spec, source=f"{served[1]}/{archive.name}"))
+    assert datasets_command.main(["fetch", "tinyImageNet", "--root", str(tmp_path / "deep" / "sets")]) == 0
+    sets = tmp_path / "deep" / "sets"
+    assert (sets / "tiny-imagenet-200" / "wnids.txt").exists() and not [path for path in tmp_path.rglob("outside.txt") if sets not in path.parents]
+
+
+def run_all(*arguments):
+    """run_all.sh with this Python as the active environment."""
+    own = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(["bash", str(ROOT / "run_all.sh"), *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ | own)
+
+
+def test_what_a_person_passes_is_never_run(tmp_path, capsys):
+    """Neither by the shell nor in a notebook that papermill writes it into."""
+    trace = tmp_path / "ran"
+    folder = tmp_path / "it's \"odd\" $(touch ran) `touch ran`; touch ran\\n"
+    done = run_all("smoke", "02", "-p", "output", str(folder), "-p", "methods", "[TeCoA]")
+    assert done.returncode == 0, done.stderr
+    assert len(list(folder.glob("tables/*.csv"))) == 1
+    code = f'"); open("{trace}", "w"); ("'
+    for name in ("dataset", "arch", "pretrained", "prompt", "device"):
+        assert main(["smoke", "02", "-p", name, json.dumps(code)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert not trace.exists() and not (ROOT / "ran").exists()
+
+
+def test_names_from_outside_are_text_in_the_explorers_html(mini, shapes):
+    seen = look(mini, shapes.images[0] / 255, 0, shapes, "a cross", 1.0, 1, "reference")
+    evil = "<img src=x onerror=alert(1)>"
+    shown = look_html(replace(seen, label=evil, before=[(evil, 0.9)], after=[(evil, 0.8)]))
+    assert evil not in shown and shown.count("&lt;img src=x onerror=alert(1)&gt;") == 3
+
+
+def test_jupyter_listens_on_loopback_and_wants_its_token(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")}
+    own |= {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "run_all.sh"), "--lab", "--no-browser", "--allow-root", f"--port={port}"]
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(command, cwd=ROOT, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        status = None
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/contents").close()
+                status = 200
+            except urllib.error.HTTPError as error:
+                status = error.code
+            except OSError:
+                time.sleep(0.5)
+                continue
+            break
+        addresses = {c.laddr.ip for c in psutil.Process(server.pid).net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        assert status == 403, (tmp_path / "log").read_text()
+        assert addresses and addresses <= {"127.0.0.1", "::1"}
+        token = re.search(r"token=(\w{20,})", (tmp_path / "log").read_text())[1]
+        assert urllib.request.urlopen(f"http://127.0.0.1:{port}/api/contents?token={token}").status == 200
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("atheris"), reason="atheris is not installed (pip install atheris)")
+def test_coverage_guided_fuzzing_finds_nothing(tmp_path):
+    seeds = [b"\x00" + (ROOT / "notebooks" / "profiles" / "mini.yaml").read_bytes(), b"\x01" + json.dumps({"key": "abc", "checksum": ""}).encode(),
+             b"\x02" + json.dumps({"notebooks": {"01": {"status": "finished"}}}).encode()]  # fmt: skip
+    (tmp_path / "corpus").mkdir()
+    for number, seed in enumerate(seeds):
+        (tmp_path / "corpus" / str(number)).write_bytes(seed)
+    script = str(Path(__file__).with_name("coverage_fuzz.py"))
+    done = subprocess.run([sys.executable, script, str(tmp_path / "corpus"), "-runs=20000", "-seed=1", "-max_len=600"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "Done 20000" in done.stderr, done.stdout[-2000:] + done.stderr[-3000:]
