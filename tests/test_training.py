@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.files import load_tensors
+from tgazsr_utils.evaluation import evaluate
+from tgazsr_utils.files import code_version, load_tensors
 from tgazsr_utils.models import Clip, find_weights, load_clip
 from tgazsr_utils.objectives import Objective, Term
 from tgazsr_utils.settings import FinetuneSettings, PretrainNotebook
 from tgazsr_utils.pretraining import contrastive_loss, miniworld_pairs, photo_pairs, pretrain
-from tgazsr_utils.training import finetune, warmup_cosine
+from tgazsr_utils.training import MODULES, finetune, warmup_cosine
 
 SETTINGS = FinetuneSettings(
     Alpha=0.08,
@@ -103,6 +104,11 @@ def test_a_finished_run_is_loaded_and_other_settings_are_another_run(mini, train
     pd.testing.assert_frame_equal(first.history, again.history)
     assert first.clip.fingerprint() == again.clip.fingerprint()
     other = finetune(mini, train_set, "TeCoA", SETTINGS.model_copy(update={"seed": 1}), tmp_path)
+    assert first.clip.training == again.clip.training == {
+        "method": "TeCoA", "settings": first.clip.training["settings"], "data": train_set.fingerprint(), "code": code_version(MODULES),
+    }  # fmt: skip
+    assert first.clip.training["settings"]["lr"] == SETTINGS.lr and mini.training == {}
+    assert evaluate(again.clip, train_set, None, method="TeCoA").training == first.clip.training
     assert other.weights != first.weights and other.clip.fingerprint() != first.clip.fingerprint()
     assert find_weights("latest:TeCoA", tmp_path) == str(other.weights)
     finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path)  # asked for again: now this is the latest

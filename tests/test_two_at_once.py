@@ -1,4 +1,4 @@
-"""Two runs into one folder: the second is refused, or both find the same whole files."""
+"""Two runs: into one folder the second is refused, or both find the same whole files; of the same seed they are the same."""
 
 import multiprocessing
 import subprocess
@@ -6,11 +6,13 @@ import sys
 
 import torch
 from filelock import FileLock
+from safetensors.torch import load_file
 
 from tgazsr_utils import ROOT
 from tgazsr_utils.datasets import load_dataset
 from tgazsr_utils.models import load_clip
 from tgazsr_utils.results import RecordStore, evaluate_all
+from tgazsr_utils.runner import environment
 from tgazsr_utils.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.training import finetune
 
@@ -36,6 +38,20 @@ def work(folder):
     sets = [load_dataset(key, "test", n=20) for key in ("shapes", "letters")]
     attack = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
     return [(r.key, r.hits) for r in evaluate_all(tuned.clip, sets, attack, method="TGA-ZSR", store=RecordStore(folder / "records"))]
+
+
+def test_the_same_seed_in_another_process_gives_the_same_weights_and_records(tmp_path):
+    """Same machine, same number of threads."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        pool.map(work, folders, chunksize=1)
+    records = [[r.model_dump(exclude={"time", "seconds"}) for r in RecordStore(folder / "records").all()] for folder in folders]
+    assert records[0] == records[1] and len(records[0]) == 4
+    assert all(r["training"]["settings"]["seed"] == 0 and r["data"] and r["pixels"] and r["code"] and r["model"] for r in records[0])
+    weights = [load_file(next((folder / "models").glob("*.safetensors"))) for folder in folders]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    said = environment("cpu")
+    assert said["threads"] == torch.get_num_threads() and "versions, devices or thread counts may change results by rounding" in said["note"]
 
 
 def test_two_notebooks_that_train_and_measure_the_same_end_alike(tmp_path):

@@ -214,6 +214,7 @@ class Record(Settings):
     correct: int
     hits: str  # one bit an image, packed, as hex: what paired comparisons need
     settings: dict[str, Any]  # of the attack
+    training: dict[str, Any] = {}  # what made the weights, where it is known: method, settings, data, code
     code: str
     device: str
     seconds: float
@@ -286,6 +287,7 @@ def evaluate(
         correct=int(hits.sum()),
         hits=np.packbits(hits).tobytes().hex(),
         settings={} if attack is None else attack.model_dump(),
+        training=clip.training,
         code=code_version(MODULES),
         device=clip.target,
         seconds=round(time.perf_counter() - started, 3),

@@ -63,6 +63,7 @@ class Clip(nn.Module):
         visual.output_tokens = True
         self.model, self.arch = model, arch
         self.precision, self.compiled, self.target = precision, compiled, target
+        self.training: dict[str, Any] = {}  # method, settings, data and code that made the weights, where that is known
         self.tokenizer = open_clip.get_tokenizer(arch)
         self.grid: tuple[int, int] = visual.grid_size
         self.image_size: tuple[int, int] = visual.image_size
@@ -204,9 +205,7 @@ def load_clip(
         source, encoder = _find_source(arch, pretrained)
         logging.disable(logging.WARNING)  # open_clip warns of random weights even where others are put in afterwards
         options = {"precision": "fp32" if precision == "amp_bf16" else precision, "device": target, "force_image_size": image_size}
-        normalisation = {}
-        if source is not None and source.endswith(".safetensors"):
-            normalisation = {k: v for k, v in read_metadata(Path(source)).items() if k in ("mean", "std")}
+        about = read_metadata(Path(source)) if source is not None and source.endswith(".safetensors") else {}
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*QuickGELU")  # the weights would run, with wrong numbers
             if source is not None and source.startswith(_SCHEMAS):
@@ -233,8 +232,9 @@ def load_clip(
     finally:
         logging.disable(logging.NOTSET)
     clip = Clip(model, arch, precision, compiled, meant_for).to(target).eval().requires_grad_(False)
-    for name, values in normalisation.items():
-        getattr(clip, name).copy_(torch.tensor(values).view(3, 1, 1))
+    for name in about.keys() & {"mean", "std"}:
+        getattr(clip, name).copy_(torch.tensor(about[name]).view(3, 1, 1))
+    clip.training = {name: value for name, value in about.items() if name not in ("arch", "mean", "std", "history")}
     return clip
 
 

@@ -82,8 +82,9 @@ def finetune(
         weights.touch()  # now the latest of its method
         return TrainResult(load_alike(clip, weights), pd.DataFrame(read_metadata(weights)["history"]), weights)
 
-    data = data.resident(clip.device)
     original, tuned = clip.frozen_copy(), clip.frozen_copy()
+    tuned.training = {"method": objective.name, "settings": settings.model_dump(), "data": data.fingerprint(), "code": code_version(MODULES)}
+    data = data.resident(clip.device)
     cache = FrozenCache(original, data, folder / "unfinished" / weights.stem, quiet=watch is not None)
     parameters = trainable(tuned.visual, settings.last_num_ft)
     optimizer = torch.optim.SGD(
@@ -124,7 +125,7 @@ def finetune(
             if wanted:
                 raise KeyboardInterrupt(f"stopped after step {state['step']} of {total}; the same call goes on from there")
     if main:
-        save_clip(tuned, weights, method=objective.name, settings=settings.model_dump(), history=state["history"])
+        save_clip(tuned, weights, history=state["history"], **tuned.training)
         checkpoints.remove()
         cache.remove()
     distributed.wait()
