@@ -5,9 +5,11 @@ table. ViT-B/32 at 224 with random weights: nothing is downloaded, and neither o
 """
 
 import argparse
+import gc
 import multiprocessing
 import platform
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +20,7 @@ from typing import Any
 import pandas as pd
 import psutil
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,12 +29,13 @@ from released import released_step
 from tgazsr_utils.attacks import pgd
 from tgazsr_utils.attention import text_guided_attention
 from tgazsr_utils.datasets import load_dataset
+from tgazsr_utils.evaluation import evaluate
 from tgazsr_utils.explorer import Explorer, Models
 from tgazsr_utils.files import code_version, write_json
 from tgazsr_utils.models import SHIPPED, ImageTokens, load_clip, pick_device
 from tgazsr_utils.objectives import Step, find_objective
 from tgazsr_utils.runner import default_parameters
-from tgazsr_utils.settings import ExplorerNotebook, FinetuneSettings, validate
+from tgazsr_utils.settings import AttackSettings, ExplorerNotebook, FinetuneSettings, validate
 from tgazsr_utils.training import attack_and_loss, trainable
 
 TGA = find_objective("TGA-ZSR")
@@ -215,7 +219,27 @@ def explorer(arch: str, device: torch.device) -> dict[str, Any]:
     return found | {"mib_kept_by_200_moves": (psutil.Process().memory_info().rss - before) / 2**20}
 
 
-MEASUREMENTS = {f.__name__: f for f in (operations, step, released, attack, kernel, explorer)}
+def evaluation(arch: str, device: torch.device) -> dict[str, Any]:
+    """Of the mini-CLIP: the memory that measuring thousands of image files keeps, clean and under PGD-1, with workers that read them."""
+    clip = load_clip("mini-clip", "mini", str(device), "auto", compiled=False)
+    attack = AttackSettings(test_eps=1, test_stepsize=1, test_numsteps=1)
+    rounds, images = 10, 512  # so many images have workers
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(images):
+            path = Path(folder) / "set" / "test" / f"class {number % 4}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy()).save(path)
+        kept = []
+        for number in range(2 + rounds):  # the first two fill caches
+            data = load_dataset("set", "test", folder, image_size=clip.image_size[0], decode=False)
+            evaluate(clip, data, None, method="CLIP", seed=number)
+            evaluate(clip, data, attack, method="CLIP", seed=number)
+            gc.collect()
+            kept.append(psutil.Process().memory_info().rss / 2**20)
+    return {"images": rounds * images, "mib_kept": kept[-1] - kept[1], "mib_after_each_round": kept}
+
+
+MEASUREMENTS = {f.__name__: f for f in (operations, step, released, attack, kernel, explorer, evaluation)}
 
 
 def peak_memory(device: torch.device) -> float:

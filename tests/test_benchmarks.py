@@ -34,6 +34,7 @@ def test_the_command_measures_and_names_the_machine(found):
     assert 0 < numbers["step"]["utilisation"] < 1 and numbers["attack"]["images_a_second"] > 0
     assert all(0.1 < numbers[name]["peak_memory_gib"] < 20 for name in run.MEASUREMENTS)
     assert "not_measured" in numbers["kernel"]
+    assert numbers["explorer"]["mib_kept_by_200_moves"] < 20 and numbers["evaluation"]["mib_kept"] < 20
 
 
 def test_operations_are_those_that_the_step_needs():
