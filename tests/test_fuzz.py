@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from tgazsr_utils import evaluation, runner
+from tgazsr_utils import ROOT, evaluation, runner
 from tgazsr_utils.checkpoints import Checkpoints
 from tgazsr_utils.evaluation import Record
 from tgazsr_utils.files import digest, save_tensors
@@ -19,7 +19,11 @@ from tgazsr_utils.results import RecordStore
 from tgazsr_utils.settings import NOTEBOOKS, SettingsError, validate
 
 
+TOTAL = []
+
+
 def fuzz(examples):
+    TOTAL.append(examples)
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
     return settings(max_examples=examples, deadline=None, database=None, suppress_health_check=checks)
 
@@ -182,3 +186,7 @@ def test_weights(tmp_path, content):
     except ValueError as error:
         one_line(error)
         assert "weights.safetensors" in str(error)
+
+
+def test_there_are_more_than_ten_thousand():
+    assert sum(TOTAL) > 10_000 and f"{sum(TOTAL):,} bad inputs" in (ROOT / "README.md").read_text()
