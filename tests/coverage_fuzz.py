@@ -34,7 +34,7 @@ def read(data: bytes) -> None:
     try:
         reader(path)
     except (SettingsError, ValueError) as error:
-        assert str(error) and "\n" not in str(error).strip() and "abc" in str(error) or "manifest" in str(error), str(error)
+        assert "\n" not in str(error).strip() and ("abc" in str(error) or "manifest" in str(error)), str(error)
 
 
 if __name__ == "__main__":

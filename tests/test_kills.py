@@ -21,7 +21,7 @@ from tgazsr_utils import ROOT, evaluation, sanity
 from tgazsr_utils.ablations import Sweep, plan
 from tgazsr_utils.datasets import load_dataset
 from tgazsr_utils.models import load_clip
-from tgazsr_utils.results import RecordStore, evaluate_all
+from tgazsr_utils.results import Checks, RecordStore, evaluate_all
 from tgazsr_utils.runner import default_parameters
 from tgazsr_utils.settings import AblationNotebook, AttackSettings, FinetuneSettings, validate
 from tgazsr_utils.training import finetune
@@ -43,7 +43,7 @@ def work(folder):
     sets = [load_dataset(key, "test", n=16) for key in ("shapes", "letters")]
     tuned = finetune(clip, train, "TGA-ZSR", SETTINGS, folder / "models")
     attack = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
-    evaluate_all(tuned.clip, sets, attack, method="TGA-ZSR", store=RecordStore(folder / "records"), check_images=8)
+    evaluate_all(tuned.clip, sets, attack, method="TGA-ZSR", store=RecordStore(folder / "records"), checks=Checks.on(8, sets, attack))
     parameters = default_parameters("03_ablations") | {"train_images": 24, "epochs": 1, "batch_size": 8, "ablations": ["loss_parts"]}
     sweep = Sweep(clip, train, sets, sets, folder)
     settings = validate(AblationNotebook, parameters | {"output": str(folder), "test_numsteps": 2})

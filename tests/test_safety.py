@@ -24,12 +24,14 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+import torch
 import torchvision.datasets
 from miniatures import write_all
 
 from tgazsr_utils import ROOT, datasets_command
 from tgazsr_utils.datasets import load_dataset
 from tgazsr_utils.explorer import look, look_html
+from tgazsr_utils.files import digest, save_tensors
 from tgazsr_utils.runner import main
 
 SOURCES = [*sorted((ROOT / "tgazsr_utils").glob("*.py")), *sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "benchmarks").glob("*.py"))]
@@ -185,8 +187,10 @@ def test_jupyter_listens_on_loopback_and_wants_its_token(tmp_path):
 
 @pytest.mark.skipif(not importlib.util.find_spec("atheris"), reason="atheris is not installed (pip install atheris)")
 def test_coverage_guided_fuzzing_finds_nothing(tmp_path):
-    seeds = [b"\x00" + (ROOT / "notebooks" / "profiles" / "mini.yaml").read_bytes(), b"\x01" + json.dumps({"key": "abc", "checksum": ""}).encode(),
-             b"\x02" + json.dumps({"notebooks": {"01": {"status": "finished"}}}).encode()]  # fmt: skip
+    record = {"key": "abc", "method": "CLIP", "model": "m", "n": 2, "hits": "80"}
+    seeds = [b"\x00" + (ROOT / "notebooks" / "profiles" / "mini.yaml").read_bytes(), b"\x01" + json.dumps(record | {"checksum": digest(record)}).encode(),
+             b"\x02" + json.dumps({"notebooks": {"01": {"status": "finished"}}}).encode(),
+             b"\x03" + save_tensors(tmp_path / "a", {"values": torch.rand(3)}, run="a").read_bytes()]  # fmt: skip
     (tmp_path / "corpus").mkdir()
     for number, seed in enumerate(seeds):
         (tmp_path / "corpus" / str(number)).write_bytes(seed)

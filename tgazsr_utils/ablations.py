@@ -20,7 +20,8 @@ from .datasets import ImageSet
 from .evaluation import Record, protocol_of, record_key
 from .models import Clip
 from .objectives import find_objective
-from .results import RecordStore, difference, evaluate_all, per_seed, summary
+from .results import Checks, RecordStore, difference, evaluate_all, per_seed, summary
+from .sanity import LARGE, LARGE_STEPS, QUERIES, STEPS
 from .settings import AblationNotebook, AttackSettings, FinetuneSettings, Protocol, validate
 from .training import finetune, seconds_per_step, tuned_path
 
@@ -185,16 +186,16 @@ class Sweep:
     """Trains and measures variants, each once however many ablations ask for it; what is done is only read.
 
     ``tests``: the sets that variants are measured on, ``few`` those of variants with ``few_images``. Tuned models go to
-    ``folder/models``, records to ``folder/records``, as the other notebooks keep theirs. ``processes``: see ``finetune``; ``check_images``:
-    see ``evaluate_all``.
+    ``folder/models``, records to ``folder/records``, as the other notebooks keep theirs. ``processes``: see ``finetune``; ``checks``: see
+    ``evaluate_all``, the same for all variants of a model.
     """
 
     def __init__(
         self, original: Clip, train: ImageSet, tests: Sequence[ImageSet], few: Sequence[ImageSet], folder: Path, processes: int = 1,
-        check_images: int = 0,
+        checks: Checks | None = None,
     ):  # fmt: skip
         self.original, self.train, self.tests, self.few = original, train, tests, few
-        self.processes, self.check_images = processes, check_images
+        self.processes, self.checks = processes, checks
         self.models, self.store = folder / "models", RecordStore(folder / "records")
         self._speed: tuple[float, float] | None = None
         self._loaded: dict[Path, Clip] = {}
@@ -213,7 +214,7 @@ class Sweep:
         for seed in v.seeds:
             clip = self.original if v.training is None else self._tuned(v, seed)
             sets = self.few if v.few_images else self.tests
-            options = {"method": v.method, "seed": seed, "store": self.store, "processes": self.processes, "check_images": self.check_images}
+            options = {"method": v.method, "seed": seed, "store": self.store, "processes": self.processes, "checks": self.checks}
             records += evaluate_all(clip, sets, v.attack, v.protocol, **options)
         return records
 
@@ -242,6 +243,7 @@ class Sweep:
         here = self.original.device.type == self.original.target
         models: dict[Path, float] = {}  # seconds, as in the other two
         measured: dict[tuple, float] = {}
+        checked: dict[Path | None, float] = {}
         speed: dict[tuple, float] = {}
         for v in variants:
             for seed in v.seeds:
@@ -257,12 +259,19 @@ class Sweep:
                         elif kind not in speed:
                             speed[kind] = seconds_per_step(self.original, self.train, find_objective(v.method), v.training)
                         models[source] = speed[kind] * v.training.epochs * -(-len(self.train) // v.training.batch_size)
+                if self.checks and self.checks.sets and (clip is None or self.store.checks.get(self.checks.key(clip)) is None):
+                    checked[source] = sum(map(len, self.checks.sets)) * self._seconds_per_check() if here else float("nan")
                 for data in self.few if v.few_images else self.tests:
                     for attack in (None, v.attack):
                         if clip is None or self.store.get(record_key(clip, data, attack, v.protocol, v.method, seed)) is None:
                             asked = (source, data.fingerprint(), attack and (attack.label, attack.test_eps), protocol_of(attack, v.protocol))
                             measured[asked] = len(data) * self._seconds_per_image(attack) if here else float("nan")
-        return len(models), len(measured), sum(models.values()) + sum(measured.values())
+        return len(models), len(measured), sum(models.values()) + sum(measured.values()) + sum(checked.values())
+
+    def _seconds_per_check(self) -> float:
+        """Of one image: a gradient a step, and a forward a query."""
+        steps = self._seconds_per_image(self.checks.attack.model_copy(update={"attack": "pgd", "test_numsteps": sum(STEPS) + len(LARGE) * LARGE_STEPS}))
+        return steps + QUERIES * self._seconds_per_image(None)
 
     def _seconds_per_image(self, attack: AttackSettings | None) -> float:
         """Of a measurement here: a forward, and for an attack a forward and a gradient each step."""

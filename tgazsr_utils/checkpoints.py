@@ -63,21 +63,25 @@ class Checkpoints:
         return about["state"]
 
     def _newest_whole(self) -> Path | None:
-        damaged = []
+        damaged: dict[Path, str] = {}
         for path in self._files():
             try:
                 load_tensors(path, run=self.run.name)
             except DamagedFile as error:
-                damaged.append(str(error))
+                damaged[path] = str(error)
                 continue
-            for problem in damaged:
+            except FileNotFoundError:  # another process has finished this run
+                continue
+            for other, problem in damaged.items():
                 print(f"checkpoint {problem}; going on from {path.name}", flush=True)
+                other.rename(other.with_suffix(".ckpt.damaged"))  # no longer one of the last two
             return path
         if damaged:
-            raise ValueError(f"checkpoint {' and '.join(damaged)}; remove it to train from the start")
+            raise ValueError(f"checkpoint {' and '.join(damaged.values())}; remove it to train from the start")
         return None
 
     def remove(self) -> None:
         """Deletes the files, also what killed processes have left half written."""
-        for path in [*self._files(), *self._files(".")]:
+        damaged = self.run.parent.glob(f"{glob.escape(self.run.name)}.step*.ckpt.damaged")
+        for path in [*self._files(), *self._files("."), *damaged]:
             path.unlink(missing_ok=True)

@@ -5,7 +5,8 @@ import shutil
 import socket
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -91,6 +92,25 @@ def by_hand(spec: DatasetSpec, root: Path) -> list[str]:
     return [f"source: {spec.source}", f"by hand: in {root}, {what}; looked for: {', '.join(spec.needs)}"]
 
 
+@contextmanager
+def _members_stay_inside(checked: bool) -> Iterator[None]:
+    """Within, tar archives cannot write elsewhere (zipfile sees to that itself).
+
+    A Python that is too old for that unpacks only archives whose checksum is ``checked``.
+    """
+    if not hasattr(tarfile, "data_filter"):
+        if not checked:
+            raise RuntimeError("this Python cannot keep an archive inside a folder; 3.10.12, 3.11.4 and newer ones can")
+        yield
+        return
+    before = tarfile.TarFile.extraction_filter
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = before
+
+
 def fetch_set(key: str, root: Path) -> str:
     """Downloads one set into ``root`` and says so. A half-done download is never mistaken for a set; an archive with a member
     that would be written elsewhere is refused.
@@ -105,7 +125,6 @@ def fetch_set(key: str, root: Path) -> str:
         raise FileExistsError(f"{root / spec.folder} is there but lacks {', '.join(missing_parts(key, root))}; move it away")
     if key != "tinyImageNet" and spec.torchvision in (None, "StanfordCars"):
         raise RuntimeError("cannot be downloaded by program")
-    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # zipfile keeps members inside of itself
     staging = root / ".fetching" / key
     if key in _NO_CHECKSUM:
         shutil.rmtree(staging, ignore_errors=True)
@@ -116,10 +135,11 @@ def fetch_set(key: str, root: Path) -> str:
                 path.rmdir()
         elif path.suffix not in _ARCHIVES:
             path.unlink()
-    if key == "tinyImageNet":
-        download_and_extract_archive(spec.source, str(staging))
-    else:
-        getattr(torchvision.datasets, spec.torchvision)(str(staging), download=True, **spec.test)
+    with _members_stay_inside(checked=key not in _NO_CHECKSUM):
+        if key == "tinyImageNet":
+            download_and_extract_archive(spec.source, str(staging))
+        else:
+            getattr(torchvision.datasets, spec.torchvision)(str(staging), download=True, **spec.test)
     (staging / spec.folder).rename(root / spec.folder)
     shutil.rmtree(staging)
     return "fetched"

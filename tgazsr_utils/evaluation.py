@@ -153,6 +153,8 @@ def _kept(partial: Path | None, n: int) -> tuple[Tensor, Tensor]:
             predictions, sums = torch.maximum(predictions, kept["predictions"]), torch.maximum(sums, kept["sums"])
         except DamagedFile as error:
             print(f"{error}; what it held is measured anew", flush=True)
+        except FileNotFoundError:  # another process has finished this measurement
+            pass
     return predictions, sums
 
 

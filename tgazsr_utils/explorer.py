@@ -234,16 +234,17 @@ def surface_svg(sweep: pd.DataFrame, Alpha: float, Beta: float) -> str:
     near = nearest_measured(sweep, Alpha, Beta)
     parts, text = [], 'fill="currentColor" font-size="11"'
     for number, kind in enumerate(KINDS):
-        low, high = sweep[kind].min(), sweep[kind].max()
+        low, high = sweep[kind].min(), sweep[kind].max()  # NaN: not counted
         drawn = []
         for _, row in sweep.iterrows():
             i, j = len(alphas) - 1 - np.searchsorted(alphas, row.Alpha), np.searchsorted(betas, row.Beta)
             share = (row[kind] - low) / (high - low) if high > low else 0.5
-            colour = matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](share))
+            missing = np.isnan(row[kind])
+            colour = "#ddd" if missing else matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](share))
             edge = 'stroke="#d81b60" stroke-width="3"' if row.name == near.name else 'stroke="none"'
-            ink = "#111" if share > 0.6 else "#fff"
+            ink = "#111" if missing or share > 0.6 else "#fff"
             drawn.append(f'<rect x="{left + cell * j + 2}" y="{top + cell * i + 2}" width="{cell - 4}" height="{cell - 4}" fill="{colour}" {edge}/>'
-                         f'<text x="{left + cell * (j + 0.5)}" y="{top + cell * (i + 0.5) + 4}" text-anchor="middle" font-size="12" fill="{ink}">{row[kind]:.1f}</text>')  # fmt: skip
+                         f'<text x="{left + cell * (j + 0.5)}" y="{top + cell * (i + 0.5) + 4}" text-anchor="middle" font-size="12" fill="{ink}">{_number(row[kind], ".1f")}</text>')  # fmt: skip
         ticks = [f'<text x="{left - 6}" y="{top + height - cell * (i + 0.5) + 4}" text-anchor="end" {text}>{a:g}</text>' for i, a in enumerate(alphas)]
         ticks += [f'<text x="{left + cell * (j + 0.5)}" y="{top + height + 14}" text-anchor="middle" {text}>{b:g}</text>' for j, b in enumerate(betas)]
         ticks.append(f'<text x="{left + width / 2}" y="14" text-anchor="middle" fill="currentColor" font-size="13">{kind} accuracy (%)</text>')

@@ -69,7 +69,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **about: Any) -> Path:
 def load_tensors(path: Path, **expected: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, values about them) of ``save_tensors``; what is ``expected`` of the latter is not among them.
 
-    Raises DamagedFile if the file is not as it was written, or is about other things than expected.
+    Raises DamagedFile if the file is not as it was written, or is about other things than expected; OSError if it cannot be read.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -81,7 +81,7 @@ def load_tensors(path: Path, **expected: Any) -> tuple[dict[str, Tensor], dict[s
         for name, value in expected.items():
             if about.pop(name, None) != value:
                 raise ValueError(f"it is not that of {value}")
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise DamagedFile(f"{path} is damaged ({' '.join(str(error).split())})") from None
     return tensors, about
 

@@ -48,12 +48,13 @@ class FrozenCache:
         return self._kept[name][rows.to(self.original.device)]
 
     def _read(self, name: str) -> Tensor | None:
-        if self._path(name).exists():
-            try:
-                return load_tensors(self._path(name), run=self.run.name, name=name)[0]["values"]
-            except DamagedFile as error:
-                print(f"{error}; making it anew", flush=True)
-        return None
+        try:
+            return load_tensors(self._path(name), run=self.run.name, name=name)[0]["values"]
+        except FileNotFoundError:
+            return None
+        except DamagedFile as error:
+            print(f"{error}; making it anew", flush=True)
+            return None
 
     @torch.no_grad()
     def _make(self, name: str, compute: Callable[[Step], Tensor]) -> Tensor:

@@ -204,11 +204,12 @@ def accuracy_bars(frame: pd.DataFrame, title: str) -> Figure:
 
 
 def accuracy_heatmap(frame: pd.DataFrame, title: str) -> Figure:
-    """Accuracy by method and set, robust above clean, mean over seeds; ``frame``: results.to_frame."""
+    """Accuracy by method and set, robust above clean, mean over seeds, blank where one is not counted; ``frame``: results.to_frame."""
     methods, sets = list(dict.fromkeys(frame.method)), list(dict.fromkeys(frame.dataset))
     figure, axes = plt.subplots(2, 1, figsize=(0.72 * len(sets) + 3, 0.5 * len(methods) * 2 + 3), layout="constrained")
     for axis, kind in zip(axes, ("robust", "clean")):
-        table = frame[frame.kind == kind].pivot_table(index="method", columns="dataset", values="accuracy")
+        part = frame[(frame.kind == kind) & frame.groupby(["method", "kind"]).seed.transform("nunique").eq(frame.groupby("method").seed.transform("nunique"))]
+        table = part.pivot_table(index="method", columns="dataset", values="accuracy")
         table = table.reindex(index=methods, columns=sets).assign(MEAN=lambda t: t.mean(axis=1))
         sns.heatmap(table, annot=True, fmt=".0f", cmap="viridis", vmin=0, vmax=100, ax=axis, annot_kws={"size": 9},
                     cbar_kws={"label": "top-1 (%)"}, linewidths=0.5)  # fmt: skip
@@ -228,7 +229,7 @@ def trade_off(table: pd.DataFrame, title: str, published: pd.DataFrame | None = 
     figure, axis = plt.subplots(figsize=(8.2, 5.2), layout="constrained")
     every = pd.concat([table, published]) if published is not None else table
     largest = every.average.max()
-    size = lambda average: 260 * max(average, 0) / largest  # in square points
+    size = lambda average: 60 if np.isnan(average) else 260 * max(average, 0) / largest  # in square points
     for color, marker, (method, row) in zip(cycle(sns.color_palette()), cycle(MARKERS), table.iterrows()):
         axis.errorbar(row.clean, row.robust, xerr=_or_none(row.clean_ci), yerr=_or_none(row.robust_ci), fmt="none", color=color,
                       capsize=3, alpha=0.7)  # fmt: skip
@@ -330,7 +331,7 @@ def alpha_beta(table: pd.DataFrame, title: str, mark: Mapping[str, float] | None
     """
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     for axis, kind in zip(axes, ("robust", "clean", "average")):
-        grid = table.reset_index().pivot_table(index="Alpha", columns="Beta", values=kind).sort_index(ascending=False)
+        grid = table.reset_index().pivot_table(index="Alpha", columns="Beta", values=kind, dropna=False).sort_index(ascending=False)
         sns.heatmap(grid, annot=True, fmt=".1f", cmap="viridis", ax=axis, linewidths=0.5, cbar_kws={"label": f"{kind} (%)"})
         plt.setp(axis.get_yticklabels(), rotation=0)
         axis.set(title=f"{kind} accuracy (%)", xlabel="Beta (weight of L_AMC)", ylabel="Alpha (weight of L_AR)", facecolor="0.92")

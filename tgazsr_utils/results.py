@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -14,11 +15,11 @@ from scipy.stats import t as student_t
 from . import DATA, distributed
 from .datasets import DATASETS, ImageSet
 from .evaluation import Record, evaluate, record_key, wilson
-from .files import DamagedFile, code_version, digest, write_atomic, write_json
+from .files import DamagedFile, digest, write_atomic, write_json
 from .miniworld import TASKS
 from .models import Clip
 from .progress import progress
-from .sanity import MODULES, AttackCheck, check_attack, check_key, checked_settings, sets_to_check
+from .sanity import AttackCheck, check_attack, check_key, sets_to_check
 from .settings import PLUMBING, AttackSettings, Protocol
 
 PUBLISHED_SETS = 16
@@ -61,6 +62,24 @@ class RecordStore(Generic[Kept]):
             raise DamagedFile(f"record {path} is damaged ({str(error).splitlines()[0]}); remove it to measure again") from None
 
 
+@dataclass(frozen=True)
+class Checks:
+    """With what the attack is checked once a model (``sanity.check_attack``), and what was found."""
+
+    sets: Sequence[ImageSet]  # none: nothing is checked
+    attack: AttackSettings
+    found: dict[tuple[str, int], AttackCheck] = field(default_factory=dict)  # by method and seed, as ``evaluate_all`` meets them
+
+    @classmethod
+    def on(cls, images: int, sets: Sequence[ImageSet], attack: AttackSettings) -> "Checks":
+        """On about so many images of ``sets``; on none where random weights or an epsilon of zero leave nothing to check."""
+        nothing = not images or not attack.test_eps or sets[0].world == PLUMBING
+        return cls([] if nothing else sets_to_check(sets, images), attack)
+
+    def key(self, clip: Clip) -> str | None:
+        return check_key(clip, self.sets, self.attack) if self.sets else None
+
+
 def evaluate_all(
     clip: Clip,
     sets: Sequence[ImageSet],
@@ -71,58 +90,66 @@ def evaluate_all(
     seed: int = 0,
     store: RecordStore,
     processes: int = 1,
-    check_images: int = 0,
+    checks: Checks | None = None,
 ) -> list[Record]:
     """Two records a set, clean and attacked, each stored when done; what the store has is not measured again.
 
     ``processes`` of this machine share each set's images (``distributed.launch``); so do those that call this together.
-    With ``check_images`` the attack is first checked on about so many (``sanity.check_attack``), once a model that has not
-    random weights; where it fails that is said, and attacked records, though stored, are not returned.
+    With ``checks`` the attack is checked first, once a model, and what was found is noted there; where it fails, that is
+    said, and attacked records, though stored, are not returned.
     """
-    wanted_check = check_images and attack.test_eps and sets[0].world != PLUMBING
-    to_check = sets_to_check(sets, check_images) if wanted_check else []
-    checked = check_key(clip, to_check, attack) if to_check else None
-    unchecked = distributed.of_main(lambda: checked is not None and store.checks.get(checked) is None)
-    wanted = [(data, kind, record_key(clip, data, kind, protocol, method, seed)) for data in sets for kind in (None, attack)]
-    lacking = distributed.of_main(lambda: {key for _, _, key in wanted if store.get(key) is None})
-    missing = {key: (data, kind) for data, kind, key in wanted if key in lacking}
+    checks = checks or Checks([], attack)
+    missing, unchecked = distributed.of_main(lambda: _missing(clip, sets, attack, protocol, method, seed, store, checks))
     if (missing or unchecked) and processes > 1 and distributed.processes() == 1:
-        distributed.launch(processes, _evaluate_with_others, clip, sets, attack, protocol, method, seed, store, check_images)
-        missing, unchecked = {}, False
-    if unchecked:
-        distributed.of_main(lambda: store.checks.add(check_attack(clip, to_check, attack)))
-    if missing:
-        total, main = sum(len(data) for data, _ in missing.values()), distributed.rank() == 0
-        with progress(total=total, desc=f"evaluate {method} seed {seed}", unit="image", disable=not main) as bar:
-            for key, (data, kind) in missing.items():
-                bar.set_postfix(set=data.key, refresh=False)
-                partial = store.folder / "unfinished" / f"{key}.safetensors"
-                record = evaluate(clip, data, kind, protocol, method=method, seed=seed, bar=bar, partial=partial)
-                if main:
-                    store.add(record)
-                    for path in partial.parent.glob(f"{key}_*"):
-                        path.unlink(missing_ok=True)
-    records, check = distributed.of_main(lambda: ([store.get(key) for _, _, key in wanted], checked and store.checks.get(checked)))
-    if check is None or not check.problems:
+        distributed.launch(processes, _measure_with_others, clip, sets, attack, protocol, method, seed, store, checks)
+    else:
+        _measure(clip, sets, attack, protocol, method, seed, store, checks, missing, unchecked)
+    keys = _keys(clip, sets, attack, protocol, method, seed)
+    records, check = distributed.of_main(lambda: ([store.get(key) for key in keys], checks.sets and store.checks.get(checks.key(clip))))
+    if check:
+        checks.found[method, seed] = check
+    if not check or not check.problems:
         return records
-    print(f"robust accuracy of {method} (seed {seed}) is not counted, as the attack cannot be trusted: {'; '.join(check.problems)}", flush=True)
+    if distributed.rank() == 0:
+        print(f"robust accuracy of {method} (seed {seed}) is not counted, as the attack cannot be trusted: {'; '.join(check.problems)}", flush=True)
     return [record for record in records if record.attack == "none"]
 
 
-def _evaluate_with_others(
-    clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings, protocol: Protocol, method: str, seed: int, store: RecordStore,
-    check_images: int, device: torch.device,
-) -> None:  # fmt: skip
-    evaluate_all(clip.to(device), sets, attack, protocol, method=method, seed=seed, store=store, check_images=check_images)
+def _keys(
+    clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings, protocol: Protocol, method: str, seed: int
+) -> dict[str, tuple[ImageSet, AttackSettings | None]]:
+    """What each record is of."""
+    return {record_key(clip, data, kind, protocol, method, seed): (data, kind) for data in sets for kind in (None, attack)}
 
 
-def attack_checks(records: Sequence[Record], attack: AttackSettings, store: RecordStore) -> dict[str, AttackCheck]:
-    """The checks of the models that ``records`` are of, under ``attack``; by method, and seed where there are several."""
-    code, settings = code_version(MODULES), checked_settings(attack)
-    kept = {(c.model, c.precision): c for c in store.checks.all() if c.code == code and c.settings == settings}
-    several = len({r.seed for r in records}) > 1
-    names = {f"{r.method}, seed {r.seed}" if several else r.method: (r.model, r.precision) for r in records}
-    return {name: kept[model] for name, model in names.items() if model in kept}
+def _missing(clip, sets, attack, protocol, method, seed, store, checks) -> tuple[list[str], bool]:
+    """(keys of the records that the store lacks, does it lack the check?)."""
+    lacking = [key for key in _keys(clip, sets, attack, protocol, method, seed) if store.get(key) is None]
+    return lacking, bool(checks.sets) and store.checks.get(checks.key(clip)) is None
+
+
+def _measure(clip, sets, attack, protocol, method, seed, store, checks, missing: list[str], unchecked: bool) -> None:
+    """Adds these records, and the check, to the store."""
+    if unchecked:
+        distributed.of_main(lambda: store.checks.add(check_attack(clip, checks.sets, checks.attack)))
+    asked, main = _keys(clip, sets, attack, protocol, method, seed), distributed.rank() == 0
+    total = sum(len(asked[key][0]) for key in missing)
+    with progress(total=total, desc=f"evaluate {method} seed {seed}", unit="image", disable=not main or not missing) as bar:
+        for key in missing:
+            data, kind = asked[key]
+            bar.set_postfix(set=data.key, refresh=False)
+            partial = store.folder / "unfinished" / f"{key}.safetensors"
+            record = evaluate(clip, data, kind, protocol, method=method, seed=seed, bar=bar, partial=partial)
+            if main:
+                store.add(record)
+                for path in partial.parent.glob(f"{key}_*"):
+                    path.unlink(missing_ok=True)
+
+
+def _measure_with_others(clip, sets, attack, protocol, method, seed, store, checks, device: torch.device) -> None:
+    clip = clip.to(device)
+    missing = distributed.of_main(lambda: _missing(clip, sets, attack, protocol, method, seed, store, checks))
+    _measure(clip, sets, attack, protocol, method, seed, store, checks, *missing)
 
 
 def to_frame(records: Sequence[Record]) -> pd.DataFrame:
@@ -221,7 +248,12 @@ def _refuse_mixture(frame: pd.DataFrame) -> None:
             raise ValueError(f"records differ in {column} ({values}); one table holds one {column}")
     changed = frame.groupby(["dataset", "data"]).pixels.nunique() > 1
     if changed.any():
-        raise ValueError(f"files of {changed[changed].index[0][0]} were changed between measurements, which saw different pixels; measure anew what is wrong")
+        name = changed[changed].index[0][0]
+        sides = [", ".join(part.method.unique()) for _, part in frame[frame.dataset == name].groupby("pixels")]
+        raise ValueError(
+            f"files of {name} changed between measurements: {' and '.join(sides)} saw different pixels; "
+            "remove the records that were made with the wrong ones"
+        )
     sets = frame.groupby(["method", "seed", "kind"])["dataset"].agg(frozenset)
     if sets.nunique() > 1:
         raise ValueError("methods or seeds were measured on different sets; their means cannot be compared")

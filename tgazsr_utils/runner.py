@@ -178,7 +178,7 @@ def execute(notebook: str, parameters: dict[str, Any], folder: Path) -> None:
                 extra_arguments=["--IPKernelApp.log_level=50"],  # a kernel that is interrupted fills the log with its own troubles
             )
         except BaseException:
-            with contextlib.suppress(OSError):  # what went wrong first is what is to be told
+            with contextlib.suppress(Exception):  # what went wrong first is what is to be told
                 export_html(executed, html)
             raise
     export_html(executed, html)

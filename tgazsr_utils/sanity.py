@@ -4,6 +4,7 @@ A model may withstand gradient attacks only because its gradients are of no use 
 other attacks then do without. Such robustness is reported, not counted (``results.evaluate_all``).
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -19,20 +20,19 @@ from torch import Tensor
 
 from .attacks import generators, pgd, summed_cross_entropy
 from .datasets import ImageSet
-from .evaluation import wilson
+from .evaluation import batch_that_fits, wilson
 from .files import code_version, digest
 from .models import Clip
 from .progress import progress
 from .settings import AttackSettings, Norm, Settings
 
 MODULES = ("models", "attacks", "evaluation", "datasets", "layouts", "miniworld", "sanity")  # the source a check depends on
-Z, P = 3.29, 0.001  # a finding is beyond 99.9 % chance: each model is looked at in six ways, and sound ones are to pass
+Z, P = 3.29, 0.005  # a finding is beyond chance: each model is looked at in seven ways, and sound ones are to pass
 FROM_A_SET = 8  # images, before another set is taken
 STEPS = (1, 10, 100)  # of PGD
-LARGE_EPS, LARGE_STEPS = 16.0, 20  # 1/255; hardly an image should stay recognised
-LARGE = f"PGD-{LARGE_STEPS}, large"
-FEW = 0.05  # that share may stay so, and may have no gradient
-RAISED = 0.9  # PGD should raise the loss of all images over noise; gradients that lead nowhere do so for half of them
+LARGE_EPS, LARGE_STEPS = (16.0, 64.0), 20  # 1/255; hardly an image should stay recognised
+LARGE = tuple(f"PGD-{LARGE_STEPS}, {name}" for name in ("large", "larger"))
+FEW = 0.05  # that share may stay so, may have no gradient, and may be where PGD does not raise the loss over noise
 QUERIES = 100  # of Square, for each image
 
 
@@ -42,7 +42,7 @@ class Outcome(Settings):
     attack: str
     eps_255: float
     correct: int
-    loss: float  # mean cross-entropy, nats
+    loss: float | None  # mean cross-entropy, nats; None: not finite
 
 
 class AttackCheck(Settings):
@@ -65,9 +65,13 @@ class AttackCheck(Settings):
 
 
 def sets_to_check(sets: Sequence[ImageSet], images: int) -> list[ImageSet]:
-    """About ``images`` images: FROM_A_SET from each of as many sets as that makes, the first set among them."""
+    """About ``images`` images: FROM_A_SET from each of as many sets as that makes, the first set among them.
+
+    Not of sets with a single class, where no attack can succeed.
+    """
+    sets = [data for data in sets if len(data.prompts) > 1]
     count = min(len(sets), max(1, images // FROM_A_SET))
-    return [data.subset(-(-images // count)) for data in sets[:: -(-len(sets) // count)]]
+    return [sets[i * len(sets) // count].subset(-(-images // count)) for i in range(count)]
 
 
 def check_key(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> str:
@@ -94,8 +98,12 @@ def check_attack(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -
         raise ValueError(f"no image to check the attack with can be read, of {', '.join(data.key for data in sets)}")
     right, loss = (pd.concat([batch[i] for batch in batches], ignore_index=True) for i in (0, 1))
     zero = sum(batch[2] for batch in batches)
-    eps = {name: attack.test_eps for name in right} | {"clean": 0.0, LARGE: large_eps(attack)}
-    outcomes = [Outcome(attack=name, eps_255=eps[name], correct=right[name].sum(), loss=loss[name].mean()) for name in right]
+    eps = {name: attack.test_eps for name in right} | {"clean": 0.0} | dict(zip(LARGE, large_eps(attack)))
+    means = {name: float(loss[name].mean()) for name in loss}
+    outcomes = [
+        Outcome(attack=name, eps_255=eps[name], correct=right[name].sum(), loss=mean if math.isfinite(mean) else None)
+        for name, mean in means.items()
+    ]
     return AttackCheck(
         key=check_key(clip, sets, attack),
         model=clip.fingerprint(),
@@ -114,34 +122,38 @@ def check_attack(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -
     )
 
 
-def large_eps(attack: AttackSettings) -> float:
+def large_eps(attack: AttackSettings) -> tuple[float, ...]:
     """In 1/255: LARGE_EPS, or twice the attack's own where that is more; for l2, LARGE_EPS times the attack's own."""
-    return LARGE_EPS * attack.test_eps if attack.norm == "l2" else min(255.0, max(LARGE_EPS, 2 * attack.test_eps))
+    if attack.norm == "l2":
+        return tuple(large * attack.test_eps for large in LARGE_EPS)
+    return tuple(min(255.0, max(large, 2 * attack.test_eps)) for large in LARGE_EPS)
 
 
-def problems(right: pd.DataFrame, loss: pd.DataFrame, zero: int, large: float) -> Iterator[str]:
+def problems(right: pd.DataFrame, loss: pd.DataFrame, zero: int, large: Sequence[float]) -> Iterator[str]:
     """What speaks against the attack, beyond chance (``Z``, ``P``).
 
     ``right`` and ``loss``: a row an image, a column an attack: "clean", "noise", "PGD-n" by rising n, "Square", LARGE.
-    ``zero``: images without a gradient. ``large``: epsilon of LARGE, in 1/255.
+    ``zero``: images without a gradient. ``large``: epsilons of LARGE, in 1/255. A model tuned at a large epsilon may truly
+    withstand the first of them, but not the second.
     """
-    n, by_steps = len(right), [name for name in right if name.startswith("PGD-") and name != LARGE]
+    n, by_steps = len(right), [name for name in right if name.startswith("PGD-") and name not in LARGE]
     last = by_steps[-1]
-    if wilson(zero, n, Z)[0] > FEW:
+    more_than_few = lambda count: wilson(int(count), n, Z)[0] > FEW
+    if more_than_few(zero):
         yield f"the gradient is zero for {zero} of {n} images"
     raised = int((loss[last] > loss.noise).sum())
-    if raised < RAISED * n:
+    if more_than_few(n - raised):
         yield f"{last} raises the loss of {raised} of {n} images over random noise ({loss[last].mean():.2f} against {loss.noise.mean():.2f} on average)"
     for fewer, more in pairwise(["noise", *by_steps]):
         if _chance_of_falling(loss[more] - loss[fewer]) < P:
             yield f"{more} reaches a lower loss than {fewer} ({loss[more].mean():.2f} against {loss[fewer].mean():.2f})"
     for weak, strong in [*pairwise(by_steps), ("Square", last)]:
         only_weak, only_strong = int((right[strong] & ~right[weak]).sum()), int((right[weak] & ~right[strong]).sum())
-        if only_weak > only_strong and binomtest(only_weak, only_weak + only_strong).pvalue < P:
+        if only_weak and binomtest(only_weak, only_weak + only_strong, alternative="greater").pvalue < P:
             yield f"{weak} fools {only_weak} of {n} images that {strong} does not, and {strong} {only_strong} that {weak} does not"
-    left = int(right[LARGE].sum())
-    if wilson(left, n, Z)[0] > FEW:
-        yield f"{left} of {n} images are still recognised at epsilon {large:g}/255"
+    left = [int(right[name].sum()) for name in LARGE]
+    if all(map(more_than_few, left)):
+        yield f"{left[0]} of {n} images are still recognised at epsilon {large[0]:g}/255, and {left[1]} at {large[1]:g}/255"
 
 
 def _chance_of_falling(rise: pd.Series) -> float:
@@ -154,15 +166,16 @@ def _chance_of_falling(rise: pd.Series) -> float:
 def _attacked(clip: Clip, data: ImageSet, attack: AttackSettings) -> Iterator[tuple[pd.DataFrame, pd.DataFrame, int]]:
     """Of each batch: which images are recognised and their cross-entropy, a column an attack, and how many have no gradient."""
     reader, text = clip.in_full_precision(), clip.encode_text(data.prompts)
-    eps, step, large = attack.test_eps / 255, checked_settings(attack)["test_stepsize"] / 255, large_eps(attack) / 255
-    for batch in data.batches(FROM_A_SET * 16, clip.device):
+    eps, step = attack.test_eps / 255, checked_settings(attack)["test_stepsize"] / 255
+    for batch in data.batches(batch_that_fits(clip), clip.device):
         run = lambda eps, step, steps: pgd(
             clip, batch.images, batch.labels, text, eps, step, steps, norm=attack.norm,
             generator=generators(clip.device, batch.rows.tolist(), "sanity", data.key),
         )  # fmt: skip
         images = {"clean": batch.images, "noise": run(eps, step, 0)}
         images |= {f"PGD-{steps}": run(eps, step, steps) for steps in STEPS}
-        images |= {"Square": _square(reader, batch.images, batch.labels, text, eps, attack.norm), LARGE: run(large, large / 4, LARGE_STEPS)}
+        images["Square"] = _square(reader, batch.images, batch.labels, text, eps, attack.norm)
+        images |= {name: run(large / 255, large / 255 / 4, LARGE_STEPS) for name, large in zip(LARGE, large_eps(attack))}
         logits = {name: reader.logits(pixels, text) for name, pixels in images.items()}
         right = {name: (values.argmax(1) == batch.labels).cpu().numpy() for name, values in logits.items()}
         loss = {name: F.cross_entropy(values, batch.labels, reduction="none").cpu().numpy() for name, values in logits.items()}
@@ -174,20 +187,26 @@ def _attacked(clip: Clip, data: ImageSet, attack: AttackSettings) -> Iterator[tu
 
 
 def _square(clip: Clip, images: Tensor, labels: Tensor, text: Tensor, eps: float, norm: Norm) -> Tensor:
-    """The Square attack (Andriushchenko et al. 2020) by pyautoattack: random search that sees logits only."""
+    """The Square attack (Andriushchenko et al. 2020) by pyautoattack: random search that sees logits only.
+
+    On images whose class leads; it knows neither ties nor logits that are not numbers.
+    """
     from pyautoattack.square import SquareAttack  # slow to import
 
-    attack = SquareAttack(
-        lambda pixels: clip.logits(pixels, text), norm={"linf": "Linf", "l2": "L2"}[norm], n_queries=QUERIES, eps=eps, seed=0, device=images.device
-    )
-    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds the global generator
-        return attack.perturb(images, labels)
+    logits = lambda pixels: clip.logits(pixels, text).nan_to_num()
+    attack = SquareAttack(logits, norm={"linf": "Linf", "l2": "L2"}[norm], n_queries=QUERIES, eps=eps, seed=0, device=images.device)
+    leads = attack.margin_and_loss(images, labels)[0] > 0
+    adversarial = images.clone()
+    if leads.any():
+        with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds the global generator
+            adversarial[leads] = attack.perturb(images[leads], labels[leads])
+    return adversarial
 
 
-def table(checks: Mapping[str, AttackCheck]) -> pd.DataFrame:
-    """One row a model: accuracy in percent under each attack of its check, and the verdict."""
-    rows = {}
-    for name, check in checks.items():
+def table(found: Mapping[tuple[str, int], AttackCheck]) -> pd.DataFrame:
+    """One row a method and seed: accuracy in percent under each attack of its check, and the verdict."""
+    rows = []
+    for (method, seed), check in found.items():
         shares = {outcome.attack: 100 * outcome.correct / check.n for outcome in check.outcomes}
-        rows[name] = shares | {"images": check.n, "verdict": "; ".join(check.problems) or "passed"}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+        rows.append({"method": method, "seed": seed} | shares | {"images": check.n, "verdict": "; ".join(check.problems) or "passed"})
+    return pd.DataFrame(rows).set_index(["method", "seed"]) if rows else pd.DataFrame()
