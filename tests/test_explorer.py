@@ -133,6 +133,7 @@ def test_an_image_of_ones_own_or_a_file_that_is_none(explorer):
 
 
 def test_panels_leave_figures_where_there_are_no_widgets(explorer, monkeypatch):
+    monkeypatch.delenv(HEADLESS, raising=False)
     for panel in (explorer.mixer, explorer.attack, explorer.surface, explorer.trainer):
         bundle = panel._repr_mimebundle_()
         assert {"application/vnd.jupyter.widget-view+json", "image/png", "text/plain"} <= set(bundle)

@@ -27,7 +27,7 @@ from .progress import progress
 from .settings import AttackSettings, Norm, Settings
 
 MODULES = ("models", "attacks", "evaluation", "datasets", "layouts", "miniworld", "sanity")  # the source a check depends on
-Z, P = 3.29, 0.005  # a finding is beyond chance: each model is looked at in seven ways, and sound ones are to pass
+Z, P = 3.29, 0.005  # a finding is beyond chance: each model is looked at in many ways, and sound ones are to pass
 FROM_A_SET = 8  # images, before another set is taken
 STEPS = (1, 10, 100)  # of PGD
 LARGE_EPS, LARGE_STEPS = (16.0, 64.0), 20  # 1/255; hardly an image should stay recognised
