@@ -206,10 +206,10 @@ def accuracy_bars(frame: pd.DataFrame, title: str) -> Figure:
 def accuracy_heatmap(frame: pd.DataFrame, title: str) -> Figure:
     """Accuracy by method and set, robust above clean, mean over seeds, blank where one is not counted; ``frame``: results.to_frame."""
     methods, sets = list(dict.fromkeys(frame.method)), list(dict.fromkeys(frame.dataset))
+    whole = frame.groupby(["method", "kind"]).seed.transform("nunique") == frame.groupby("method").seed.transform("nunique")
     figure, axes = plt.subplots(2, 1, figsize=(0.72 * len(sets) + 3, 0.5 * len(methods) * 2 + 3), layout="constrained")
     for axis, kind in zip(axes, ("robust", "clean")):
-        part = frame[(frame.kind == kind) & frame.groupby(["method", "kind"]).seed.transform("nunique").eq(frame.groupby("method").seed.transform("nunique"))]
-        table = part.pivot_table(index="method", columns="dataset", values="accuracy")
+        table = frame[whole & (frame.kind == kind)].pivot_table(index="method", columns="dataset", values="accuracy")
         table = table.reindex(index=methods, columns=sets).assign(MEAN=lambda t: t.mean(axis=1))
         sns.heatmap(table, annot=True, fmt=".0f", cmap="viridis", vmin=0, vmax=100, ax=axis, annot_kws={"size": 9},
                     cbar_kws={"label": "top-1 (%)"}, linewidths=0.5)  # fmt: skip
