@@ -3,11 +3,13 @@
 The first byte picks the reader, the rest is the file. Each one takes a file or refuses it in one line.
 """
 
+import resource
 import sys
 import tempfile
 from pathlib import Path
 
 import atheris
+import psutil
 
 with atheris.instrument_imports(include=["tgazsr_utils", "json", "yaml"], enable_loader_override=False):
     from tgazsr_utils import runner
@@ -38,5 +40,9 @@ def read(data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    atheris.Setup(sys.argv, read)
+    # libFuzzer's own limit reads the process's peak, which it inherits from the process that started it: so it is off, and this
+    # makes an allocation beyond 1 GiB a MemoryError.
+    allowed = psutil.Process().memory_info().data + 2**30
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+    atheris.Setup([*sys.argv, "-rss_limit_mb=0"], read)
     atheris.Fuzz()
