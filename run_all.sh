@@ -54,7 +54,7 @@ set_up() { # $1: what to install beyond the workbook itself, "" or "[test]"
         return
     fi
     echo "setting up .venv (once; a few minutes)" >&2
-    if [[ ! -x .venv/bin/python ]]; then
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # none there, or one that was killed while it was made
         python=$(find_python)
         "$python" -m venv .venv
     fi
@@ -88,7 +88,7 @@ case ${1:-} in
     ;;
 --lab)
     pick_python "" jupyterlab
-    exec "$python" -m jupyterlab "${@:2}" notebooks
+    exec "$python" -m jupyterlab --ServerApp.ip=127.0.0.1 "${@:2}" notebooks
     ;;
 *)
     pick_python "" papermill

@@ -1,21 +1,26 @@
 """Damaged files, a full disk, a folder that cannot be written: named in one line, and never a wrong number."""
 
+import hashlib
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
+from miniatures import tiny_imagenet
 from PIL import Image
 from safetensors.torch import save_file
 
-from tgazsr_utils import ROOT, evaluation
+from tgazsr_utils import ROOT, evaluation, models
 from tgazsr_utils.checkpoints import Checkpoints
 from tgazsr_utils.datasets import load_dataset
 from tgazsr_utils.evaluation import evaluate, pixel_sums, predict
+from tgazsr_utils.explorer import recorded_sweep
 from tgazsr_utils.files import DamagedFile, load_tensors, save_tensors
 from tgazsr_utils.models import SHIPPED, load_clip
 from tgazsr_utils.results import RecordStore, evaluate_all, leaderboard
@@ -138,10 +143,81 @@ def test_damaged_weights_stop_the_run(mini, train_set, tmp_path, damage):
         one_line(error)
 
 
+def test_what_is_there_but_cannot_be_opened_is_not_taken_for_missing(mini, train_set, tmp_path):
+    """Else a training would start over without a word."""
+    _, last = stopped_at(5, mini, train_set, tmp_path)
+    last.unlink()
+    last.mkdir()
+    with pytest.raises(OSError, match=f"directory: .*{last.name}"):
+        finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path)
+    if os.geteuid() == 0:
+        pytest.skip("root may open every file")
+    last.rmdir()
+    (before,) = tmp_path.glob("*.ckpt")
+    before.chmod(0)
+    with pytest.raises(PermissionError, match=before.name):
+        finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path)
+
+
+def test_weights_that_open_clip_keeps_are_checked_against_their_name(mini, tmp_path, monkeypatch):
+    """In the Hugging Face Hub's cache, as it lies on the disk, a large file is kept under its SHA-256."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(models.open_clip, "get_pretrained_cfg", lambda arch, tag: {"hf_hub": "somebody/mini/"} if tag == "theirs" else {})
+    repository = tmp_path / "models--somebody--mini"
+    for folder in ("blobs", "refs", "snapshots/abc"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    content = save_file({"a": torch.rand(100)}, tmp_path / "file") or (tmp_path / "file").read_bytes()
+    blob = repository / "blobs" / hashlib.sha256(content).hexdigest()
+    blob.write_bytes(content)
+    (repository / "snapshots" / "abc" / "open_clip_model.safetensors").symlink_to(blob)
+    for source in ("theirs", "hf-hub:somebody/mini", "hf-hub:another/mini", None):
+        models._check_downloads("mini-clip", source)
+    blob.write_bytes(flipped(content, random.Random(0)))
+    models._check_downloads("mini-clip", "hf-hub:another/mini")
+    for source in ("theirs", "hf-hub:somebody/mini"):
+        with pytest.raises(DamagedFile, match="open_clip_model.safetensors is not what was downloaded; remove .*blobs"):
+            models._check_downloads("mini-clip", source)
+
+
+LISTS = {
+    "words.txt": ("n01443537\tgoldfish\n", "words.txt has no name for n02056570"),
+    "val/val_annotations.txt": ("val_0.JPEG\tn02056570\t0\t0\t63\nval_1", "val_annotations.txt, line 1, 'val_0.JPEG.* is not 2 texts and 4 numbers"),
+    "val/val_annotations.txt ": ("val_0.JPEG\tn02056570\t0\t0\t63\t63\n", "val_annotations.txt lists 1 images, .*images holds 4; has the list been cut"),
+    "val/val_annotations.txt  ": ("val_0.JPEG\tn02056571\t0\t0\t63\t63\n", "val_annotations.txt has 'n02056571', which wnids.txt has not"),
+    "train/n01443537/n01443537_boxes.txt": ("n01443537_0.JPEG\t8\t8\t40\tx", "n01443537_boxes.txt, line 1, .* is not 1 texts and 4 numbers"),
+}
+
+
+@pytest.mark.parametrize("name", list(LISTS))
+def test_a_damaged_list_of_images_is_named(tmp_path, name):
+    tiny_imagenet(tmp_path)
+    content, message = LISTS[name]
+    (tmp_path / "tiny-imagenet-200" / name.strip()).write_text(content)
+    with pytest.raises(ValueError, match=f"image set 'tinyImageNet' .*{message}") as error:
+        load_dataset("tinyImageNet", "train" if "train" in name else "test", tmp_path)
+    one_line(error)
+
+
+@damages
+def test_a_damaged_table_of_a_sweep_is_named(tmp_path, damage):
+    table = tmp_path / "tables" / "ablation_alpha_beta.csv"
+    table.parent.mkdir()
+    shutil.copy(ROOT / "data" / "reference" / "mini" / "tables" / table.name, table)
+    assert len(recorded_sweep(tmp_path, "mini-world")[0]) > 1
+    if damage == "flipped":
+        table.write_text(table.read_text().replace("Beta", "Bera", 1))
+    elif damage == "truncated":
+        table.write_bytes(table.read_bytes()[:100])
+    else:
+        harm(table, damage)
+    with pytest.raises(ValueError, match="ablation_alpha_beta.csv is damaged .*; run notebook 03 again") as error:
+        recorded_sweep(tmp_path, "mini-world")
+    one_line(error)
+
+
 @pytest.mark.parametrize("name", list(SHIPPED))
 def test_flipped_bits_of_the_shipped_weights_are_found(name, tmp_path, monkeypatch):
-    from tgazsr_utils import models
-
     whole, path, chance = SHIPPED[name].read_bytes(), tmp_path / SHIPPED[name].name, random.Random(0)
     monkeypatch.setitem(SHIPPED, name, path)
     monkeypatch.setitem(models._DIGESTS, path, models._DIGESTS[models.DATA / path.name])

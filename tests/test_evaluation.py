@@ -135,13 +135,22 @@ def test_one_seed_has_intervals_over_images(records):
     "changes",
     [
         {"world": "photographs"}, {"eps_255": 8.0}, {"attack": "pgd-100"}, {"protocol": "worst"}, {"precision": "amp_bf16"},
-        {"dataset": "letters"},
+        {"dataset": "letters"}, {"code": "other"}, {"data": "other"}, {"pixels": "other"}, {"settings": {"test_stepsize": 0.01}},
     ],  # fmt: skip
 )
-def test_the_leaderboard_refuses_mixtures(records, changes):
-    other = [change(r, method="Other", **(changes if r.attack != "none" else {})) for r in records]
-    with pytest.raises(ValueError, match="differ|different sets"):
+@pytest.mark.parametrize("who", [{"method": "Other"}, {"seed": 1}])
+def test_the_leaderboard_refuses_mixtures(records, changes, who):
+    """Of methods in one table, and of seeds in one row."""
+    merged = lambda r: {"settings": r.settings | changes["settings"]} if "settings" in changes else changes
+    other = [change(r, **who, **(merged(r) if r.attack != "none" else {})) for r in records]
+    with pytest.raises(ValueError, match="differ|different (sets|images|pixels)") as error:
         leaderboard([*records, *other])
+    assert "\n" not in str(error.value)
+
+
+def test_the_leaderboard_refuses_two_trainings_under_one_name(records):
+    with pytest.raises(ValueError, match="CLIP, seed 0, has several clean records on shapes .of models .*, another"):
+        leaderboard([*records, *(change(r, model="another") for r in records)])
 
 
 def test_the_published_table_and_what_may_stand_beside_it(records, capsys):

@@ -120,7 +120,7 @@ def ours(tensors, **about):
         return save_tensors(Path(folder) / "a", tensors, **about).read_bytes()
 
 
-PREDICTIONS = ours({"predictions": torch.tensor([1, -1, 3]), "sums": torch.tensor([4, 5, 6])}, run="key")
+PREDICTIONS = ours({"predictions": torch.tensor([1, evaluation.UNREADABLE, 3]), "sums": torch.tensor([4, 5, 6])}, run="key")
 
 
 @fuzz(1500)
@@ -130,7 +130,7 @@ def test_kept_predictions(tmp_path, content):
     partial = tmp_path / "key.safetensors"
     (tmp_path / "key_0.safetensors").write_bytes(content)
     kept, _ = evaluation._kept(partial, 3)
-    assert kept.tolist() == ([1, -1, 3] if content == PREDICTIONS else 3 * [evaluation.NOT_YET])
+    assert kept.tolist() == ([1, evaluation.UNREADABLE, 3] if content == PREDICTIONS else 3 * [evaluation.NOT_YET])
 
 
 MAPS = ours({"values": torch.rand(3, 2)}, run="run", name="pooled")

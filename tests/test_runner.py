@@ -1,12 +1,15 @@
 import json
+import os
 import re
+import shutil
 import subprocess
+import venv
 
 import nbformat
 import pytest
 
 from tgazsr_utils import ROOT, runner
-from tgazsr_utils.runner import fingerprint, main, parameters_of, load_profile
+from tgazsr_utils.runner import fingerprint, given_value, load_profile, main, parameters_of
 
 
 @pytest.mark.parametrize(
@@ -21,7 +24,10 @@ from tgazsr_utils.runner import fingerprint, main, parameters_of, load_profile
         (["mini", "-p", "test_eps", "-3"], "parameter test_eps = -3: .*greater than or equal to 0"),
         (["mini", "-p", "data_root", "no/such/folder"], "parameter data_root = 'no/such/folder': .*no such folder"),
         (["mini", "-p", "device", "cuda:77"], "device 'cuda:77' cannot be used"),
-        (["mini", "-p", "lr", "[1, 2"], "-p: "),
+        (["mini", "-p", "lr", "[1, 2"], "parameter lr = '\\[1, 2' is not valid YAML"),
+        (["mini", "-p", "lr", 600 * "["], "parameter lr = .* is not valid YAML"),
+        (["mini", "-p", "lr", "2001-13-01"], "parameter lr = '2001-13-01' is not valid YAML"),
+        (["mini", "-p", "data_root", "~nobody-here/sets"], "path '~nobody-here/sets': "),
         (["mini", "-p", "methods", "[TGA]"], "02_train_tga_zsr: method 'TGA' is unknown; there are: FT-Clean"),
         (["mini", "-p", "dataset", "shape"], "01_attention_shift: image set 'shape' is not there; there are: shapes"),
         (["mini", "-p", "testdata", "[shapes, nowhere]"], "03_ablations: image set 'nowhere' is not there"),
@@ -38,9 +44,39 @@ def test_bad_calls_stop_with_one_line_and_leave_nothing(arguments, message, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("text", ["a: b", "a #1", "007", "yes", "[a]", "'quoted'", "a\nb", "-x"])
+def test_what_is_text_is_taken_as_it_is(text):
+    assert given_value("output", text) == given_value("prompt", text) == text
+    assert given_value("data_root", "null") is None and given_value("output", "null") == "null"
+    assert given_value("seeds", "[0, 1]") == [0, 1] and given_value("lr", "null") is None and given_value("nothing", "3") == 3
+
+
+@pytest.mark.parametrize("folder", ["with a file", "the workbook", "home of the workbook"])
+def test_fresh_moves_only_what_a_run_has_left(folder, tmp_path, capsys, monkeypatch):
+    out = {"with a file": tmp_path / "out", "the workbook": tmp_path, "home of the workbook": tmp_path.parent}[folder]
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    if folder != "with a file":
+        (out / "manifest.json").write_text('{"notebooks": {}}')
+    assert main(["smoke", "02", "--fresh", "-p", "output", str(out)]) == 2
+    assert "is not such a folder" in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
+
+
 def test_run_all_passes_errors_on():
     shown = subprocess.run(["bash", ROOT / "run_all.sh", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0 and "-p name value" in shown.stdout
+
+
+def test_an_environment_that_was_killed_while_it_was_made_is_made_again(tmp_path):
+    """Its python is there before pip is; without an index, what follows says what it looks for."""
+    shutil.copy(ROOT / "run_all.sh", tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    venv.create(tmp_path / ".venv", with_pip=False)
+    plain = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    done = subprocess.run(["bash", tmp_path / "run_all.sh"], env=plain | {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}, capture_output=True, text=True)
+    assert done.returncode != 0 and "No matching distribution found for torch" in done.stderr and "No module named pip" not in done.stderr
 
 
 def test_a_failing_notebook_stops_the_run_and_leaves_its_copy(photo_root, tmp_path, capfd):
@@ -82,7 +118,7 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(tmp_path, capfd):
     log = capfd.readouterr().out
     manifest = json.loads((out / "manifest.json").read_text())
     assert [e["status"] for e in manifest["notebooks"].values()] == ["finished"] * 6
-    assert {"torch", "open_clip_torch"} <= set(manifest["environment"]["packages"])
+    assert {"torch", "open_clip_torch"} <= set(manifest["notebooks"]["02_train_tga_zsr"]["environment"]["packages"])
     assert "TGA-ZSR seed 0: 4/4" in log and "16 sets" in log  # progress reached the log
     for name in manifest["notebooks"]:
         assert (out / "html" / f"{name}.html").stat().st_size > 10_000
@@ -99,6 +135,13 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(tmp_path, capfd):
 
     assert main(given) == 0
     assert capfd.readouterr().out.count("done already") == 6
+    table = out / "tables" / "leaderboard.csv"
+    whole = table.read_text()
+    table.write_text(whole.replace("TeCoA,", "TeCoA,9"))
+    assert main(given) == 0
+    printed = capfd.readouterr().out
+    assert printed.count("done already") == 5 and "04_evaluate_16_datasets: runs again, as tables/leaderboard.csv is not as it was written" in printed
+    assert table.read_text() == whole
     assert main([*given, "--fresh", "-p", "seed", "x"]) == 2  # refused before anything is moved
     assert out.exists() and not list(tmp_path.glob("out-before-*"))
 

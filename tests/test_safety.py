@@ -155,11 +155,14 @@ def test_names_from_outside_are_text_in_the_explorers_html(mini, shapes):
 
 
 def test_jupyter_listens_on_loopback_and_wants_its_token(tmp_path):
+    """Whatever address the person's own configuration names."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     own = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")}
     own |= {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    (tmp_path / "JUPYTER_CONFIG_DIR").mkdir()
+    (tmp_path / "JUPYTER_CONFIG_DIR" / "jupyter_server_config.py").write_text("c.ServerApp.ip = '0.0.0.0'\n")
     command = ["bash", str(ROOT / "run_all.sh"), "--lab", "--no-browser", "--allow-root", f"--port={port}"]
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(command, cwd=ROOT, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT)

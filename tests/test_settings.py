@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from tgazsr_utils.runner import default_parameters
-from tgazsr_utils.settings import AttackSettings, SettingsError, TrainNotebook, from_notebook, validate
+from tgazsr_utils.settings import AttackSettings, AttentionShiftNotebook, SettingsError, TrainNotebook, from_notebook, validate
 
 GOOD = {"test_eps": 1.0, "test_stepsize": 1.0, "test_numsteps": 10}
 
@@ -23,6 +23,23 @@ def test_bad_values_are_refused_in_one_line(changes, message):
     with pytest.raises(SettingsError, match=message) as error:
         validate(AttackSettings, GOOD | changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field, value", [("test_eps", True), ("test_numsteps", True), ("eps_list", [1.0, False]), ("seed", 2**63), ("seed", 1e30)])
+def test_yes_is_no_number_and_a_seed_fits(field, value):
+    values = default_parameters("01_attention_shift") | {"output": "unused"}
+    assert validate(AttentionShiftNotebook, values | {"compiled": True}).compiled is True
+    with pytest.raises(SettingsError, match=rf"parameter {field}.* = .*: (input should be a number|input should be less|unable to parse)"):
+        validate(AttentionShiftNotebook, values | {field: value})
+
+
+def test_messages_quote_a_part_of_what_is_long():
+    nested = []
+    for _ in range(60):  # a repr of 2^60 characters
+        nested = [nested, nested]
+    with pytest.raises(SettingsError) as error:
+        validate(AttackSettings, GOOD | {"test_eps": nested})
+    assert len(str(error.value)) < 2000
 
 
 def test_a_missing_value_is_named():

@@ -63,7 +63,7 @@ def test_what_the_original_model_makes_of_images_is_computed_once_and_checked(mi
     """Also over a resumed run; a damaged file is made anew with the same outcome, and none is left in the end."""
     original = lambda: sum(n for n, _ in passes) - trained  # images that passed the original model
     whole = finetune(mini, train_set, "TGA-ZSR", SETTINGS, tmp_path / "whole")
-    trained = 2 * 20 * (SETTINGS.train_numsteps + 2)
+    trained = 2 * (20 * (SETTINGS.train_numsteps + 2) + 4)  # the last batch is looked at again before an epoch is kept
     assert original() == 20  # not 40, in two epochs
     assert not list((tmp_path / "whole" / "unfinished").glob("*"))
     for damage in (lambda path: path.write_bytes(path.read_bytes()[:50]), lambda path: _flip(path), None):
@@ -75,7 +75,7 @@ def test_what_the_original_model_makes_of_images_is_computed_once_and_checked(mi
             damage(kept)
         passes.clear()
         parts = finetune(mini, train_set, "TGA-ZSR", SETTINGS, folder)
-        trained = 20 * (SETTINGS.train_numsteps + 2)
+        trained = 20 * (SETTINGS.train_numsteps + 2) + 4
         assert original() == (20 if damage else 0)
         assert ("is damaged" in capfd.readouterr().out) == bool(damage)
         first, second = weights_of(whole), weights_of(parts)
@@ -142,12 +142,12 @@ def test_last_num_ft_tunes_the_last_parameter_tensors(mini, train_set, tmp_path)
 
 
 def test_passes_through_the_encoder_in_one_step(mini, train_set, tmp_path, monkeypatch, passes):
-    """Attack steps, then attacked and clean images in one pass; the original model once. No text is encoded again."""
+    """Attack steps, then attacked and clean images in one pass; the original model once; a look at the outcome. No text is encoded again."""
     settings = SETTINGS.model_copy(update={"epochs": 1, "batch_size": 20, "train_numsteps": 2})
     mini.encode_text(train_set.prompts)
     monkeypatch.setattr(type(mini.model), "encode_text", lambda *a, **k: pytest.fail("text was encoded"))
     finetune(mini, train_set, "TGA-ZSR", settings, tmp_path)
-    assert [n for n, tuned in passes if tuned] == [20, 20, 40] and [n for n, tuned in passes if not tuned] == [20]
+    assert [n for n, tuned in passes if tuned] == [20, 20, 40, 8] and [n for n, tuned in passes if not tuned] == [20]
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -189,6 +189,15 @@ def test_a_gradient_that_is_not_finite_stops_with_its_term_and_the_last_good_che
     weights, about = load_tensors(checkpoint)
     assert about["state"]["step"] == 3 and all(torch.isfinite(value).all() for value in weights.values())
     assert all(row["gradient_norm"] > 0 for row in about["state"]["history"])
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_model_that_diverges_in_the_last_step_of_an_epoch_is_not_kept(mini, tmp_path, epochs):
+    """Loss and gradient were finite: neither a checkpoint nor weights are written of what they have made."""
+    data, settings = load_dataset("shapes", "train", n=8), SETTINGS.model_copy(update={"epochs": epochs, "lr": 1e30, "warmup_steps": 0})
+    with pytest.raises(FloatingPointError, match="TeCoA has diverged: its model gives no finite numbers after step 0; there is no checkpoint yet"):
+        finetune(mini, data, "TeCoA", settings, tmp_path)
+    assert not list(tmp_path.glob("*.*"))
 
 
 def test_training_lowers_the_loss_on_attacked_images(mini, tmp_path):

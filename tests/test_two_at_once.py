@@ -12,7 +12,7 @@ from tgazsr_utils import ROOT
 from tgazsr_utils.datasets import load_dataset
 from tgazsr_utils.models import load_clip
 from tgazsr_utils.results import RecordStore, evaluate_all
-from tgazsr_utils.runner import environment
+from tgazsr_utils.runner import environment, main
 from tgazsr_utils.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.training import finetune
 
@@ -28,6 +28,14 @@ def test_a_second_headless_run_into_a_folder_is_refused(tmp_path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "another run writes to" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_torchrun_into_the_folder_of_a_run_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with FileLock(tmp_path / ".out.lock"):
+        assert main(["smoke", "04", "-p", "output", str(tmp_path / "out")]) == 2
+    assert "another run writes to" in capsys.readouterr().err
 
 
 def work(folder):

@@ -270,8 +270,10 @@ class Sweep:
 
     def _seconds_per_check(self) -> float:
         """Of one image: a gradient a step, and a forward a query."""
-        steps = self._seconds_per_image(self.checks.attack.model_copy(update={"attack": "pgd", "test_numsteps": sum(STEPS) + len(LARGE) * LARGE_STEPS}))
-        return steps + QUERIES * self._seconds_per_image(None)
+        attack = self.checks.attack
+        own = 0 if attack.attack == "autoattack" else attack.test_numsteps
+        steps = sum(STEPS) + len(LARGE) * LARGE_STEPS + own
+        return self._seconds_per_image(attack.model_copy(update={"attack": "pgd", "test_numsteps": steps})) + QUERIES * self._seconds_per_image(None)
 
     def _seconds_per_image(self, attack: AttackSettings | None) -> float:
         """Of a measurement here: a forward, and for an attack a forward and a gradient each step."""

@@ -57,7 +57,7 @@ class Undecoded(Dataset):
                 image = self.source.open(i).convert("RGB")
             except Exception as error:  # PIL raises many kinds for a damaged file, h5py and pickle others
                 reason = " ".join(str(error).split()) or type(error).__name__
-                problems.append(f"image {self.source.where[i]} cannot be read: {reason}")
+                problems.append(f"image {' '.join(self.source.where[i].split())} cannot be read: {reason}")
                 continue
             pixels = _to_tensor(fit(image, self.side, self.preprocess) if self.side else image)
             if images and pixels.shape != images[0].shape:
@@ -286,7 +286,7 @@ def load_dataset(
         Undecoded(source, chosen, image_size, preprocess or own),
         labels[chosen],
         names,
-        tuple(template.format(name) for name in names),
+        tuple(template.replace("{}", name) for name in names),
         mask_kind="box",
         available=len(labels),
         published=spec is not None

@@ -27,7 +27,7 @@ MODULES = ("models", "attacks", "distributed", "evaluation", "datasets", "layout
 MOST = {True: 1024, False: 128}  # images attacked at once, on CUDA and elsewhere
 ACTIVATIONS = 32  # numbers that the image encoder keeps for each token, channel and block, when its input is differentiated
 TOGETHER = 64  # images that AutoAttack has at once
-UNREADABLE, NOT_YET = -1, -2  # in place of a predicted class
+NO_ANSWER, UNREADABLE, NOT_YET = -1, -2, -3  # in place of a predicted class
 SAVE_EVERY = 20.0  # seconds of work that a killed evaluation may lose
 
 
@@ -91,7 +91,7 @@ def predict(
 ) -> Tensor:
     """Predicted classes ``[N]`` on clean images (``attack=None``) or on those the attack makes against ``clip``.
 
-    UNREADABLE where an image could not be read. Read in full precision whatever the attack computes in. ``partial`` names a file
+    NO_ANSWER where logits are not finite, which is said; UNREADABLE where an image could not be read. Read in full precision whatever the attack computes in. ``partial`` names a file
     that keeps what is done every few seconds; if it is there, this goes on from it, with the same outcome. Where memory
     runs out the batch is halved. Several processes (``distributed``) share the images. AutoAttack, whose random draws are for
     a batch, always has TOGETHER images of the same rows at once.
@@ -117,7 +117,8 @@ def _predict(
         try:
             batches = own if together else own.flatten().split(size)
             for batch, attacked in attacked_batches(clip, data, attack, protocol, seed, batches):
-                predictions[batch.rows] = reader.logits(attacked, text).argmax(1).cpu()
+                logits = reader.logits(attacked, text)
+                predictions[batch.rows] = torch.where(logits.isfinite().all(1), logits.argmax(1), NO_ANSWER).cpu()
                 sums[batch.rows] = pixel_sums(batch.images)
                 if bar is not None:
                     bar.update(len(batch.rows) * distributed.processes())
@@ -137,6 +138,9 @@ def _predict(
     predictions, sums = (distributed.largest(part, clip.device) for part in (predictions, sums))
     if (predictions == NOT_YET).any():
         raise RuntimeError(f"{int((predictions == NOT_YET).sum())} images of {data.key} were measured by no process")
+    without = int((predictions == NO_ANSWER).sum())
+    if without and distributed.rank() == 0:
+        print(f"logits are not finite for {without} of {len(data)} images of {data.key}, which count as not recognised", flush=True)
     return predictions, sums
 
 
@@ -264,7 +268,7 @@ def evaluate(
     """
     started = time.perf_counter()
     predictions, sums = _predict(clip, data, attack, protocol, seed, bar, partial)
-    read = predictions >= 0
+    read = predictions != UNREADABLE
     if not read.any():
         raise ValueError(f"image set {data.key!r}: none of its {len(data)} images can be read")
     hits = (predictions == data.labels)[read].numpy()

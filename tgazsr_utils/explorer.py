@@ -127,8 +127,18 @@ def recorded_sweep(output: Path, world: str) -> tuple[pd.DataFrame | None, str]:
     kept = DATA / "reference" / "mini" / "tables" / "ablation_alpha_beta.csv"
     for path, where in ((output / "tables" / kept.name, "measured here by notebook 03"), (kept, "the kept reference, three seeds")):
         if path.exists() and (path != kept or world == "mini-world"):
-            return pd.read_csv(path), where
+            return _read_sweep(path), where
     return None, "no sweep is recorded: run notebook 03"
+
+
+def _read_sweep(path: Path) -> pd.DataFrame:
+    try:
+        sweep = pd.read_csv(path)
+        if sweep.empty:
+            raise ValueError("it has no rows")
+        return sweep.astype({name: float for name in ("Alpha", "Beta", "robust", "clean", "average")})
+    except (ValueError, KeyError) as error:  # also pandas' own, and bytes that are no text
+        raise ValueError(f"table {path} is damaged ({' '.join(str(error).split())}); run notebook 03 again") from None
 
 
 def nearest_measured(sweep: pd.DataFrame, Alpha: float, Beta: float) -> pd.Series:

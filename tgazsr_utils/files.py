@@ -5,8 +5,8 @@ import glob
 import hashlib
 import json
 import os
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,9 @@ def _write_atomic(path: Path, write: Callable[[Path], None]) -> Path:
         with contextlib.suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > 3600:
                 left.unlink()
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         write(temporary)
-        temporary.chmod(0o644)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -71,6 +68,7 @@ def load_tensors(path: Path, **expected: Any) -> tuple[dict[str, Tensor], dict[s
 
     Raises DamagedFile if the file is not as it was written, or is about other things than expected; OSError if it cannot be read.
     """
+    open(path, "rb").close()  # safetensors calls a file missing that it may not read
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -104,6 +102,15 @@ def digest(*parts: Any) -> str:
             sha.update(json.dumps(part, sort_keys=True, default=str).encode())
         sha.update(b"\0")
     return sha.hexdigest()[:12]
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file of any size, in hex."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            sha.update(part)
+    return sha.hexdigest()
 
 
 def seeded(device: torch.device | str, *parts: Any) -> torch.Generator:

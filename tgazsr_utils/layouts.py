@@ -5,7 +5,7 @@ The published layouts, through torchvision's own classes where it has them; Tiny
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -213,22 +213,45 @@ def _wordnet() -> ImageNetInfo:
 def _tiny_imagenet(folder: Path, split: Split) -> Source:
     """Tiny-ImageNet as published: train in wnid folders, val flat with val_annotations.txt, boxes for both.
 
-    Classes are those of wnids.txt whose train folder is there.
+    Classes are those of wnids.txt whose train folder is there. Raises ValueError, with file and line, for lists that do not
+    fit each other or the images that are there.
     """
-    words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text().splitlines() if "\t" in line)
-    wnids = sorted(w for w in (folder / "wnids.txt").read_text().split() if (folder / "train" / w).is_dir())
+    listed = (folder / "wnids.txt").read_text().split()
+    wnids = sorted(wnid for wnid in listed if (folder / "train" / wnid).is_dir())
+    words = dict(row for row, _ in _rows(folder / "words.txt", 2, 0))
+    unnamed = [wnid for wnid in wnids if wnid not in words]
+    if unnamed:
+        raise ValueError(f"{folder / 'words.txt'} has no name for {', '.join(unnamed[:3])}")
     label = {wnid: i for i, wnid in enumerate(wnids)}
-    names = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
-    rows: list[tuple[Path, int, Box]] = []
+    found: list[tuple[Path, int, Box]] = []
     if split == "test":
-        for line in (folder / "val" / "val_annotations.txt").read_text().splitlines():
-            name, wnid, *box = line.split("\t")
-            if wnid in label:
-                rows.append((folder / "val" / "images" / name, label[wnid], tuple(map(int, box))))
+        images, annotations = folder / "val" / "images", folder / "val" / "val_annotations.txt"
+        rows = list(_rows(annotations, 2, 4))
+        unknown = [wnid for (_, wnid), _ in rows if wnid not in listed]
+        if unknown:
+            raise ValueError(f"{annotations} has {unknown[0]!r}, which wnids.txt has not")
+        _all_listed(images, annotations, [name for (name, _), _ in rows])
+        found += [(images / name, label[wnid], box) for (name, wnid), box in rows if wnid in label]
     else:
         for wnid in wnids:
-            for line in (folder / "train" / wnid / f"{wnid}_boxes.txt").read_text().splitlines():
-                name, *box = line.split("\t")
-                rows.append((folder / "train" / wnid / "images" / name, label[wnid], tuple(map(int, box))))
-    files, labels, boxes = zip(*rows) if rows else ((), (), ())
-    return _from_files(files, labels, names, folder, list(boxes))
+            images, boxes = folder / "train" / wnid / "images", folder / "train" / wnid / f"{wnid}_boxes.txt"
+            rows = list(_rows(boxes, 1, 4))
+            _all_listed(images, boxes, [name for (name,), _ in rows])
+            found += [(images / name, label[wnid], box) for (name,), box in rows]
+    files, labels, boxes = zip(*found) if found else ((), (), ())
+    return _from_files(files, labels, [words[wnid].split(",")[0] for wnid in wnids], folder, list(boxes))
+
+
+def _rows(path: Path, texts: int, numbers: int) -> Iterator[tuple[list[str], tuple[int, ...]]]:
+    """Of a list with tabs. Raises ValueError for a line of another form."""
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        parts = line.split("\t")
+        if len(parts) != texts + numbers or not all(part.strip().isdecimal() for part in parts[texts:]):
+            raise ValueError(f"{path}, line {number}, {line[:60]!r} is not {texts} texts and {numbers} numbers with tabs between")
+        yield parts[:texts], tuple(map(int, parts[texts:]))
+
+
+def _all_listed(images: Path, path: Path, listed: list[str]) -> None:
+    there = {image.name for image in _images(images)}
+    if len(set(listed)) < len(listed) or there - set(listed):
+        raise ValueError(f"{path} lists {len(listed)} images, {images} holds {len(there)}; has the list been cut?")

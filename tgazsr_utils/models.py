@@ -1,11 +1,13 @@
 """CLIP as the rest of the package sees it: pixels in [0,1] in, projected class and patch tokens out."""
 
+import contextlib
 import copy
 import functools
 import glob
 import json
 import logging
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 from open_clip.factory import load_state_dict
 from open_clip.model import resize_pos_embed
 from open_clip.transformer import VisionTransformer
@@ -22,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import DATA
-from .files import DamagedFile, digest, load_tensors, save_tensors
+from .files import DamagedFile, digest, load_tensors, save_tensors, sha256_of
 from .settings import Precision, resolve
 
 torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution, and fp32 is to mean fp32
@@ -206,6 +209,7 @@ def load_clip(
         logging.disable(logging.WARNING)  # open_clip warns of random weights even where others are put in afterwards
         options = {"precision": "fp32" if precision == "amp_bf16" else precision, "device": target, "force_image_size": image_size}
         about = read_metadata(Path(source)) if source is not None and source.endswith(".safetensors") else {}
+        normalisation = {name: torch.tensor(about[name]).view(3, 1, 1) for name in about.keys() & {"mean", "std"}}
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*QuickGELU")  # the weights would run, with wrong numbers
             if source is not None and source.startswith(_SCHEMAS):
@@ -226,14 +230,15 @@ def load_clip(
             state = {f"visual.{name.removeprefix('module.')}": value.float() for name, value in encoder.items()}
             resize_pos_embed(state, model)
             model.visual.load_state_dict({name.removeprefix("visual."): value for name, value in state.items()})
+        _check_downloads(arch, source)
     except Exception as error:  # whatever a foreign file makes torch, safetensors or open_clip raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"pretrained {str(pretrained)!r} cannot be loaded into {arch}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
     clip = Clip(model, arch, precision, compiled, meant_for).to(target).eval().requires_grad_(False)
-    for name in about.keys() & {"mean", "std"}:
-        getattr(clip, name).copy_(torch.tensor(about[name]).view(3, 1, 1))
+    for name, value in normalisation.items():
+        getattr(clip, name).copy_(value)
     clip.training = {name: value for name, value in about.items() if name not in ("arch", "mean", "std", "history")}
     return clip
 
@@ -268,6 +273,7 @@ def _find_source(arch: str, pretrained: str | Path | None) -> tuple[str | None, 
     path = locate_weights(arch, pretrained)
     if not isinstance(path, Path):
         return path, None
+    open(path, "rb").close()  # safetensors calls a file missing that it may not read
     if path.suffix == ".safetensors":
         _check_content(path)
         return str(path), None
@@ -294,6 +300,23 @@ def _check_content(path: Path) -> None:
         raise DamagedFile(f"{path} is damaged (its content is not what ships)")
 
 
+def _check_downloads(arch: str, source: str | None) -> None:
+    """Raises DamagedFile for weights that open_clip keeps from the Hugging Face Hub and that are not what was downloaded.
+
+    There a large file is kept under its SHA-256. Those from plain addresses are checked by open_clip itself.
+    """
+    hub = "hf-hub:"
+    if source and source.startswith(hub):
+        name = source.removeprefix(hub)
+    else:  # OWNER/NAME/FILE, the latter perhaps empty
+        name = open_clip.get_pretrained_cfg(arch, source or "").get("hf_hub", "").rpartition("/")[0]
+    with contextlib.suppress(CacheNotFound):
+        files = {file for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos if repo.repo_id == name for revision in repo.revisions for file in revision.files}
+        for file in files:
+            if re.fullmatch("[0-9a-f]{64}", file.blob_path.name) and sha256_of(file.blob_path) != file.blob_path.name:
+                raise DamagedFile(f"{file.file_name} is not what was downloaded; remove {file.blob_path} to get it again")
+
+
 def image_size_of(arch: str) -> int:
     """Side in pixels of the images an open_clip architecture takes. Raises ValueError for an unknown one."""
     config = open_clip.get_model_config(arch)
@@ -307,7 +330,7 @@ def find_weights(name: str | None, models: Path) -> str | None:
     if name is None or not name.startswith("latest:"):
         return name
     stem = name.removeprefix("latest:")
-    found = sorted(models.glob(f"{glob.escape(stem)}_*.safetensors"), key=lambda p: p.stat().st_mtime)
+    found = sorted((p for p in models.glob(f"{glob.escape(stem)}_*.safetensors") if p.is_file()), key=lambda p: p.stat().st_mtime)
     if not found:
         raise ValueError(f"no model {stem!r} in {models}; run the notebook that makes it first")
     return str(found[-1])

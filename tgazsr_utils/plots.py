@@ -19,7 +19,7 @@ from .attention import resize
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "h")
 
-sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", rc={"figure.dpi": 100, "svg.hashsalt": "tgazsr"})
+sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", rc={"figure.dpi": 100, "svg.hashsalt": "tgazsr", "text.parse_math": False})  # a class name may hold dollars
 
 
 def save(figure: Figure, folder: Path, name: str) -> Figure:

@@ -23,7 +23,7 @@ from .sanity import AttackCheck, check_attack, check_key, sets_to_check
 from .settings import PLUMBING, AttackSettings, Protocol
 
 PUBLISHED_SETS = 16
-_COLUMNS = {"method", "world", "dataset", "data", "pixels", "attack", "eps_255", "protocol", "precision", "seed", "n", "available", "left_out", "correct"}
+_COLUMNS = {"method", "model", "world", "dataset", "data", "pixels", "attack", "eps_255", "settings", "protocol", "precision", "code", "seed", "n", "available", "left_out", "correct"}
 
 Kept = TypeVar("Kept", Record, AttackCheck)
 
@@ -209,8 +209,8 @@ def _half_interval(sets: Sequence[np.ndarray], ddof: int, z: float = 1.96) -> fl
 def leaderboard(records: Sequence[Record]) -> pd.DataFrame:
     """One row a method, best average first: its ``summary``, and what it was measured on.
 
-    ``sets`` says "n of 16" when some are missing. Raises ValueError for records of several worlds, attacks or
-    protocols, or methods measured on different sets, which no one table may mix.
+    ``sets`` says "n of 16" when some are missing. Raises ValueError for records of several worlds, attacks, protocols or
+    versions of the code, methods measured on different images, or two models of one method and seed: no one table may mix them.
     """
     frame = to_frame(records)
     _refuse_mixture(frame)
@@ -241,11 +241,18 @@ def _images_used(part: pd.DataFrame) -> str:
 
 
 def _refuse_mixture(frame: pd.DataFrame) -> None:
+    """Raises ValueError for records that no one table may mix."""
     attacked = frame[frame.kind == "robust"]
-    for part, column in ((frame, "world"), (attacked, "attack"), (attacked, "eps_255"), (attacked, "protocol"), (attacked, "precision")):
-        if part[column].nunique() > 1:
-            values = ", ".join(map(str, sorted(part[column].unique())))
-            raise ValueError(f"records differ in {column} ({values}); one table holds one {column}")
+    of_attack = pd.DataFrame(list(attacked.settings)).fillna("none").add_prefix("settings.")
+    mixed = [frame[["world", "code"]], attacked[["attack", "eps_255", "protocol", "precision"]], of_attack]
+    for column, values in ((column, part[column].unique()) for part in mixed for column in part):
+        if len(values) > 1:
+            raise ValueError(f"records differ in {column} ({', '.join(map(str, sorted(values)))}); one table holds one {column}")
+    other = frame.groupby("dataset").data.nunique() > 1
+    if other.any():
+        name = other[other].index[0]
+        sides = [", ".join(part.method.unique()) for _, part in frame[frame.dataset == name].groupby("data")]
+        raise ValueError(f"records of {name} are of different images, labels or prompts: those of {' and of '.join(sides)}; one table holds one set of each name")
     changed = frame.groupby(["dataset", "data"]).pixels.nunique() > 1
     if changed.any():
         name = changed[changed].index[0][0]
@@ -254,6 +261,12 @@ def _refuse_mixture(frame: pd.DataFrame) -> None:
             f"files of {name} changed between measurements: {' and '.join(sides)} saw different pixels; "
             "remove the records that were made with the wrong ones"
         )
+    one = ["method", "seed", "dataset", "kind"]
+    twice = frame[frame.duplicated(one, keep=False)]
+    if len(twice):
+        first = twice.iloc[0]
+        models = ", ".join(twice[(twice[one] == first[one]).all(axis=1)].model)
+        raise ValueError(f"{first.method}, seed {first.seed}, has several {first.kind} records on {first.dataset} (of models {models}); one table holds one")
     sets = frame.groupby(["method", "seed", "kind"])["dataset"].agg(frozenset)
     if sets.nunique() > 1:
         raise ValueError("methods or seeds were measured on different sets; their means cannot be compared")

@@ -61,8 +61,8 @@ def load_profile(name: str) -> Profile:
         raise SettingsError(f"profile {name!r} is unknown; there are: {there}")
     try:
         values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"profile {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a number or date that is none; of text that nests deeply
+        raise SettingsError(f"profile {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"profile {path} must hold names and values")
     try:
@@ -143,6 +143,17 @@ def check_names(profile: Profile, given: dict[str, Any], notebooks: list[str]) -
                 raise SettingsError(f"{notebook}: {unknown_parameter(name, NOTEBOOKS[notebook].model_fields)}")
 
 
+def given_value(name: str, text: str) -> Any:
+    """What ``-p name text`` sets: YAML, but for parameters that are text the text as it is, or None for "null"."""
+    kinds = [model.model_fields[name].annotation for model in NOTEBOOKS.values() if name in model.model_fields]
+    if kinds and kinds[0] in (str, str | None):
+        return None if text in ("null", "None", "") and kinds[0] is not str else text
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SettingsError(f"parameter {name} = {text[:200]!r} is not valid YAML: {error}") from None
+
+
 _OUTPUTS = {"output", "weights"}  # parameters that name what a notebook writes, not what it reads
 
 
@@ -152,7 +163,9 @@ def fingerprint(notebook: str, parameters: dict[str, Any], before: str) -> str:
     paths = [Path(SHIPPED.get(value) or resolve(value)) for value in values]
     contents = [path for path in paths if path.is_file()]
     listings = [
-        [f"{p.relative_to(path)} {p.stat().st_size}" for p in sorted(path.rglob("*"))] for path in paths if path.is_dir()
+        [f"{p.relative_to(path)} {p.stat().st_size if p.exists() else 'missing'}" for p in sorted(path.rglob("*"))]
+        for path in paths
+        if path.is_dir()
     ]
     return digest(FOLDER / f"{notebook}.ipynb", parameters, *contents, listings, code_version(), before)
 
@@ -223,7 +236,7 @@ def load_manifest(path: Path) -> dict[str, Any]:
         return {"notebooks": {}}
     try:
         notebooks = json.loads(path.read_bytes())["notebooks"]
-        if not all(isinstance(entry, dict) for entry in notebooks.values()):
+        if not all(isinstance(entry, dict) and isinstance(entry.get("files", {}), dict) for entry in notebooks.values()):
             raise TypeError
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise SettingsError(f"manifest {path} is damaged; remove it to run the notebooks again, which goes on from what is stored") from None
@@ -242,19 +255,22 @@ def run(profile_name: str, numbers: list[str], given: dict[str, Any], fresh: boo
     parameters = {name: parameters_of(name, profile, output, given) for name in in_order}
     for name in chosen:
         check_choices(name, parameters[name])
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    together = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if together:
         unsuitable = {name for name in ("device", "processes") for values in parameters.values() if values.get(name, "auto") not in ("auto", 1)}
         if unsuitable or fresh or "00_pretrain_mini_clip" in chosen:
             raise SettingsError("under torchrun each process takes its own device: no device, no processes, no --fresh, and not notebook 00")
-        with distributed.joined(), contextlib.redirect_stdout(sys.stdout if distributed.rank() == 0 else io.StringIO()):
-            for name in chosen:
-                print(f"\n=== {name}, in {distributed.processes()} processes", flush=True)
-                take_part(name, parameters[name])
-        return 0
     folder.parent.mkdir(parents=True, exist_ok=True)
+    first = int(os.environ.get("RANK", 0)) == 0  # of the processes of torchrun
     try:
-        with FileLock(folder.parent / f".{folder.name}.lock", timeout=0):
-            return _run_in(folder, profile_name, profile, in_order, chosen, parameters, fresh)
+        with FileLock(folder.parent / f".{folder.name}.lock", timeout=0) if first else contextlib.nullcontext():
+            if not together:
+                return _run_in(folder, profile_name, profile, in_order, chosen, parameters, fresh)
+            with distributed.joined(), contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
+                for name in chosen:
+                    print(f"\n=== {name}, in {distributed.processes()} processes", flush=True)
+                    take_part(name, parameters[name])
+            return 0
     except Timeout:
         raise SettingsError(f"another run writes to {output} now; wait for it, or give this one a folder of its own with -p output") from None
 
@@ -263,7 +279,9 @@ def _run_in(
     folder: Path, profile_name: str, profile: Profile, in_order: list[str], chosen: list[str], parameters: dict[str, dict[str, Any]], fresh: bool
 ) -> int:  # fmt: skip
     now = environment(next(iter(parameters.values()))["device"])
-    if fresh and folder.exists():
+    if fresh and folder.exists() and any(folder.iterdir()):
+        if ROOT.is_relative_to(folder) or not (folder / "manifest.json").exists():
+            raise SettingsError(f"--fresh moves aside what an earlier run has left; {folder} is not such a folder (it has no manifest.json)")
         aside = folder.with_name(f"{folder.name}-before-{datetime.now():%Y%m%d-%H%M%S}")
         folder.rename(aside)
         print(f"earlier results were moved to {aside.name}")
@@ -271,7 +289,7 @@ def _run_in(
     tempfile.TemporaryFile(dir=folder).close()  # raises OSError now rather than after hours
     manifest_path = folder / "manifest.json"
     manifest = load_manifest(manifest_path)
-    manifest |= {"profile": profile_name, "environment": now}
+    manifest["profile"] = profile_name
     print(f"{profile_name}: {profile.description.strip()}\nresults go to {os.path.relpath(folder, ROOT)}", flush=True)
     before = ""
     for name in in_order:
@@ -279,13 +297,15 @@ def _run_in(
         if name not in chosen:
             continue
         entry = manifest["notebooks"].get(name, {})
-        done = entry.get("status") == "finished" and entry.get("inputs") == inputs
-        if done and (folder / "notebooks" / f"{name}.ipynb").exists():
-            print(f"{name}: done already with the same inputs (--fresh starts over)", flush=True)
-            continue
+        if entry.get("status") == "finished" and entry.get("inputs") == inputs:
+            changed = [file for file, content in entry.get("files", {}).items() if _content(folder / file) != content]
+            if not changed and (folder / "notebooks" / f"{name}.ipynb").exists():
+                print(f"{name}: done already with the same inputs (--fresh starts over)", flush=True)
+                continue
+            print(f"{name}: runs again, as {(changed or ['its executed copy'])[0]} is not as it was written", flush=True)
         print(f"\n=== {name}", flush=True)
-        started = time.time()
-        entry = {"status": "running", "inputs": inputs, "parameters": parameters[name]}
+        started, earlier = time.time(), _outputs(folder)
+        entry = {"status": "running", "inputs": inputs, "parameters": parameters[name], "environment": now}
         entry["started"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         manifest["notebooks"][name] = entry
         write_json(manifest_path, manifest)
@@ -303,12 +323,25 @@ def _run_in(
         if failure:  # said first: the disk may be full
             print(f"\n{name} {failure}\nexecuted copy: {folder / 'notebooks' / name}.ipynb", file=sys.stderr)
             entry["error"] = failure
+        else:
+            written = [path for path, state in _outputs(folder).items() if earlier.get(path) != state]
+            entry["files"] = {str(path.relative_to(folder)): _content(path) for path in written}
         write_json(manifest_path, manifest)
         if failure:
             return 1
         print(f"{name}: {entry['seconds']:.0f} s", flush=True)
     show(folder, with_table=any(name.startswith("04") for name in chosen))
     return 0
+
+
+def _outputs(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Files that notebooks write for people to read, and what changes when one is written again."""
+    files = [path for kind in ("html", "tables", "figures") for path in folder.glob(f"{kind}/[!.]*")]
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(files)}
+
+
+def _content(path: Path) -> str | None:
+    return digest(path) if path.is_file() else None
 
 
 def show(folder: Path, with_table: bool) -> None:
@@ -335,12 +368,10 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that a cell does not list; all are checked here
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not one of the same name in the home folder
     try:
-        given = {name: yaml.safe_load(value) for name, value in options.p}
+        given = {name: given_value(name, text) for name, text in options.p}
         return run(profile, numbers, given, options.fresh)
-    except yaml.YAMLError as error:
-        print(f"error: -p: {' '.join(str(error).split())}", file=sys.stderr)
     except (SettingsError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 

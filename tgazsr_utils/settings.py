@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -22,9 +24,20 @@ from . import ROOT
 PLUMBING = "plumbing check, not a result"  # stands for the world wherever the original model has random weights
 DEFAULT_ROOT = "data/sets"  # where published image sets are looked for
 
-Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Eps255 = Annotated[float, Field(ge=0, le=255, description="1/255 of the pixel range")]
+
+def _not_a_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("input should be a number")
+    return value
+
+
+Number = BeforeValidator(_not_a_boolean)  # YAML reads "yes" and "on" as true, and true would be 1
+Count = Annotated[int, Number, Field(ge=1, lt=2**63)]
+Natural = Annotated[int, Number, Field(ge=0, lt=2**63)]
+NonNegative = Annotated[float, Number, Field(ge=0)]
+Positive = Annotated[float, Number, Field(gt=0)]
+Fraction = Annotated[float, Number, Field(gt=0, lt=1)]
+Eps255 = Annotated[float, Number, Field(ge=0, le=255, description="1/255 of the pixel range")]
 Norm = Literal["linf", "l2"]  # of the perturbation
 Precision = Literal["auto", "fp32", "amp_bf16", "fp16", "bf16"]  # see models.load_clip
 Protocol = Literal["last", "worst"]  # robust at the attack's last iterate (as published), or at every one of them
@@ -73,15 +86,15 @@ class FinetuneSettings(ObjectiveSettings):
 
     epochs: Count
     batch_size: Count | None
-    lr: Annotated[float, Field(gt=0)] | None
-    warmup_steps: Annotated[int, Field(ge=0)]
+    lr: Positive | None
+    warmup_steps: Natural
     train_eps: Eps255 | None
     train_stepsize: Eps255 | None
-    train_numsteps: Annotated[int, Field(ge=0)] | None
-    last_num_ft: Annotated[int, Field(ge=0)] = 0  # 0: the whole image encoder; k: its last k parameter tensors
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    train_numsteps: Natural | None
+    last_num_ft: Natural = 0  # 0: the whole image encoder; k: its last k parameter tensors
+    momentum: Annotated[float, Number, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegative = 0.0
-    seed: Annotated[int, Field(ge=0)]
+    seed: Natural
 
 
 class AttackSettings(Settings):
@@ -120,11 +133,11 @@ class WorkbookSettings(Settings):
     data_root: str | None  # folder of image sets; None: the rendered mini-world
     preprocess: Literal["resize", "crop"] | None = None  # None: each set's own
     prompt: str | None = None  # template such as "A photo of a {}."; None: each set's own
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of sets without a split; None: see load_dataset
+    test_fraction: Fraction | None = None  # of sets without a split; None: see load_dataset
     on_bad_image: Literal["stop", "leave_out"] = "stop"  # what to do about a file that cannot be read
     output: str  # folder for models, records, figures and tables
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
-    seed: Annotated[int, Field(ge=0)]
+    seed: Natural
 
     @field_validator("data_root")
     @classmethod
@@ -183,8 +196,8 @@ class PretrainNotebook(WorkbookSettings):
     sets: list[str] | None  # image sets under data_root to learn from; None: all (or the mini-world)
     steps: Count
     batch_size: Count
-    lr: Annotated[float, Field(gt=0)]
-    warmup_steps: Annotated[int, Field(ge=0)]
+    lr: Positive
+    warmup_steps: Natural
     weight_decay: NonNegative
     test_images: Count  # a set
     weights: str | None  # file to write; None: in the output folder
@@ -205,7 +218,7 @@ class AttentionShiftNotebook(ModelSettings, AttackSettings):
     dataset: str
     tuned: str  # model to compare with: "mini-tga-zsr", a file, or "latest:METHOD" in the output folder
     test_images: Count
-    shown_images: Annotated[int, Field(ge=1, le=12)]
+    shown_images: Annotated[int, Number, Field(ge=1, le=12)]
     eps_list: Annotated[list[Eps255], Field(min_length=1)]
     attention_variant: Literal["reference", "cosine"]
 
@@ -219,7 +232,7 @@ class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
     methods: Distinct[str]
     overrides: dict[str, dict[str, Any]] = {}  # method -> parameters of fine-tuning that differ for it
     processes: Count = 1  # that train and measure together, each on a device of its own
-    check_images: Annotated[int, Field(ge=0)] = 16  # about so many check the attack once a model (sanity.check_attack); 0: none
+    check_images: Natural = 16  # about so many check the attack once a model (sanity.check_attack); 0: none
 
     @property
     def model_options(self) -> dict[str, Any]:
@@ -253,7 +266,7 @@ class EvaluateNotebook(TrainNotebook):
     testdata: list[str] | str | None  # "published": those of the 16 there are; None: all there are
     quick_eval: Count | None = None  # at most this many images of each set, for a first look; tables then say so
     protocol: Protocol = "last"
-    seeds: Distinct[Annotated[int, Field(ge=0)]] | None  # None: seed alone
+    seeds: Distinct[Natural] | None  # None: seed alone
 
     @property
     def at_most_images(self) -> int | None:
@@ -281,7 +294,7 @@ class AblationNotebook(EvaluateNotebook):
     test_eps_list: Distinct[NonNegative]
     train_numsteps_list: Distinct[Count]
     test_numsteps_list: Distinct[Count]
-    last_num_ft_list: Distinct[Annotated[int, Field(ge=0)]]  # 0: the whole encoder
+    last_num_ft_list: Distinct[Natural]  # 0: the whole encoder
     attack_images: Count  # for each set, under the attacks of "epsilon" and "attacks"
 
     @field_validator("ablations")
@@ -315,6 +328,9 @@ NOTEBOOKS: dict[str, type[WorkbookSettings]] = {
 }
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
+_SHORT = reprlib.Repr()  # of what a message quotes
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxlist = _SHORT.maxdict = 20
 
 
 def validate(model: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
@@ -330,7 +346,7 @@ def validate(model: type[AnySettings], values: Mapping[str, Any]) -> AnySettings
         name = ".".join(map(str, first["loc"]))
         problem = first["msg"].removeprefix("Value error, ")
         problem = problem[0].lower() + problem[1:]
-        given = "" if first["type"] == "missing" else f" = {first['input']!r}"
+        given = "" if first["type"] == "missing" else f" = {_SHORT.repr(first['input'])}"
         raise SettingsError(f"parameter {name}{given}: {problem}" if name else problem) from None
 
 
@@ -369,5 +385,11 @@ def _assigned_constants(source: str) -> list[str] | None:
 
 
 def resolve(path: str | Path) -> Path:
-    """A path as given if absolute, else under the workbook's folder, whatever the working directory is."""
-    return (ROOT / Path(path).expanduser()).resolve()
+    """A path as given if absolute, else under the workbook's folder, whatever the working directory is.
+
+    Raises ValueError for one below the home folder ("~") of somebody who has none.
+    """
+    try:
+        return (ROOT / Path(path).expanduser()).resolve()
+    except RuntimeError as error:
+        raise ValueError(f"path {str(path)!r}: {error}") from None

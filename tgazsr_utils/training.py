@@ -70,7 +70,7 @@ def finetune(
     KeyboardInterrupt); the same call then goes on from there, and a finished run is only loaded. ``clip`` itself is
     not changed. ``processes`` of this machine share each batch (``distributed.launch``); so do the processes that call
     this together, as torchrun starts them: the outcome is that of one process but for rounding. ``watch`` is called after each
-    step, instead of a bar, with the number of steps done and in all and what the history keeps of the step. Raises ValueError for an unknown objective, FloatingPointError for a loss that is not finite.
+    step, instead of a bar, with the number of steps done and in all and what the history keeps of the step. Raises ValueError for an unknown objective, FloatingPointError for a loss, gradient or outcome that is not finite.
     """
     if isinstance(objective, str):
         objective = find_objective(objective)
@@ -120,8 +120,13 @@ def finetune(
             if watch is not None:
                 watch(state["step"], total, row)
             wanted = distributed.in_any(stop() or interrupted(), clip.device)
-            if main and (wanted or state["step"] % per_epoch == 0):
-                checkpoints.save(state, tuned.visual, optimizer)
+            if wanted or state["step"] % per_epoch == 0:
+                with torch.no_grad():
+                    tokens = tuned.encode_image(chunk.images[:8])
+                if not all(part.isfinite().all() for part in tokens):
+                    raise FloatingPointError(f"{objective.name} has diverged: its model gives no finite numbers after step {step}; {checkpoints.said()}")
+                if main:
+                    checkpoints.save(state, tuned.visual, optimizer)
             if wanted:
                 raise KeyboardInterrupt(f"stopped after step {state['step']} of {total}; the same call goes on from there")
     if main:
