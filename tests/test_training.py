@@ -240,6 +240,13 @@ def test_pretraining_that_is_not_finite_stops_with_its_step(tmp_path):
     assert not list(tmp_path.glob("*.ckpt"))
 
 
+def test_pretraining_that_diverges_in_its_last_step_is_not_kept(tmp_path):
+    settings = pretrain_settings(tmp_path, 1).model_copy(update={"lr": 1e30, "warmup_steps": 0})
+    with pytest.raises(FloatingPointError, match="pre-training has diverged: its loss is not finite after step 0; there is no checkpoint yet"):
+        pretrain(miniworld_pairs(8, 0), settings, tmp_path)
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
 def test_photo_pairs_follow_the_data_and_augmentation_keeps_the_range(photo_root):
     train = [load_dataset(key, "train", photo_root, image_size=64, preprocess="resize") for key in ("animals", "tiny")]
     source = photo_pairs(train, 16, seed=0, image_size=56)

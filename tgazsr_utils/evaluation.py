@@ -80,6 +80,11 @@ def pixel_sums(images: Tensor) -> Tensor:
     return (levels * odd.to(levels.device)).sum(1).cpu()  # modulo 2^64
 
 
+def answers(logits: Tensor) -> Tensor:
+    """Classes ``[B]`` of logits ``[B,C]``; NO_ANSWER where one is not finite, as argmax would take class 0 or the NaN's."""
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), NO_ANSWER)
+
+
 def predict(
     clip: Clip,
     data: ImageSet,
@@ -91,10 +96,11 @@ def predict(
 ) -> Tensor:
     """Predicted classes ``[N]`` on clean images (``attack=None``) or on those the attack makes against ``clip``.
 
-    NO_ANSWER where logits are not finite, which is said; UNREADABLE where an image could not be read. Read in full precision whatever the attack computes in. ``partial`` names a file
-    that keeps what is done every few seconds; if it is there, this goes on from it, with the same outcome. Where memory
-    runs out the batch is halved. Several processes (``distributed``) share the images. AutoAttack, whose random draws are for
-    a batch, always has TOGETHER images of the same rows at once.
+    NO_ANSWER where logits are not finite, which is said; UNREADABLE where an image could not be read. Read in full
+    precision whatever the attack computes in. ``partial`` names a file that keeps what is done every few seconds; if it is
+    there, this goes on from it, with the same outcome. Where memory runs out the batch is halved. Several processes
+    (``distributed``) share the images. AutoAttack, whose random draws are for a batch, always has TOGETHER images of the
+    same rows at once.
     """
     return _predict(clip, data, attack, protocol, seed, bar, partial)[0]
 
@@ -117,8 +123,7 @@ def _predict(
         try:
             batches = own if together else own.flatten().split(size)
             for batch, attacked in attacked_batches(clip, data, attack, protocol, seed, batches):
-                logits = reader.logits(attacked, text)
-                predictions[batch.rows] = torch.where(logits.isfinite().all(1), logits.argmax(1), NO_ANSWER).cpu()
+                predictions[batch.rows] = answers(reader.logits(attacked, text)).cpu()
                 sums[batch.rows] = pixel_sums(batch.images)
                 if bar is not None:
                     bar.update(len(batch.rows) * distributed.processes())

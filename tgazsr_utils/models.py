@@ -310,6 +310,8 @@ def _check_downloads(arch: str, source: str | None) -> None:
         name = source.removeprefix(hub)
     else:  # OWNER/NAME/FILE, the latter perhaps empty
         name = open_clip.get_pretrained_cfg(arch, source or "").get("hf_hub", "").rpartition("/")[0]
+    if not name:
+        return
     with contextlib.suppress(CacheNotFound):
         files = {file for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos if repo.repo_id == name for revision in repo.revisions for file in revision.files}
         for file in files:

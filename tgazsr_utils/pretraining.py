@@ -129,6 +129,12 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6)
     state = checkpoints.load(model, optimizer)
+
+    def loss_of(batch: Pairs) -> Tensor:
+        texts = model.encode_text(clip.tokenizer(batch.captions).to(device), normalize=True)
+        images = F.normalize(clip.encode_image(batch.images.to(device).float() / 255).pooled, dim=-1)
+        return contrastive_loss(images, texts, batch.fits.to(device), model.logit_scale.exp())
+
     bar = progress(total=settings.steps, initial=state["step"], desc=f"pre-train {settings.arch}")
     with deferred_interrupt() as interrupted, bar:
         for step in range(state["step"], settings.steps):
@@ -136,9 +142,7 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = pairs.batch(step)
-            texts = model.encode_text(clip.tokenizer(batch.captions).to(device), normalize=True)
-            images = F.normalize(clip.encode_image(batch.images.to(device).float() / 255).pooled, dim=-1)
-            loss = contrastive_loss(images, texts, batch.fits.to(device), model.logit_scale.exp())
+            loss = loss_of(batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -157,6 +161,10 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
             bar.set_postfix(loss=f"{loss.item():.3f}", scale=f"{scale:.1f}", refresh=False)
             bar.update()
             if interrupted() or state["step"] % 200 == 0 or state["step"] == settings.steps:
+                with torch.no_grad():
+                    after = loss_of(batch)
+                if not after.isfinite():
+                    raise FloatingPointError(f"pre-training has diverged: its loss is not finite after step {step}; {checkpoints.said()}")
                 checkpoints.save(state, model, optimizer)
             if interrupted():
                 raise KeyboardInterrupt(f"stopped after step {state['step']} of {settings.steps}; run again to go on")

@@ -243,11 +243,11 @@ def _images_used(part: pd.DataFrame) -> str:
 def _refuse_mixture(frame: pd.DataFrame) -> None:
     """Raises ValueError for records that no one table may mix."""
     attacked = frame[frame.kind == "robust"]
-    of_attack = pd.DataFrame(list(attacked.settings)).fillna("none").add_prefix("settings.")
+    of_attack = pd.DataFrame(list(attacked.settings)).add_prefix("settings.")
     mixed = [frame[["world", "code"]], attacked[["attack", "eps_255", "protocol", "precision"]], of_attack]
     for column, values in ((column, part[column].unique()) for part in mixed for column in part):
         if len(values) > 1:
-            raise ValueError(f"records differ in {column} ({', '.join(map(str, sorted(values)))}); one table holds one {column}")
+            raise ValueError(f"records differ in {column} ({', '.join(sorted(map(str, values)))}); one table holds one {column}")
     other = frame.groupby("dataset").data.nunique() > 1
     if other.any():
         name = other[other].index[0]

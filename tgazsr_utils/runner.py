@@ -281,7 +281,7 @@ def _run_in(
     now = environment(next(iter(parameters.values()))["device"])
     if fresh and folder.exists() and any(folder.iterdir()):
         if ROOT.is_relative_to(folder) or not (folder / "manifest.json").exists():
-            raise SettingsError(f"--fresh moves aside what an earlier run has left; {folder} is not such a folder (it has no manifest.json)")
+            raise SettingsError(f"--fresh moves aside what an earlier run has left; {folder} is not such a folder (it needs a manifest.json and must not hold the workbook)")
         aside = folder.with_name(f"{folder.name}-before-{datetime.now():%Y%m%d-%H%M%S}")
         folder.rename(aside)
         print(f"earlier results were moved to {aside.name}")

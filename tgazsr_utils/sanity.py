@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .attacks import attack_as_set, generators, pgd, summed_cross_entropy
 from .datasets import ImageSet
-from .evaluation import batch_that_fits, wilson
+from .evaluation import answers, batch_that_fits, wilson
 from .files import code_version, digest
 from .models import Clip
 from .progress import progress
@@ -179,7 +179,7 @@ def _attacked(clip: Clip, data: ImageSet, attack: AttackSettings) -> Iterator[tu
         images["Square"] = _square(reader, batch.images, batch.labels, text, eps, attack.norm)
         images |= {name: run(large / 255, LARGE_STEPS) for name, large in zip(LARGE, large_eps(attack))}
         logits = {name: reader.logits(pixels, text) for name, pixels in images.items()}
-        right = {name: (values.argmax(1) == batch.labels).cpu().numpy() for name, values in logits.items()}
+        right = {name: (answers(values) == batch.labels).cpu().numpy() for name, values in logits.items()}
         loss = {name: F.cross_entropy(values, batch.labels, reduction="none").cpu().numpy() for name, values in logits.items()}
         with torch.enable_grad():
             pixels = images["noise"].requires_grad_(True)
