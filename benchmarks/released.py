@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tgazsr_utils.attention import attention_distance, resize, text_guided_attention
-from tgazsr_utils.models import Clip
-from tgazsr_utils.settings import FinetuneSettings
+from tgazsr_utils.core.attention import attention_distance, resize, text_guided_attention
+from tgazsr_utils.core.models import Clip
+from tgazsr_utils.core.settings import FinetuneSettings
 
 
 def released_step(

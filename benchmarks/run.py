@@ -21,29 +21,41 @@ import pandas as pd
 import psutil
 import torch
 from PIL import Image
+from released import released_step
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import tgazsr_utils  # first: makes torchvision importable beside a CPU build of PyTorch
-from released import released_step
-from tgazsr_utils.attacks import pgd
-from tgazsr_utils.attention import text_guided_attention
-from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.evaluation import evaluate
-from tgazsr_utils.explorer import Explorer, Models
-from tgazsr_utils.files import code_version, write_json
-from tgazsr_utils.models import SHIPPED, ImageTokens, load_clip, pick_device
-from tgazsr_utils.objectives import Step, find_objective
+from tgazsr_utils.core.attacks import pgd
+from tgazsr_utils.core.attention import text_guided_attention
+from tgazsr_utils.core.models import ImageTokens
+from tgazsr_utils.core.objectives import Step, find_objective
+from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.core.training import attacked, trainable
+from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.display.explorer import Explorer, Models
+from tgazsr_utils.durable.files import write_json
+from tgazsr_utils.durable.fingerprints import code_version
+from tgazsr_utils.durable.weights import SHIPPED, load_clip, pick_device
+from tgazsr_utils.measuring.measure import evaluate
+from tgazsr_utils.parameters import ExplorerNotebook, validate
 from tgazsr_utils.runner import default_parameters
-from tgazsr_utils.settings import AttackSettings, ExplorerNotebook, FinetuneSettings, validate
-from tgazsr_utils.training import attack_and_loss, trainable
 
 TGA = find_objective("TGA-ZSR")
 SETTINGS = TGA.with_preset(
     FinetuneSettings(
-        Alpha=None, Beta=None, Distance_metric="l2", attention_variant="reference", epochs=1, batch_size=None, lr=None,
-        warmup_steps=0, train_eps=None, train_stepsize=None, train_numsteps=None, seed=0,
-    )  # fmt: skip
+        Alpha=None,
+        Beta=None,
+        Distance_metric="l2",
+        attention_variant="reference",
+        epochs=1,
+        batch_size=None,
+        lr=None,
+        warmup_steps=0,
+        train_eps=None,
+        train_stepsize=None,
+        train_numsteps=None,
+        seed=0,
+    )
 )
 
 
@@ -60,11 +72,14 @@ class Setup:
         self.prompts = tuple(f"This is a photo of a thing number {i}" for i in range(classes))
         with torch.no_grad():
             before = Step(self.clip, self.original, self.images, self.labels, self.prompts)
-            self.maps = text_guided_attention(before.original_tokens, before.true_text)  # encodes the prompts, once a run
+            self.maps = text_guided_attention(
+                before.original_tokens, before.true_text
+            )  # encodes the prompts, once a run
 
     def ours(self, cache: Callable | None = None) -> Tensor:
-        step = Step(self.clip, self.original, self.images, self.labels, self.prompts, cache=cache)
-        loss, _ = attack_and_loss(step, TGA, SETTINGS, 0)
+        step = Step(self.clip, self.original, self.images, self.labels, self.prompts, kept=cache)
+        step.adversarial = attacked(step, TGA, SETTINGS, 0)
+        loss = sum(term.weight * term.value for term in TGA.terms(step, SETTINGS))
         self.clip.zero_grad(set_to_none=True)
         loss.backward()
         return loss.detach()
@@ -76,13 +91,13 @@ class Setup:
     def as_released(self) -> Callable[[], Tensor]:
         """The released step of the same batch, in the same precision."""
         clip, original = (self.original.frozen_copy() for _ in range(2))
-        clip.compiled = original.compiled = False
+        clip.numerics = original.numerics = clip.numerics._replace(compiled=False)
         for model in (clip, original):
             model.model.requires_grad_(True)
         tokens = clip.tokenizer(list(self.prompts)).to(clip.device)
 
         def step() -> Tensor:
-            with torch.autocast(clip.device.type, torch.bfloat16, enabled=clip.precision == "amp_bf16"):
+            with torch.autocast(clip.device.type, torch.bfloat16, enabled=clip.numerics.precision == "amp_bf16"):
                 loss = released_step(clip, original, self.images, self.labels, tokens, SETTINGS)
             for model in (clip, original):
                 model.zero_grad(set_to_none=True)
@@ -143,19 +158,27 @@ def step(arch: str, device: torch.device) -> dict[str, Any]:
     batch = 128 if device.type == "cuda" else 8
     setup = Setup(arch, device, batch, 200)
     cached = setup.ours_after_the_first_epoch
-    found = {"batch": batch, "classes": 200, "precision": setup.clip.precision, "compiled": setup.clip.compiled}
+    found = {
+        "batch": batch,
+        "classes": 200,
+        "precision": setup.clip.numerics.precision,
+        "compiled": setup.clip.numerics.compiled,
+    }
     found["seconds"] = seconds(cached, 20 if device.type == "cuda" else 3)
     found["peak_memory_gib"] = peak_memory(device)
-    setup.clip.compiled = setup.original.compiled = False
+    setup.clip.numerics = setup.original.numerics = setup.clip.numerics._replace(compiled=False)
     found["teraflop"], rate = count(cached) / 1e12, product_rate(device)
-    return found | {"teraflop_s_of_a_matrix_product": rate / 1e12, "utilisation": 1e12 * found["teraflop"] / found["seconds"] / rate}
+    return found | {
+        "teraflop_s_of_a_matrix_product": rate / 1e12,
+        "utilisation": 1e12 * found["teraflop"] / found["seconds"] / rate,
+    }
 
 
 def released(arch: str, device: torch.device) -> dict[str, Any]:
     """Wall time of the same step as released, in the same precision; see released.py."""
     batch = 128 if device.type == "cuda" else 8
     setup = Setup(arch, device, batch, 200)
-    found = {"batch": batch, "classes": 200, "precision": setup.clip.precision}
+    found = {"batch": batch, "classes": 200, "precision": setup.clip.numerics.precision}
     return found | {"seconds": seconds(setup.as_released(), 5 if device.type == "cuda" else 1)}
 
 
@@ -165,7 +188,12 @@ def attack(arch: str, device: torch.device) -> dict[str, Any]:
     setup = Setup(arch, device, batch, 200)
     text = setup.original.encode_text(setup.prompts)
     run = lambda: pgd(setup.original, setup.images, setup.labels, text, 1 / 255, 1 / 255, 10)
-    found = {"batch": batch, "steps": 10, "precision": setup.clip.precision, "compiled": setup.clip.compiled}
+    found = {
+        "batch": batch,
+        "steps": 10,
+        "precision": setup.clip.numerics.precision,
+        "compiled": setup.clip.numerics.compiled,
+    }
     return found | {"images_a_second": batch / seconds(run, 3)}
 
 
@@ -189,9 +217,22 @@ def kernel(arch: str, device: torch.device) -> dict[str, Any]:
         return run
 
     attend = lambda backend: lambda p, t, x: text_guided_attention(ImageTokens(p, t), x, "reference", backend=backend)
-    traffic, rate = 3 * tokens.numel() * tokens.element_size(), copy_rate(device)  # read forwards and backwards, gradient written
-    found: dict[str, Any] = {"batch": batch, "patches": patches, "width": width, "dtype": "bfloat16", "copy_terabyte_s": rate / 1e12}
-    for name, function in (("triton", attend("triton")), ("eager", attend("torch")), ("compiled", torch.compile(attend("torch")))):
+    traffic, rate = (
+        3 * tokens.numel() * tokens.element_size(),
+        copy_rate(device),
+    )  # read forwards and backwards, gradient written
+    found: dict[str, Any] = {
+        "batch": batch,
+        "patches": patches,
+        "width": width,
+        "dtype": "bfloat16",
+        "copy_terabyte_s": rate / 1e12,
+    }
+    for name, function in (
+        ("triton", attend("triton")),
+        ("eager", attend("torch")),
+        ("compiled", torch.compile(attend("torch"))),
+    ):
         found[f"{name}_microseconds"] = 1e6 * seconds(both(function), 5) / 100
         found[f"{name}_share_of_bandwidth"] = traffic / (found[f"{name}_microseconds"] * 1e-6) / rate
     return found
@@ -213,7 +254,10 @@ def explorer(arch: str, device: torch.device) -> dict[str, Any]:
             times.append(time.perf_counter() - started)
         return sorted(times)[moves // 2]
 
-    found = {"seconds_of_an_alpha_move": timed(shown.Alpha, 200), "seconds_of_an_epsilon_move": timed(shown.attack.eps, 20)}
+    found = {
+        "seconds_of_an_alpha_move": timed(shown.Alpha, 200),
+        "seconds_of_an_epsilon_move": timed(shown.attack.eps, 20),
+    }
     before = psutil.Process().memory_info().rss
     timed(shown.Alpha, 100), timed(shown.attack.eps, 100)
     return found | {"mib_kept_by_200_moves": (psutil.Process().memory_info().rss - before) / 2**20}
@@ -260,7 +304,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     names = [line.split(":", 1)[1].strip() for line in _cpu_info() if line.startswith("model name")]
     cpu = names[0] if names else platform.processor() or platform.machine()
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{cpu}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "code": code_version(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

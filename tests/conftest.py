@@ -8,8 +8,10 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 
-from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.models import VisionTransformer, load_clip
+from open_clip.transformer import VisionTransformer
+
+from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.durable.weights import load_clip
 
 
 @pytest.fixture(scope="session")

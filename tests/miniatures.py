@@ -47,7 +47,9 @@ def folders(base: Path, names: list[str], pattern: str = "image_{:04d}.jpg") -> 
 def tiny_imagenet(root: Path) -> None:
     base, wnids = root / "tiny-imagenet-200", ["n01443537", "n02056570"]
     text(base / "wnids.txt", *reversed(wnids))
-    text(base / "words.txt", "n01443537\tgoldfish, Carassius auratus", "n02056570\tking penguin, Aptenodytes patagonica")
+    text(
+        base / "words.txt", "n01443537\tgoldfish, Carassius auratus", "n02056570\tking penguin, Aptenodytes patagonica"
+    )
     for label, wnid in enumerate(wnids):
         for i in range(4):
             jpeg(base / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", label)
@@ -69,11 +71,25 @@ def cifar(base: Path, label_key: str, names_key: str, names: list[str], files: l
 
 def cifar10(root: Path) -> None:
     batches = [f"data_batch_{i}" for i in range(1, 6)]
-    cifar(root / "cifar-10-batches-py", "labels", "label_names", ["airplane", "automobile"], [*batches, "test_batch"], "batches.meta")
+    cifar(
+        root / "cifar-10-batches-py",
+        "labels",
+        "label_names",
+        ["airplane", "automobile"],
+        [*batches, "test_batch"],
+        "batches.meta",
+    )
 
 
 def cifar100(root: Path) -> None:
-    cifar(root / "cifar-100-python", "fine_labels", "fine_label_names", ["apple", "aquarium_fish"], ["train", "test"], "meta")
+    cifar(
+        root / "cifar-100-python",
+        "fine_labels",
+        "fine_label_names",
+        ["apple", "aquarium_fish"],
+        ["train", "test"],
+        "meta",
+    )
 
 
 def stl10(root: Path) -> None:
@@ -134,7 +150,7 @@ def dtd(root: Path) -> None:
 
 
 def eurosat(root: Path) -> None:
-    from tgazsr_utils.published_sets import DATASETS
+    from tgazsr_utils.datasets.published_sets import DATASETS
 
     folders(root / "eurosat" / "2750", sorted(DATASETS["EuroSAT"].name), "Image_{}.jpg")
 
@@ -192,11 +208,23 @@ def pcam(root: Path) -> None:
 
 
 WRITERS = {
-    "tinyImageNet": tiny_imagenet, "cifar10": cifar10, "cifar100": cifar100, "STL10": stl10, "SUN397": sun397,
-    "Food101": food101, "oxfordpet": pets, "flowers102": flowers, "dtd": dtd, "EuroSAT": eurosat,
-    "fgvc_aircraft": aircraft, "ImageNet": imagenet, "Caltech101": caltech101, "Caltech256": caltech256,
-    "StanfordCars": cars, "PCAM": pcam,
-}  # fmt: skip
+    "tinyImageNet": tiny_imagenet,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "STL10": stl10,
+    "SUN397": sun397,
+    "Food101": food101,
+    "oxfordpet": pets,
+    "flowers102": flowers,
+    "dtd": dtd,
+    "EuroSAT": eurosat,
+    "fgvc_aircraft": aircraft,
+    "ImageNet": imagenet,
+    "Caltech101": caltech101,
+    "Caltech256": caltech256,
+    "StanfordCars": cars,
+    "PCAM": pcam,
+}
 
 
 def write_all(root: Path) -> Path:

@@ -4,13 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tgazsr_utils import ablations
-from tgazsr_utils.ablations import ABLATIONS, Sweep, base_training, by_seed, plan, table
-from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.models import find_weights
+from tgazsr_utils.core.settings import AttackSettings
+from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.durable.finetuning import finetune
+from tgazsr_utils.durable.weights import find_weights
+from tgazsr_utils.measuring import ablations
+from tgazsr_utils.measuring.ablations import ABLATIONS, Sweep, base_training, by_seed, plan, table
+from tgazsr_utils.measuring.bench import Bench
+from tgazsr_utils.measuring.records import RecordStore
+from tgazsr_utils.parameters import AblationName, AblationNotebook, SettingsError, validate
 from tgazsr_utils.runner import default_parameters, load_profile, parameters_of
-from tgazsr_utils.settings import AblationName, AblationNotebook, AttackSettings, SettingsError, validate
-from tgazsr_utils.training import finetune
 
 
 def settings(**changes):
@@ -22,7 +25,7 @@ def sweep(mini, tmp_path):
     """Eight steps of training and two sets of a few images."""
     train = load_dataset("shapes", "train", n=32)
     tests, few = ([load_dataset(key, "test", n=n) for key in ("shapes", "colours")] for n in (12, 6))
-    return Sweep(mini, train, tests, few, tmp_path)
+    return Sweep(mini, train, tests, few, tmp_path / "models", Bench(RecordStore(tmp_path / "records")))
 
 
 QUICK = {"train_images": 32, "batch_size": 8, "warmup_steps": 1, "test_numsteps": 2, "test_numsteps_list": [2, 4]}
@@ -48,7 +51,9 @@ def test_subsets_are_chosen_by_name():
     pairs = {tuple(v.label.values()) for v in chosen["alpha_beta"]}
     assert pairs == {(a, b) for a in (0.0, 0.08, 0.5) for b in (0.05, 0.1)}  # the base is always among them
     for bad in ("loss_part", ["seeds", "nothing"]):
-        with pytest.raises(SettingsError, match="parameter ablations = .*is unknown; choose 'cut', 'all', or of loss_parts, distance"):
+        with pytest.raises(
+            SettingsError, match="parameter ablations = .*is unknown; choose 'cut', 'all', or of loss_parts, distance"
+        ):
             settings(ablations=bad)
 
 
@@ -63,7 +68,9 @@ def test_every_profile_has_what_each_ablation_compares(profile, tmp_path):
         for method in {v.method for v in variants}:
             kinds = [v for v in variants if v.method == method]
             assert [v.attack.label.split("-")[0] for v in kinds[:2]] == ["pgd", "pgd"]
-            assert [v.protocol for v in kinds[:2]] == ["last", "worst"] and kinds[0].attack.test_numsteps == s.test_numsteps
+            assert [v.protocol for v in kinds[:2]] == ["last", "worst"] and kinds[
+                0
+            ].attack.test_numsteps == s.test_numsteps
             for v in kinds:
                 assert v.label["attack"].lower().startswith(v.attack.label.rsplit("-", 1)[0])
         base = plan(s.model_copy(update={"ablations": choice}))["epsilon"][0]
@@ -84,33 +91,46 @@ def test_one_thing_varies_in_each_ablation():
         assert attack.test_stepsize / attack.test_eps == pytest.approx(s.test_stepsize / s.test_eps)
         if v.training is not None:
             assert v.training.train_stepsize == v.training.train_eps  # as in the base
-    by_method = {v.method: v for v in plan(settings(ablations="seeds", methods=["FARE", "PMG-AFT"], overrides={"FARE": {"lr": 1.0}}))["seeds"]}
+    by_method = {
+        v.method: v
+        for v in plan(settings(ablations="seeds", methods=["FARE", "PMG-AFT"], overrides={"FARE": {"lr": 1.0}}))[
+            "seeds"
+        ]
+    }
     assert by_method["FARE"].training.lr == 1.0 and by_method["FARE"].seeds == (0, 1, 2)
 
 
 def test_what_another_notebook_trained_is_shared_and_stays_the_latest(sweep, tmp_path):
     """04 trains a method with its own settings; the ablations find that very file, and leave it what "latest:" means."""
     s = settings(**QUICK)
-    trained = {m: finetune(sweep.original, sweep.train, m, s.finetuning(m), tmp_path / "models") for m in ("TeCoA", "TGA-ZSR")}
-    for name, method in (("loss_parts", "TeCoA"), ("attention", "TeCoA"), ("alpha_beta", "TeCoA"), ("seeds", "TGA-ZSR"), ("attacks", "TGA-ZSR")):
+    trained = {
+        m: finetune(sweep.original, sweep.train, m, s.finetuning(m), tmp_path / "models") for m in ("TeCoA", "TGA-ZSR")
+    }
+    for name, method in (
+        ("loss_parts", "TeCoA"),
+        ("attention", "TeCoA"),
+        ("alpha_beta", "TeCoA"),
+        ("seeds", "TGA-ZSR"),
+        ("attacks", "TGA-ZSR"),
+    ):
         v = next(v for v in plan(s)[name] if v.method == method)
-        assert sweep._path(v, 0) == trained[method].weights
+        sweep._tuned(v, 0)
+        assert trained[method].weights in sweep._loaded
     sweep.run("tuned_part", plan(s)["tuned_part"])
     assert len(list((tmp_path / "models").glob("TGA-ZSR_*.safetensors"))) == 2
     assert find_weights("latest:TGA-ZSR", tmp_path / "models") == str(trained["TGA-ZSR"].weights)
 
 
-def test_a_sweep_resumes_and_says_what_is_left(sweep, monkeypatch):
+def test_a_sweep_resumes_and_does_nothing_twice(sweep, monkeypatch):
     s = settings(**QUICK, ablations=["loss_parts", "attacks", "seeds"], methods=["TeCoA", "TGA-ZSR"])
-    variants = [v for variants in plan(s).values() for v in variants]
-    trainings, measurements, seconds = sweep.seconds_left(variants)
-    # CE, both (seeds 0, 1, 2 each) and one for each of the two terms; "attacks" asks for no others
-    assert trainings == 8
-    # 8 models and 2 sets, clean and attacked; then 3 models under 6 attacks, and clean, on the few images
-    assert measurements == 8 * 2 * 2 + 3 * 2 * (6 + 1) and seconds > 0
     done = {name: sweep.run(name, variants) for name, variants in plan(s).items()}
-    assert sweep.seconds_left(variants) == (0, 0, 0)
-    monkeypatch.setattr(ablations, "finetune", lambda *a, **k: finetune(*a, **k, stop=lambda: pytest.fail("trained again")))
+    # CE, both (seeds 0, 1, 2 each) and one for each of the two terms; "attacks" asks for no others
+    assert len(list(sweep.models.glob("*.safetensors"))) == 8
+    # 8 models and 2 sets, clean and attacked; then 3 models under 6 attacks, and clean, on fewer images
+    assert len(sweep.bench.store.all()) == 8 * 2 * 2 + 3 * 2 * (6 + 1)
+    monkeypatch.setattr(
+        ablations, "finetune", lambda *a, **k: finetune(*a, **k, stop=lambda: pytest.fail("trained again"))
+    )
     again = {name: sweep.run(name, variants) for name, variants in plan(s).items()}
     for name in done:
         pd.testing.assert_frame_equal(table(name, done[name]), table(name, again[name]))
@@ -133,7 +153,9 @@ def test_a_sweep_resumes_and_says_what_is_left(sweep, monkeypatch):
 
 
 def test_the_untuned_model_is_compared_with_each_seed(sweep):
-    s = settings(**QUICK, ablations="epsilon", train_eps_list=[3.5], test_eps_list=[3.5], train_numsteps_list=[2], seeds=[0, 1])
+    s = settings(
+        **QUICK, ablations="epsilon", train_eps_list=[3.5], test_eps_list=[3.5], train_numsteps_list=[2], seeds=[0, 1]
+    )
     done = sweep.run("epsilon", plan(s)["epsilon"])
     shown = table("epsilon", done)
     untuned = shown.index.get_level_values("train_eps") == "CLIP"

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tgazsr_utils.attacks import autoattack, cw, cw_margin, pgd
-from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.models import Clip
+from tgazsr_utils.core.attacks import cw, cw_margin, pgd
+from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.measuring.autoattack import autoattack
 
 EPS = 3 / 255
 
@@ -113,7 +113,9 @@ def test_cw_is_pgd_on_that_margin(mini, shapes):
 def test_the_l2_ball(mini, shapes, steps):
     eps = 128 / 255
     images, text = shapes.images.float() / 255, mini.encode_text(shapes.prompts)
-    run = lambda steps, size: pgd(mini, images, shapes.labels, text, eps, size, steps, norm="l2", generator=torch.Generator().manual_seed(0))
+    run = lambda steps, size: pgd(
+        mini, images, shapes.labels, text, eps, size, steps, norm="l2", generator=torch.Generator().manual_seed(0)
+    )
     adversarial = run(steps, eps / 2)
     distance = (adversarial.double() - images.double()).flatten(1).norm(dim=1)
     assert (distance <= eps * (1 + 1e-5)).all() and adversarial.min() >= 0 and adversarial.max() <= 1
@@ -154,7 +156,9 @@ def test_autoattack_finds_at_least_what_pgd_does(mini, shapes, norm, eps):
     before = torch.get_rng_state()
     adversarial = autoattack(mini, images, shapes.labels, text, eps, steps=20, norm=norm, generator=seeded())
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(adversarial, autoattack(mini, images, shapes.labels, text, eps, steps=20, norm=norm, generator=seeded()))
+    assert torch.equal(
+        adversarial, autoattack(mini, images, shapes.labels, text, eps, steps=20, norm=norm, generator=seeded())
+    )
     weaker = pgd(mini, images, shapes.labels, text, eps, eps / 4, 5, norm=norm, generator=seeded())
     assert right(adversarial) <= right(weaker) < right(images)
     delta = (adversarial.double() - images.double()).flatten(1)
@@ -195,7 +199,9 @@ def test_the_standard_autoattack_runs_all_its_attacks(mini, classes, monkeypatch
             for name in ("apgd", "apgd_targeted", "fab", "square"):
                 part = getattr(self, name)
                 part.n_iter, part.n_queries = 2, 2
-                monkeypatch.setattr(part, "perturb", lambda *a, f=part.perturb, n=name, **k: ran.append(n) or f(*a, **k))
+                monkeypatch.setattr(
+                    part, "perturb", lambda *a, f=part.perturb, n=name, **k: ran.append(n) or f(*a, **k)
+                )
             return super().run_standard_evaluation(*args, **options)
 
     monkeypatch.setattr(pyautoattack, "AutoAttack", Hurried)

@@ -3,7 +3,7 @@ import pytest
 import slow_reference as slow
 import torch
 
-from tgazsr_utils.attention import (
+from tgazsr_utils.core.attention import (
     attention_distance,
     attention_shift,
     centre_of_mass,
@@ -11,7 +11,8 @@ from tgazsr_utils.attention import (
     resize,
     text_guided_attention,
 )
-from tgazsr_utils.models import ImageTokens
+from tgazsr_utils.core.models import ImageTokens
+from tgazsr_utils.measuring.attention_shift import as_frame
 
 
 def random_tokens(generator, batch=3, patches=9, width=5):
@@ -50,7 +51,9 @@ def test_a_constant_map_is_zero_with_finite_gradients(variant, dtype, generator)
     row = torch.randn(1, 1, 6, generator=generator, dtype=dtype)
     patches = row.expand(2, 16, 6).clone().requires_grad_()
     pooled = torch.randn(2, 6, generator=generator, dtype=dtype).requires_grad_()
-    maps = text_guided_attention(ImageTokens(pooled, patches), torch.randn(6, generator=generator, dtype=dtype), variant)
+    maps = text_guided_attention(
+        ImageTokens(pooled, patches), torch.randn(6, generator=generator, dtype=dtype), variant
+    )
     assert (maps == 0).all()
     maps.square().sum().backward()
     assert all(t.grad.isfinite().all() for t in (patches, pooled) if t.grad is not None)
@@ -127,13 +130,13 @@ def test_shift_measures_on_maps_worked_out_by_hand():
     adv[0, 4, :] = 1
     mask = torch.zeros(1, 10, 10, dtype=torch.bool)
     mask[0, :2] = True  # covers the top row exactly
-    row = attention_shift(clean, adv, mask).iloc[0]
+    row = as_frame(attention_shift(clean, adv, mask)).iloc[0]
     assert row.l2 == pytest.approx(10**0.5)
     assert row.cosine == pytest.approx(0, abs=1e-6)
     assert row.iou_top20 == 0
     assert row.centre_move == pytest.approx(4)
     assert (row.energy_clean, row.energy_adv, row.energy_uniform) == pytest.approx((1, 0, 0.2))
-    same = attention_shift(clean, clean, mask).iloc[0]
+    same = as_frame(attention_shift(clean, clean, mask)).iloc[0]
     assert (same.l2, same.cosine, same.iou_top20, same.centre_move) == pytest.approx((0, 1, 1, 0), abs=1e-6)
 
 

@@ -6,13 +6,14 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from tgazsr_utils.attention import complementary_attention, text_guided_attention
-from tgazsr_utils.attention_kernel import attention
-from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.models import ImageTokens, load_clip
+from tgazsr_utils.core.attention import complementary_attention, text_guided_attention
+from tgazsr_utils.core.attention_kernel import attention
+from tgazsr_utils.core.models import ImageTokens
+from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.durable.finetuning import finetune
+from tgazsr_utils.durable.weights import load_clip
+from tgazsr_utils.parameters import TrainNotebook, validate
 from tgazsr_utils.runner import default_parameters
-from tgazsr_utils.settings import TrainNotebook, validate
-from tgazsr_utils.training import finetune
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(3, 49, 512), (2, 7, 33), (2, 50, 100), (1, 1024, 96), (1, 256, 1280), (2, 3, 5), (64, 49, 24)]
@@ -61,7 +62,9 @@ def test_maps_and_gradients_equal_float64(shape, variant, make, texts, generator
 
 
 @pytest.mark.parametrize("variant", ["reference", "cosine"])
-@pytest.mark.parametrize("dtype, rounding", [(torch.float16, 2**-11), (torch.bfloat16, 2**-7)])  # the interpreter cuts bf16 off
+@pytest.mark.parametrize(
+    "dtype, rounding", [(torch.float16, 2**-11), (torch.bfloat16, 2**-7)]
+)  # the interpreter cuts bf16 off
 def test_half_precision_tokens_are_summed_in_fp32(dtype, rounding, variant, generator):
     """Maps are as exact as for fp32 tokens; gradients are rounded once, to the tokens' type."""
     inputs = draw(generator, 2, 49, 256, dtype=dtype)
@@ -112,7 +115,7 @@ def test_it_is_one_well_behaved_operator(variant, generator):
 def test_the_choice_can_be_forced_and_is_checked(generator, monkeypatch):
     inputs = draw(generator, 2, 9, 20)
     calls = []
-    monkeypatch.setattr("tgazsr_utils.attention_kernel.attention", lambda *a: calls.append(1) or attention(*a))
+    monkeypatch.setattr("tgazsr_utils.core.attention_kernel.attention", lambda *a: calls.append(1) or attention(*a))
     for backend, expected in (("torch", 0), ("triton", 1), ("auto", int(DEVICE == "cuda"))):
         calls.clear()
         single("cosine", backend)(*inputs)
@@ -128,9 +131,13 @@ def test_training_through_the_kernel_is_training_without(mini, tmp_path, method)
     """Two steps: the same losses and weights up to rounding. Without L_AMC, which is zero at first but for rounding,
     while the gradient of a norm there has length one in whichever direction rounding points."""
     data = load_dataset("shapes", "train", n=8)
-    settings = validate(TrainNotebook, default_parameters("02_train_tga_zsr") | {"batch_size": 4, "Beta": 0.0}).finetuning(method)
+    settings = validate(
+        TrainNotebook, default_parameters("02_train_tga_zsr") | {"batch_size": 4, "Beta": 0.0}
+    ).finetuning(method)
     clip = load_clip("mini-clip", "mini", DEVICE)
-    run = lambda backend: finetune(clip, data, method, settings.model_copy(update={"attention_backend": backend}), tmp_path)
+    run = lambda backend: finetune(
+        clip, data, method, settings.model_copy(update={"attention_backend": backend}), tmp_path
+    )
     with_kernel, without = run("triton"), run("torch")
     names = ["loss", "CE", "L_AR"]
     np.testing.assert_allclose(with_kernel.history[names], without.history[names], rtol=1e-4)
@@ -142,4 +149,6 @@ def test_an_empty_batch_and_strided_tokens(generator):
     pooled, patches, text = draw(generator, 2, 9, 20)
     assert single("reference", "triton")(pooled[:0], patches[:0], text[:0]).shape == (0, 1, 9)
     strided = patches.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(single("reference", "triton")(pooled, strided, text), single("reference", "triton")(pooled, patches, text))
+    assert torch.equal(
+        single("reference", "triton")(pooled, strided, text), single("reference", "triton")(pooled, patches, text)
+    )

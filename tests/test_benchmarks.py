@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tgazsr_utils import ROOT
+from tgazsr_utils.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -20,7 +20,9 @@ import run  # noqa: E402
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmarks")
     command = [sys.executable, "benchmarks/run.py", "--arch", "mini-clip", "--device", "cpu", "--output", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    )
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "benchmarks.json").read_text()), done.stdout
 
@@ -29,7 +31,10 @@ def test_the_command_measures_and_names_the_machine(found):
     numbers, printed = found
     assert set(numbers) == {"machine", "arch", "speed_up", *run.MEASUREMENTS}
     assert numbers["machine"]["torch"] == torch.__version__ and "threads" in numbers["machine"]["device"]
-    assert all(name in printed for name in run.MEASUREMENTS) and f"speed-up of a step: {numbers['speed_up']:.2f}" in printed
+    assert (
+        all(name in printed for name in run.MEASUREMENTS)
+        and f"speed-up of a step: {numbers['speed_up']:.2f}" in printed
+    )
     assert numbers["speed_up"] == numbers["released"]["seconds"] / numbers["step"]["seconds"] > 1
     assert 0 < numbers["step"]["utilisation"] < 1 and numbers["attack"]["images_a_second"] > 0
     assert all(0.1 < numbers[name]["peak_memory_gib"] < 20 for name in run.MEASUREMENTS)
@@ -55,6 +60,7 @@ def test_the_released_step_has_the_same_loss(mini, shapes):
     tokens = mini.tokenizer(list(shapes.prompts))
     theirs = released.released_step(tuned, mini.frozen_copy(), images, labels, tokens, settings).item()
     step = run.Step(tuned, mini, images, labels, shapes.prompts)
-    ours, _ = run.attack_and_loss(step, run.TGA, settings, 0)
+    step.adversarial = run.attacked(step, run.TGA, settings, 0)
+    ours = sum(term.weight * term.value for term in run.TGA.terms(step, settings))
     assert ours.item() == pytest.approx(theirs, rel=1e-4)
     tuned.model.requires_grad_(False)

@@ -14,9 +14,11 @@ import urllib.request
 import nbformat
 import pytest
 
-from tgazsr_utils import ROOT
+from tgazsr_utils.paths import ROOT
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright (the test extra brings it)")
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="the browser test needs playwright (the test extra brings it)"
+)
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 
@@ -41,10 +43,23 @@ def page(request, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex()
-    folders = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "JUPYTER_CONFIG_DIR": "config"}
+    folders = {
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "JUPYTER_CONFIG_DIR": "config",
+    }
     own = {name: str(tmp_path / folder) for name, folder in folders.items()} | {"JUPYTER_PREFER_ENV_PATH": "1"}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-               f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={tmp_path / 'lab'}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={tmp_path / 'lab'}",
+    ]
     with open(tmp_path / "jupyterlab.log", "w") as log:
         server = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -86,7 +101,9 @@ def test_a_person_can_use_the_explorer(page, tmp_path):
     weight = page.locator(".widget-readout").first.inner_text().strip()
     page.locator(f".tga tr:has(td:text-is('L_AR')) td:nth-child(3):text-is('{weight}')").wait_for()
     assert float(weight) > 0.12
-    assert float(row("weighted sum")[3]) == pytest.approx(sum(float(row(name)[3]) for name in ("CE", "L_AR", "L_AMC")), abs=0.002)
+    assert float(row("weighted sum")[3]) == pytest.approx(
+        sum(float(row(name)[3]) for name in ("CE", "L_AR", "L_AMC")), abs=0.002
+    )
     shot(page.locator("text=Cosines between gradients"), "mixer")
     page.get_by_role("button", name="published values").click()
     page.wait_for_function("document.querySelector('.tga .sum td:nth-child(4)').innerText == '%s'" % before[3])
@@ -98,7 +115,10 @@ def test_a_person_can_use_the_explorer(page, tmp_path):
     epsilon.focus()
     for _ in range(8):
         page.keyboard.press("ArrowRight")
-    page.wait_for_function("was => [...document.querySelectorAll('figcaption')].some(e => /perturbation/.test(e.innerText) && e.innerText != was)", arg=caption)
+    page.wait_for_function(
+        "was => [...document.querySelectorAll('figcaption')].some(e => /perturbation/.test(e.innerText) && e.innerText != was)",
+        arg=caption,
+    )
     shot(page.locator("text=Away from:"), "attack")
     prompt = page.get_by_label("prompt")
     prompt.fill("a red <b>thing</b> & more"), prompt.press("Enter")
@@ -127,6 +147,8 @@ def test_a_person_can_use_the_explorer(page, tmp_path):
     assert page.locator(ERRORS).count() == 0, page.locator(ERRORS).all_inner_texts()
     wide = "[...document.querySelectorAll('.jp-OutputArea-output, .widget-html-content')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 80))"
     assert page.evaluate(wide) == []  # fits, nothing to scroll sideways
-    ink, paper = page.evaluate("[getComputedStyle(document.querySelector('.tga td')).color, getComputedStyle(document.querySelector('.jp-Notebook')).backgroundColor]")
+    ink, paper = page.evaluate(
+        "[getComputedStyle(document.querySelector('.tga td')).color, getComputedStyle(document.querySelector('.jp-Notebook')).backgroundColor]"
+    )
     lightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 for colour in (ink, paper)]
     assert abs(lightness[0] - lightness[1]) > 120, (ink, paper)

@@ -1,6 +1,5 @@
 """Damaged files, a full disk, a folder that cannot be written: named in one line, and never a wrong number."""
 
-import hashlib
 import json
 import os
 import random
@@ -9,29 +8,44 @@ import shutil
 import subprocess
 import sys
 
-import huggingface_hub
 import pytest
 import torch
 from miniatures import tiny_imagenet
 from PIL import Image
 from safetensors.torch import save_file
 
-from tgazsr_utils import ROOT, evaluation, models
-from tgazsr_utils.checkpoints import Checkpoints
-from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.evaluation import evaluate, pixel_sums, predict
-from tgazsr_utils.explorer import recorded_sweep
-from tgazsr_utils.files import DamagedFile, load_tensors, save_tensors
-from tgazsr_utils.models import SHIPPED, load_clip
-from tgazsr_utils.results import RecordStore, evaluate_all, leaderboard
+from tgazsr_utils.core import models
+from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.datasets.loading import decoded, load_dataset
+from tgazsr_utils.display.explorer import recorded_sweep
+from tgazsr_utils.durable.checkpoints import Checkpoints
+from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
+from tgazsr_utils.durable.finetuning import finetune
+from tgazsr_utils.durable.fingerprints import fingerprint
+from tgazsr_utils.durable.weights import SHIPPED, load_clip
+from tgazsr_utils.measuring import measure as evaluation
+from tgazsr_utils.measuring.bench import Bench
+from tgazsr_utils.measuring.measure import Measurement, answer, evaluate, pixel_sums
+from tgazsr_utils.measuring.records import RecordStore
+from tgazsr_utils.measuring.tables import leaderboard
+from tgazsr_utils.parameters import SettingsError
+from tgazsr_utils.paths import ROOT
 from tgazsr_utils.runner import load_manifest, load_profile
-from tgazsr_utils.settings import AttackSettings, FinetuneSettings, SettingsError
-from tgazsr_utils.training import finetune
 
 SETTINGS = FinetuneSettings(
-    Alpha=0.08, Beta=0.05, Distance_metric="l2", attention_variant="reference", epochs=4, batch_size=8, lr=1e-3, warmup_steps=2,
-    train_eps=3, train_stepsize=3, train_numsteps=1, seed=0,
-)  # fmt: skip
+    Alpha=0.08,
+    Beta=0.05,
+    Distance_metric="l2",
+    attention_variant="reference",
+    epochs=4,
+    batch_size=8,
+    lr=1e-3,
+    warmup_steps=2,
+    train_eps=3,
+    train_stepsize=3,
+    train_numsteps=1,
+    seed=0,
+)
 ATTACK = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=2)
 FLIPS = 60  # single bits, at random places
 
@@ -65,7 +79,7 @@ def train_set():
 
 @pytest.fixture(scope="module")
 def undisturbed(mini, train_set, tmp_path_factory):
-    return finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path_factory.mktemp("whole")).clip.fingerprint()
+    return fingerprint(finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path_factory.mktemp("whole")).clip)
 
 
 def stopped_at(steps, clip, data, folder, **changes):
@@ -87,7 +101,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(mini, train_set, 
     tuned = finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path)
     said = capsys.readouterr().out
     assert f"{last.name} is damaged (" in said and f"going on from {before.name}" in said
-    assert tuned.clip.fingerprint() == undisturbed and len(tuned.history) == 8
+    assert fingerprint(tuned.clip) == undisturbed and len(tuned.history) == 8
     assert not list(tmp_path.glob("*.ckpt*"))
 
 
@@ -101,7 +115,7 @@ def test_a_damaged_checkpoint_is_none_of_the_last_two(tmp_path):
     for step in (210, 220):
         kept.save({"step": step}, module, optimizer)
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["run.step210.ckpt", "run.step220.ckpt"]
-    assert kept.said().endswith("run.step220.ckpt")
+    assert kept.description().endswith("run.step220.ckpt")
     kept.remove()
     assert not list(tmp_path.iterdir())
 
@@ -110,11 +124,13 @@ def test_a_damaged_checkpoint_is_none_of_the_last_two(tmp_path):
 def test_without_another_checkpoint_the_run_stops(mini, train_set, undisturbed, tmp_path, damage):
     (only,) = stopped_at(1, mini, train_set, tmp_path)
     harm(only, damage)
-    with pytest.raises(ValueError, match=f"checkpoint .*{only.name} is damaged .*; remove it to train from the start") as error:
+    with pytest.raises(
+        ValueError, match=f"checkpoint .*{only.name} is damaged .*; remove it to train from the start"
+    ) as error:
         finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path)
     one_line(error)
     only.unlink()
-    assert finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path).clip.fingerprint() == undisturbed
+    assert fingerprint(finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path).clip) == undisturbed
 
 
 def test_every_flipped_bit_of_our_tensors_is_found(tmp_path):
@@ -137,7 +153,10 @@ def test_every_flipped_bit_of_our_tensors_is_found(tmp_path):
 def test_damaged_weights_stop_the_run(mini, train_set, tmp_path, damage):
     tuned = finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path)
     harm(tuned.weights, damage)
-    for load in (lambda: load_clip("mini-clip", tuned.weights, "cpu"), lambda: finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path)):
+    for load in (
+        lambda: load_clip("mini-clip", tuned.weights, "cpu"),
+        lambda: finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path),
+    ):
         with pytest.raises(ValueError, match=tuned.weights.name) as error:
             load()
         one_line(error)
@@ -158,33 +177,24 @@ def test_what_is_there_but_cannot_be_opened_is_not_taken_for_missing(mini, train
             finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path)
 
 
-def test_weights_that_open_clip_keeps_are_checked_against_their_name(mini, tmp_path, monkeypatch):
-    """In the Hugging Face Hub's cache, as it lies on the disk, a large file is kept under its SHA-256."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(models.open_clip, "get_pretrained_cfg", lambda arch, tag: {"hf_hub": "somebody/mini/"} if tag == "theirs" else {})
-    repository = tmp_path / "models--somebody--mini"
-    for folder in ("blobs", "refs", "snapshots/abc"):
-        (repository / folder).mkdir(parents=True)
-    (repository / "refs" / "main").write_text("abc")
-    content = save_file({"a": torch.rand(100)}, tmp_path / "file") or (tmp_path / "file").read_bytes()
-    blob = repository / "blobs" / hashlib.sha256(content).hexdigest()
-    blob.write_bytes(content)
-    (repository / "snapshots" / "abc" / "open_clip_model.safetensors").symlink_to(blob)
-    for source in ("theirs", "hf-hub:somebody/mini", "hf-hub:another/mini", None):
-        models._check_downloads("mini-clip", source)
-    blob.write_bytes(flipped(content, random.Random(0)))
-    models._check_downloads("mini-clip", "hf-hub:another/mini")
-    for source in ("theirs", "hf-hub:somebody/mini"):
-        with pytest.raises(DamagedFile, match="open_clip_model.safetensors is not what was downloaded; remove .*blobs"):
-            models._check_downloads("mini-clip", source)
-
-
 LISTS = {
     "words.txt": ("n01443537\tgoldfish\n", "words.txt has no name for n02056570"),
-    "val/val_annotations.txt": ("val_0.JPEG\tn02056570\t0\t0\t63\nval_1", "val_annotations.txt, line 1, 'val_0.JPEG.* is not 2 texts and 4 numbers"),
-    "val/val_annotations.txt ": ("val_0.JPEG\tn02056570\t0\t0\t63\t63\n", "val_annotations.txt lists 1 images, .*images holds 4; has the list been cut"),
-    "val/val_annotations.txt  ": ("val_0.JPEG\tn02056571\t0\t0\t63\t63\n", "val_annotations.txt has 'n02056571', which wnids.txt has not"),
-    "train/n01443537/n01443537_boxes.txt": ("n01443537_0.JPEG\t8\t8\t40\tx", "n01443537_boxes.txt, line 1, .* is not 1 texts and 4 numbers"),
+    "val/val_annotations.txt": (
+        "val_0.JPEG\tn02056570\t0\t0\t63\nval_1",
+        "val_annotations.txt, line 1, 'val_0.JPEG.* is not 2 texts and 4 numbers",
+    ),
+    "val/val_annotations.txt ": (
+        "val_0.JPEG\tn02056570\t0\t0\t63\t63\n",
+        "val_annotations.txt lists 1 images, .*images holds 4; has the list been cut",
+    ),
+    "val/val_annotations.txt  ": (
+        "val_0.JPEG\tn02056571\t0\t0\t63\t63\n",
+        "val_annotations.txt has 'n02056571', which wnids.txt has not",
+    ),
+    "train/n01443537/n01443537_boxes.txt": (
+        "n01443537_0.JPEG\t8\t8\t40\tx",
+        "n01443537_boxes.txt, line 1, .* is not 1 texts and 4 numbers",
+    ),
 }
 
 
@@ -231,7 +241,7 @@ def test_flipped_bits_of_the_shipped_weights_are_found(name, tmp_path, monkeypat
 
 def test_weights_of_others_have_no_digest_and_are_taken(mini, tmp_path):
     save_file({name: value.clone() for name, value in mini.model.state_dict().items()}, tmp_path / "plain.safetensors")
-    assert load_clip("mini-clip", tmp_path / "plain.safetensors", "cpu").fingerprint() == mini.fingerprint()
+    assert fingerprint(load_clip("mini-clip", tmp_path / "plain.safetensors", "cpu")) == fingerprint(mini)
 
 
 @pytest.fixture(scope="module")
@@ -274,22 +284,28 @@ def test_no_flipped_bit_makes_another_record(record, tmp_path):
 def test_damaged_unfinished_predictions_are_measured_anew(mini, tmp_path, monkeypatch, capsys, damage):
     monkeypatch.setattr(evaluation, "batch_that_fits", lambda clip: 4)
     monkeypatch.setattr(evaluation, "SAVE_EVERY", 0.0)
-    data = load_dataset("letters", "test", n=12)
-    whole = predict(mini, data, ATTACK, partial=tmp_path / "key.safetensors")
-    (kept,) = tmp_path.iterdir()
+    m, kept = Measurement(mini, load_dataset("letters", "test", n=12), ATTACK), tmp_path / "key_0.safetensors"
+    whole, _ = answer(m, range(12), kept)
+    assert list(tmp_path.iterdir()) == [kept]
     harm(kept, damage)
-    assert torch.equal(predict(mini, data, ATTACK, partial=tmp_path / "key.safetensors"), whole)
+    again, _ = answer(m, range(12), kept)
+    assert all(torch.equal(a, b) for a, b in zip(again, whole))
     assert f"{kept.name} is damaged" in capsys.readouterr().out
 
 
 @damages
 def test_a_damaged_manifest_is_named(tmp_path, damage):
-    path, whole = tmp_path / "manifest.json", json.dumps({"notebooks": {"01": {"status": "finished", "inputs": "abc"}}}).encode()
+    path, whole = (
+        tmp_path / "manifest.json",
+        json.dumps({"notebooks": {"01": {"status": "finished", "inputs": "abc"}}}).encode(),
+    )
     for seed in range(FLIPS if damage == "flipped" else 1):
         path.write_bytes(DAMAGES[damage](whole, random.Random(seed)))
         try:
             read = load_manifest(path)["notebooks"]
-            assert damage == "flipped" and all(isinstance(entry, dict) for entry in read.values())  # the notebook runs again, if anything
+            assert damage == "flipped" and all(
+                isinstance(entry, dict) for entry in read.values()
+            )  # the notebook runs again, if anything
         except SettingsError as error:
             assert "manifest.json is damaged; remove it" in str(error) and "\n" not in str(error)
     path.write_text('{"notebooks": {"01": 3}}')
@@ -318,11 +334,11 @@ def test_a_damaged_image_is_named(photo_root, damage):
     content = broken.read_bytes()
     damaged = [DAMAGES[damage](content, random.Random(seed)) for seed in range(FLIPS if damage == "flipped" else 1)]
     data = load_dataset("animals", "test", photo_root, image_size=32, test_fraction=1 - 1e-9)
-    before, silent = data.decoded().images, 0
+    before, silent = decoded(data).images, 0
     for changed in damaged:
         broken.write_bytes(changed)
         try:
-            after = load_dataset("animals", "test", photo_root, image_size=32, test_fraction=1 - 1e-9).decoded().images
+            after = decoded(load_dataset("animals", "test", photo_root, image_size=32, test_fraction=1 - 1e-9)).images
             silent += not torch.equal(before, after)
         except ValueError as error:
             assert broken.name in str(error) and "cannot be read" in str(error) and "\n" not in str(error)
@@ -336,7 +352,7 @@ def test_an_image_that_changes_between_measurements_is_no_silent_difference(phot
     changed = sorted((photo_root / "animals").rglob("*.png"))[0]
     read = lambda: load_dataset("animals", "test", photo_root, image_size=56, test_fraction=1 - 1e-9, decode=False)
     store = RecordStore(tmp_path / "records")
-    first = evaluate_all(mini, [read()], ATTACK, method="CLIP", store=store)
+    first = Bench(store).measure(mini, [read()], ATTACK, method="CLIP")
     assert first[0].pixels == first[1].pixels is not None
     with Image.open(changed) as image:
         size, pixels = changed.stat().st_size, image.convert("RGB")
@@ -345,9 +361,12 @@ def test_an_image_that_changes_between_measurements_is_no_silent_difference(phot
     changed.write_bytes(changed.read_bytes()[:size].ljust(size, b"\0"))
     other = mini.frozen_copy()
     next(other.visual.parameters()).data += 1e-6
-    second = evaluate_all(other, [read()], ATTACK, method="Mine", store=store)
+    second = Bench(store).measure(other, [read()], ATTACK, method="Mine")
     assert first[0].data == second[0].data and first[0].pixels != second[0].pixels
-    with pytest.raises(ValueError, match="files of animals changed between measurements: (CLIP and Mine|Mine and CLIP) saw different pixels"):
+    with pytest.raises(
+        ValueError,
+        match="files of animals changed between measurements: (CLIP and Mine|Mine and CLIP) saw different pixels",
+    ):
         leaderboard([*first, *second])
 
 
@@ -364,7 +383,8 @@ def test_pixel_sums_tell_every_pixel():
 
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]  # where a test may mount what it likes
 can_mount = pytest.mark.skipif(
-    not shutil.which("unshare") or subprocess.run([*NAMESPACE, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode != 0,
+    not shutil.which("unshare")
+    or subprocess.run([*NAMESPACE, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode != 0,
     reason="this machine lets nobody mount a file system of their own",
 )
 RUN = f"{sys.executable} -m tgazsr_utils.runner smoke 02 -p methods '[TeCoA]' -p output"
@@ -389,9 +409,15 @@ def test_a_full_disk_stops_the_run_with_its_cause_and_leaves_earlier_results(tmp
         cat {out}/records/earlier.json; ls {out}/records/*.json | wc -l
     """)
     log, second = ((tmp_path / name).read_text() for name in ("first.log", "second.log"))
-    assert printed.split("\n")[:-1] == ["first ended with 1", "kept", "0", "second ended with 0", "kept", "5"], (printed, errors, log)
+    assert printed.split("\n")[:-1] == ["first ended with 1", "kept", "0", "second ended with 0", "kept", "5"], (
+        printed,
+        errors,
+        log,
+    )
     said = [line for line in log.splitlines() if line.startswith("02_train_tga_zsr stopped in cell")]
-    assert len(said) == 1 and re.search(r"OSError: .*TeCoA_seed0_.* cannot be written: .*No space left on device", said[0]), log
+    assert len(said) == 1 and re.search(
+        r"OSError: .*TeCoA_seed0_.* cannot be written: .*No space left on device", said[0]
+    ), log
     assert "damaged" not in second
 
 
@@ -400,6 +426,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_pat
     out = tmp_path / "disk" / "out"
     out.mkdir(parents=True)
     (out / "earlier.txt").write_text("kept")
-    printed, errors = in_namespace(f"mount --bind -o ro {out.parent} {out.parent} && mount -o remount,bind,ro {out.parent}; time {RUN} {out}; echo $?")
+    printed, errors = in_namespace(
+        f"mount --bind -o ro {out.parent} {out.parent} && mount -o remount,bind,ro {out.parent}; time {RUN} {out}; echo $?"
+    )
     assert printed.strip() == "2" and re.search(r"^error: .*Read-only file system: .*disk/", errors, re.M), errors
     assert "Traceback" not in errors and [path.name for path in out.iterdir()] == ["earlier.txt"]

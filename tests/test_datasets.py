@@ -3,8 +3,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tgazsr_utils import datasets
-from tgazsr_utils.datasets import clean_name, fit, list_datasets, load_dataset
+from tgazsr_utils.datasets import loading as datasets
+from tgazsr_utils.datasets.layouts import list_datasets
+from tgazsr_utils.datasets.loading import KeptAtFileSize, fit, load_dataset, resident
+from tgazsr_utils.datasets.published_sets import clean_name
+from tgazsr_utils.durable.fingerprints import fingerprint
 
 
 def test_class_folders_are_found_named_and_split(photo_root):
@@ -21,7 +24,9 @@ def test_the_split_is_seeded_and_disjoint(photo_root):
     for i in range(10):  # tell the images of one class apart
         folder = photo_root / "animals" / "images" / "017.red_Fox"
         Image.new("RGB", (60, 60), (20 * i, 0, 0)).save(folder / f"{i}.png")
-    reds = lambda split, seed: set(load_dataset("animals", split, photo_root, seed=seed).images[:, 0, 0, 0].tolist()) - {20}
+    reds = lambda split, seed: (
+        set(load_dataset("animals", split, photo_root, seed=seed).images[:, 0, 0, 0].tolist()) - {20}
+    )
     assert not reds("train", 0) & reds("test", 0)
     assert reds("test", 0) == reds("test", 0)
     assert len({frozenset(reds("test", seed)) for seed in range(5)}) > 1
@@ -64,7 +69,13 @@ def test_preprocessing_is_pils_bilinear_resize_and_centre_crop(photo_root):
 
 @pytest.mark.parametrize(
     "name, cleaned",
-    [("017.red_Fox", "red fox"), ("001_pink_primrose", "pink primrose"), ("art/deco-x", "art deco x"), ("707-320", "707 320"), ("24_hours", "24 hours")],
+    [
+        ("017.red_Fox", "red fox"),
+        ("001_pink_primrose", "pink primrose"),
+        ("art/deco-x", "art deco x"),
+        ("707-320", "707 320"),
+        ("24_hours", "24 hours"),
+    ],
 )
 def test_names_are_cleaned(name, cleaned):
     assert clean_name(name) == cleaned
@@ -100,7 +111,7 @@ def test_a_subset_is_seeded_and_even_over_classes(shapes):
     subset = shapes.subset(25, seed=1)
     counts = subset.labels.bincount(minlength=10)
     assert len(subset) == 25 and counts.min() == 2 and counts.max() == 3
-    assert subset.fingerprint() == shapes.subset(25, seed=1).fingerprint() != shapes.subset(25, seed=2).fingerprint()
+    assert fingerprint(subset) == fingerprint(shapes.subset(25, seed=1)) != fingerprint(shapes.subset(25, seed=2))
     assert len(subset.masks) == 25 and len(shapes.subset(None)) == len(shapes)
 
 
@@ -117,36 +128,42 @@ def photographs(folder, sizes):
 
 @pytest.mark.parametrize("preprocess", ["resize", "crop"])
 @pytest.mark.parametrize("size", [(32, 32), (40, 64)])
-def test_images_kept_at_their_own_size_are_fitted_as_by_pil_within_one_grey_level(tmp_path, monkeypatch, preprocess, size):
+def test_images_kept_at_their_own_size_are_fitted_as_by_pil_within_one_grey_level(
+    tmp_path, monkeypatch, preprocess, size
+):
     photographs(tmp_path / "pets", [size] * 5)
     (tmp_path / "pets" / "test").rmdir()
     options = {"image_size": 56, "preprocess": preprocess, "test_fraction": 0.2, "decode": False}
     read = load_dataset("pets", "train", tmp_path, **options)
-    kept = read.resident(torch.device("cpu"))
-    assert isinstance(kept.images, torch.Tensor) and tuple(kept.images.shape[1:]) == (3, size[1], size[0])
+    kept = resident(read, torch.device("cpu"))
+    assert isinstance(kept.images, KeptAtFileSize) and tuple(kept.images.images.shape[1:]) == (3, size[1], size[0])
     rows = [torch.tensor([5, 0]), torch.tensor([7])]
     for ours, pil in zip(kept.batches(rows), read.batches(rows)):
         assert torch.equal(ours.rows, pil.rows) and torch.equal(ours.labels, pil.labels)
         assert ours.images.shape == pil.images.shape == (len(ours.rows), 3, 56, 56)
         assert 255 * (ours.images - pil.images).abs().max() <= 1.001
-        fitted = fit(kept.images[ours.rows].float(), 56, preprocess).round() / 255  # as CUDA computes, which has no uint8 resizing
+        fitted = (
+            fit(kept.images.images[ours.rows].float(), 56, preprocess).round() / 255
+        )  # as CUDA computes, which has no uint8 resizing
         assert 255 * (fitted - pil.images).abs().max() <= 1.001
 
 
 def test_what_is_not_kept_in_memory(tmp_path, monkeypatch, photo_root):
     cpu, options = torch.device("cpu"), {"image_size": 56, "decode": False}
     mixed = load_dataset("animals", "train", photo_root, **options)  # of many sizes
-    assert mixed.resident(cpu) is mixed
+    assert resident(mixed, cpu) is mixed
     large = load_dataset("tiny", "train", photo_root, **options)  # 64 pixels to 56: no smaller than fitted
-    assert large.resident(cpu) is large
+    assert resident(large, cpu) is large
     small = load_dataset("tiny", "train", photo_root, **options | {"image_size": 112})
-    assert small.resident(cpu).images.shape == (6, 3, 64, 64)
+    assert resident(small, cpu).images.images.shape == (6, 3, 64, 64)
     monkeypatch.setattr(datasets, "KEEP_RESIDENT", 6 * 3 * 64 * 64 - 1)
-    assert small.resident(cpu) is small
+    assert resident(small, cpu) is small
     (broken,) = photo_root.glob("tiny/train/n02/images/n02_1.JPEG")
     monkeypatch.undo()
     broken.write_bytes(broken.read_bytes()[:200])
-    leaving_out = load_dataset("tiny", "train", photo_root, **options | {"image_size": 112, "on_bad_image": "leave_out"})
-    assert leaving_out.resident(cpu) is leaving_out  # batches are without the image, as they are elsewhere
+    leaving_out = load_dataset(
+        "tiny", "train", photo_root, **options | {"image_size": 112, "on_bad_image": "leave_out"}
+    )
+    assert resident(leaving_out, cpu) is leaving_out  # batches are without the image, as they are elsewhere
     with pytest.raises(ValueError, match="n02_1.JPEG cannot be read"):
-        load_dataset("tiny", "train", photo_root, **options | {"image_size": 112}).resident(cpu)
+        resident(load_dataset("tiny", "train", photo_root, **options | {"image_size": 112}), cpu)

@@ -4,23 +4,38 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-from tgazsr_utils import ROOT, distributed, evaluation
-from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.models import load_clip
-from tgazsr_utils.objectives import Objective, Term
-from tgazsr_utils.results import RecordStore, evaluate_all
-from tgazsr_utils.settings import AttackSettings, FinetuneSettings, SettingsError, TrainNotebook, validate
-from tgazsr_utils.training import finetune
+from tgazsr_utils.core.attacks import ATTACKS
+from tgazsr_utils.core.evaluation import predictions
+from tgazsr_utils.core.objectives import Objective, Term
+from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.durable.finetuning import finetune
+from tgazsr_utils.durable.fingerprints import fingerprint
+from tgazsr_utils.durable.weights import load_clip
+from tgazsr_utils.measuring import measure as evaluation
+from tgazsr_utils.measuring.bench import Bench
+from tgazsr_utils.measuring.records import RecordStore
+from tgazsr_utils.parameters import SettingsError, TrainNotebook, validate
+from tgazsr_utils.paths import ROOT
 
 SETTINGS = FinetuneSettings(
-    Alpha=0.08, Beta=0.0, Distance_metric="l2", attention_variant="reference", epochs=2, batch_size=8, lr=1e-3, warmup_steps=2,
-    train_eps=3, train_stepsize=3, train_numsteps=1, seed=0,
-)  # fmt: skip
+    Alpha=0.08,
+    Beta=0.0,
+    Distance_metric="l2",
+    attention_variant="reference",
+    epochs=2,
+    batch_size=8,
+    lr=1e-3,
+    warmup_steps=2,
+    train_eps=3,
+    train_stepsize=3,
+    train_numsteps=1,
+    seed=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +55,26 @@ def towards_the_original(step):
     return lambda tokens: -(tokens.pooled - target).square().sum()
 
 
-@pytest.mark.parametrize("method", ["TGA-ZSR", "FT-Adv.", "PMG-AFT", "FARE", "Vision-based-grad", Objective("Mine", centred_squares, towards_the_original)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "TGA-ZSR",
+        "FT-Adv.",
+        "PMG-AFT",
+        "FARE",
+        "Vision-based-grad",
+        Objective("Mine", centred_squares, towards_the_original),
+    ],
+)
 def test_two_processes_train_as_one_does(mini, train_set, tmp_path, method):
     settings = SETTINGS.model_copy(update={"lr": 1e-5}) if method == "PMG-AFT" else SETTINGS
-    one, two = (finetune(mini, train_set, method, settings, tmp_path / str(n), processes=n) for n in (1, 2))
+    one, two = (finetune(mini, train_set, method, settings, tmp_path / str(n), number_of_processes=n) for n in (1, 2))
     assert one.weights.name == two.weights.name
     for column in one.history.columns.drop("seconds"):
         torch.testing.assert_close(*(torch.tensor(r.history[column]) for r in (one, two)), rtol=2e-4, atol=2e-4)
-    before, first, second = (torch.cat([p.flatten() for p in clip.visual.parameters()]) for clip in (mini, one.clip, two.clip))
+    before, first, second = (
+        torch.cat([p.flatten() for p in clip.visual.parameters()]) for clip in (mini, one.clip, two.clip)
+    )
     assert (first - second).norm() < 1e-3 * (first - before).norm()
     assert not list((tmp_path / "2" / "unfinished").glob("*")) and not list((tmp_path / "2").glob("*.ckpt"))
 
@@ -58,7 +85,7 @@ def test_two_processes_measure_what_one_does(mini, tmp_path, protocol):
     attack = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
     stores = [RecordStore(tmp_path / str(n)) for n in (1, 2)]
     one, two = (
-        evaluate_all(mini, sets, attack, protocol, method="CLIP", store=store, processes=n) for n, store in enumerate(stores, start=1)
+        Bench(store, n).measure(mini, sets, attack, protocol, method="CLIP") for n, store in enumerate(stores, start=1)
     )
     assert [(r.key, r.hits, r.n) for r in one] == [(r.key, r.hits, r.n) for r in two]
     assert {r.attack for r in two} == {"none", "pgd-3"} and two[1].correct < two[0].correct
@@ -66,38 +93,58 @@ def test_two_processes_measure_what_one_does(mini, tmp_path, protocol):
 
 
 def test_two_processes_measure_autoattack_as_one_does_whatever_fits(mini, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "TOGETHER", 8)
-    data, attack = load_dataset("shapes", "test", n=20), AttackSettings(attack="autoattack", test_eps=1.5, test_stepsize=0, test_numsteps=5)
+    monkeypatch.setitem(ATTACKS, "autoattack", ATTACKS["autoattack"]._replace(batch=8))
+    data, attack = (
+        load_dataset("shapes", "test", n=20),
+        AttackSettings(attack="autoattack", test_eps=1.5, test_stepsize=0, test_numsteps=5),
+    )
     found = []
     for count, fits in ((1, 64), (1, 4), (2, 64)):
         monkeypatch.setattr(evaluation, "batch_that_fits", lambda clip: fits)
         store = RecordStore(tmp_path / f"{count} {fits}")
-        found.append(evaluate_all(mini, [data], attack, method="CLIP", store=store, processes=count)[1].hits)
+        found.append(Bench(store, count).measure(mini, [data], attack, method="CLIP")[1].hits)
     assert found[0] == found[1] == found[2]
 
 
-def test_a_process_that_is_late_finds_what_the_first_has_kept_and_loses_nothing(mini, tmp_path, monkeypatch):
-    data, kept = load_dataset("letters", "test", n=40), evaluation._kept
-    attack = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=2)
-    monkeypatch.setattr(evaluation, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(evaluation, "batch_that_fits", lambda clip: 4)
-    monkeypatch.setattr(evaluation, "_kept", lambda *a: (time.sleep(2.0 * distributed.rank()), kept(*a))[1])
-    one, two = (
-        evaluate_all(mini, [data], attack, method="CLIP", store=RecordStore(tmp_path / str(n)), processes=n)[1] for n in (1, 2)
-    )
-    assert (two.n, two.left_out, two.hits) == (one.n, 0, one.hits)
+def test_a_large_set_is_measured_in_slices_by_whoever_is_free(mini, tmp_path, monkeypatch):
+    """As one process measures it at once; a slice that another process has left is not measured again."""
+    data, attack = load_dataset("letters", "test", n=40), AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=2)
+    whole = [
+        (r.key, r.hits, r.pixels)
+        for r in Bench(RecordStore(tmp_path / "whole")).measure(mini, [data], attack, method="CLIP")
+    ]
+    monkeypatch.setattr(evaluation, "SLICE", 16)
+    for count in (1, 2):
+        store = RecordStore(tmp_path / str(count))
+        m = evaluation.Measurement(mini, data, attack)
+        assert m.slices == [range(0, 16), range(16, 32), range(32, 40)]
+        evaluation.answer(m, m.slices[1], store.folder / "unfinished" / f"{m.key}_16.safetensors")
+        asked = []
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                evaluation, "predictions", lambda *a: asked.append([len(part) for part in a[3]]) or predictions(*a)
+            )
+            found = [
+                (r.key, r.hits, r.pixels) for r in Bench(store, count).measure(mini, [data], attack, method="CLIP")
+            ]
+        assert found == whole and not list((store.folder / "unfinished").iterdir())
+        assert asked == ([[16], [16], [8], [16], [8]] if count == 1 else [])  # of two processes, none is this one
 
 
 def test_random_weights_are_the_same_in_every_process():
-    assert load_clip("mini-clip", None, "cpu").fingerprint() == load_clip("mini-clip", None, "cpu").fingerprint()
-    assert load_clip("mini-clip", None, "cpu", seed=1).fingerprint() != load_clip("mini-clip", None, "cpu").fingerprint()
+    assert fingerprint(load_clip("mini-clip", None, "cpu")) == fingerprint(load_clip("mini-clip", None, "cpu"))
+    assert fingerprint(load_clip("mini-clip", None, "cpu", seed=1)) != fingerprint(load_clip("mini-clip", None, "cpu"))
 
 
 def test_what_goes_wrong_in_one_of_them_is_said(mini, train_set, tmp_path):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    broken = Objective("Broken", lambda step, settings: [Term("CE", 1.0, torch.tensor(float("nan")))])
-    with pytest.raises(RuntimeError, match="one of 2 processes failed: FloatingPointError: loss of Broken is not finite at step 0"):
-        finetune(mini, train_set, broken, SETTINGS, tmp_path, processes=2)
+    broken = Objective(
+        "Broken", lambda step, settings: [Term("CE", 1.0, float("nan") * step.cross_entropy(step.adversarial_tokens))]
+    )
+    with pytest.raises(
+        RuntimeError, match="one of 2 processes failed: FloatingPointError: loss of Broken is not finite at step 0"
+    ):
+        finetune(mini, train_set, broken, SETTINGS, tmp_path, number_of_processes=2)
     assert not list(tmp_path.glob("*.safetensors"))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
@@ -108,25 +155,53 @@ def test_devices_are_shared_out():
     options = validate(TrainNotebook, NOTEBOOK | {"processes": 2}).model_options
     clip = load_clip("mini-clip", "mini", **options)
     assert clip.device.type == "cpu"  # it waits there
-    assert clip.target == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert clip.numerics.device == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 NOTEBOOK = SETTINGS.model_dump() | {
-    "arch": "mini-clip", "data_root": None, "output": "unused", "pretrained": "mini", "dataset": "shapes", "train_images": 4,
-    "test_images": 4, "methods": ["TeCoA"], "test_eps": 1, "test_stepsize": 1, "test_numsteps": 1,
-}  # fmt: skip
+    "arch": "mini-clip",
+    "data_root": None,
+    "output": "unused",
+    "pretrained": "mini",
+    "dataset": "shapes",
+    "train_images": 4,
+    "test_images": 4,
+    "methods": ["TeCoA"],
+    "test_eps": 1,
+    "test_stepsize": 1,
+    "test_numsteps": 1,
+}
 
 
 def test_torchrun_fills_the_folder_that_a_notebook_then_only_reads(tmp_path):
-    asked = ["smoke", "04", "-p", "output", str(tmp_path), "-p", "testdata", "[shapes, letters]", "-p", "methods", "[TGA-ZSR]"]
+    asked = [
+        "smoke",
+        "04",
+        "-p",
+        "output",
+        str(tmp_path),
+        "-p",
+        "testdata",
+        "[shapes, letters]",
+        "-p",
+        "methods",
+        "[TGA-ZSR]",
+    ]
     own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = lambda *start, given=(): subprocess.run(
-        [sys.executable, "-m", *start, "tgazsr_utils.runner", *asked, *given], cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", *start, "tgazsr_utils.runner", *asked, *given],
+        cwd=ROOT,
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     together = run("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     assert together.returncode == 0, together.stderr
     assert together.stdout.count("TGA-ZSR seed 0: 4/4") == 1  # from one of them
-    refused = run("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", given=["-p", "processes", "2"])
+    refused = run(
+        "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", given=["-p", "processes", "2"]
+    )
     assert refused.returncode != 0 and "under torchrun each process takes its own device" in refused.stderr
     made = {path: path.stat().st_mtime_ns for kind in ("records", "models") for path in (tmp_path / kind).rglob("*.*")}
     assert sum(path.suffix == ".json" for path in made) == 2 * 2 * 2 + 2  # and a check of each model
@@ -136,4 +211,6 @@ def test_torchrun_fills_the_folder_that_a_notebook_then_only_reads(tmp_path):
     assert (tmp_path / "notebooks" / "04_evaluate_16_datasets.ipynb").exists()
     assert (tmp_path / "tables" / "leaderboard.csv").read_bytes() == leaderboard
     now = {path: path.stat().st_mtime_ns for kind in ("records", "models") for path in (tmp_path / kind).rglob("*.*")}
-    assert {path for path, time in now.items() if made.get(path) != time} <= {p for p in made if p.suffix == ".safetensors"}
+    assert {path for path, time in now.items() if made.get(path) != time} <= {
+        p for p in made if p.suffix == ".safetensors"
+    }

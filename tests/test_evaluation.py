@@ -7,12 +7,21 @@ import pytest
 import torch
 from matplotlib.collections import PathCollection
 
-from tgazsr_utils import evaluation, plots, results
-from tgazsr_utils.attacks import attack_as_set
-from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.evaluation import attention_under_attack, evaluate, predict, wilson
-from tgazsr_utils.results import RecordStore, evaluate_all, leaderboard, paired_difference
-from tgazsr_utils.settings import PLUMBING, AttackSettings
+from tgazsr_utils.core import evaluation as core_evaluation
+from tgazsr_utils.core.attacks import run_attack
+from tgazsr_utils.core.evaluation import predict, predictions
+from tgazsr_utils.core.images import PLUMBING
+from tgazsr_utils.core.settings import AttackSettings
+from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.display import plots
+from tgazsr_utils.measuring import bench
+from tgazsr_utils.measuring import measure as evaluation
+from tgazsr_utils.measuring import tables as results
+from tgazsr_utils.measuring.attention_shift import attention_under_attack
+from tgazsr_utils.measuring.bench import Bench
+from tgazsr_utils.measuring.measure import Measurement, answer, evaluate
+from tgazsr_utils.measuring.records import RecordStore
+from tgazsr_utils.measuring.tables import leaderboard, paired_difference
 
 ATTACK = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
 
@@ -24,17 +33,17 @@ def sets():
 
 @pytest.fixture(scope="module")
 def records(mini, sets, tmp_path_factory):
-    return evaluate_all(mini, sets, ATTACK, method="CLIP", store=RecordStore(tmp_path_factory.mktemp("records")))
+    return Bench(RecordStore(tmp_path_factory.mktemp("records"))).measure(mini, sets, ATTACK, method="CLIP")
 
 
-def test_wilson_intervals_solve_their_equation():
-    """The bounds are where |p_hat - p| = z sqrt(p (1 - p) / n)."""
-    for correct, n in ((8, 10), (1, 50), (499, 500)):
-        for bound in wilson(correct, n):
-            assert abs(correct / n - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / n))
-    assert wilson(0, 0) == (0, 1)
-    for n in range(1, 300):
-        assert wilson(0, n)[0] == 0 < wilson(0, n)[1] and wilson(n, n)[0] < 1 == wilson(n, n)[1]
+@pytest.mark.parametrize(("correct", "n"), [(8, 10), (1, 50), (499, 500)])
+def test_intervals_are_wilsons(records, correct, n):
+    """The bounds are where |p_hat - p| = z sqrt(p (1 - p) / n); at the ends they are exact."""
+    frame = results.to_frame([change(records[0], correct=correct, n=n)]).iloc[0]
+    for bound in (frame.low / 100, frame.high / 100):
+        assert abs(correct / n - bound) == pytest.approx(1.95996 * math.sqrt(bound * (1 - bound) / n), rel=1e-4)
+    none, all_of_them = (results.to_frame([change(records[0], correct=c, n=n)]).iloc[0] for c in (0, n))
+    assert none.low == 0 < none.high and all_of_them.low < 100 == all_of_them.high
 
 
 def test_records_count_what_predictions_say(mini, sets, records):
@@ -76,10 +85,10 @@ def test_autoattack_counts_any_success_and_clean_images_know_no_protocol(mini, s
 
 def test_a_rerun_measures_only_what_is_missing(mini, sets, tmp_path, monkeypatch):
     store = RecordStore(tmp_path)
-    first = evaluate_all(mini, sets[:1], ATTACK, method="CLIP", store=store)
+    first = Bench(store).measure(mini, sets[:1], ATTACK, method="CLIP")
     asked = []
-    monkeypatch.setattr(results, "evaluate", lambda clip, data, *a, **k: asked.append(data.key) or evaluate(clip, data, *a, **k))
-    second = evaluate_all(mini, sets, ATTACK, method="CLIP", store=store)
+    monkeypatch.setattr(bench, "answer", lambda m, *a: asked.append(m.data.key) or answer(m, *a))
+    second = Bench(store).measure(mini, sets, ATTACK, method="CLIP")
     assert asked == ["colours", "colours"] and second[:2] == first and len(list(tmp_path.glob("*.json"))) == 4
 
 
@@ -134,9 +143,17 @@ def test_one_seed_has_intervals_over_images(records):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"world": "photographs"}, {"eps_255": 8.0}, {"attack": "pgd-100"}, {"protocol": "worst"}, {"precision": "amp_bf16"},
-        {"dataset": "letters"}, {"code": "other"}, {"data": "other"}, {"pixels": "other"}, {"settings": {"test_stepsize": 0.01}},
-    ],  # fmt: skip
+        {"world": "photographs"},
+        {"eps_255": 8.0},
+        {"attack": "pgd-100"},
+        {"protocol": "worst"},
+        {"precision": "amp_bf16"},
+        {"dataset": "letters"},
+        {"code": "other"},
+        {"data": "other"},
+        {"pixels": "other"},
+        {"settings": {"test_stepsize": 0.01}},
+    ],
 )
 @pytest.mark.parametrize("who", [{"method": "Other"}, {"seed": 1}])
 def test_the_leaderboard_refuses_mixtures(records, changes, who):
@@ -166,7 +183,13 @@ def test_the_published_table_and_what_may_stand_beside_it(records, capsys):
     assert both.loc["CLIP", "difference_clean"] == pytest.approx(ours.loc["CLIP", "clean"] - 64.42)
     assert both.loc["CLIP", ["ours_sets", "ours_images"]].tolist() == ["2 of 16", "60 of 1,000"]
     capsys.readouterr()
-    for other in ({"protocol": "worst"}, {"published": False}, {"arch": "ViT-B-32-256"}, {"world": PLUMBING}, {"settings": {"test_stepsize": 2.0}}):
+    for other in (
+        {"protocol": "worst"},
+        {"published": False},
+        {"arch": "ViT-B-32-256"},
+        {"world": PLUMBING},
+        {"settings": {"test_stepsize": 2.0}},
+    ):
         pd.testing.assert_frame_equal(beside([*pretend, change(pretend[-1], **other)]), table)
         assert "not comparable with the published table: " in capsys.readouterr().out
     pd.testing.assert_frame_equal(results.beside_published(pretend, "laion2b_s34b_b79k", "tinyImageNet"), table)
@@ -181,8 +204,9 @@ def test_images_left_out_or_not_used_are_told_in_the_table(records):
 def test_an_evaluation_that_was_stopped_goes_on_where_it_was(mini, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "batch_that_fits", lambda clip: 8)
     monkeypatch.setattr(evaluation, "SAVE_EVERY", 0.0)
-    data, partial = load_dataset("letters", "test", n=30), tmp_path / "unfinished.safetensors"
-    whole = predict(mini, data, ATTACK)
+    m, kept = Measurement(mini, load_dataset("letters", "test", n=30), ATTACK), tmp_path / "key_0.safetensors"
+    whole, _ = answer(m, range(30))
+    assert torch.equal(whole.classes, predict(mini, m.data, ATTACK))
     seen = []
 
     class Stop:
@@ -192,42 +216,44 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(mini, tmp_path, mon
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predict(mini, data, ATTACK, bar=Stop(), partial=partial)
-    (kept,) = tmp_path.iterdir()
+        answer(m, range(30), kept, Stop())
+    assert list(tmp_path.iterdir()) == [kept]
     attacks = []
-    monkeypatch.setattr(evaluation, "attack_as_set", lambda *a: attacks.append(len(a[1])) or attack_as_set(*a))
-    assert torch.equal(predict(mini, data, ATTACK, partial=partial), whole)
-    assert attacks == [8, 6]
+    monkeypatch.setattr(core_evaluation, "run_attack", lambda *a: attacks.append(len(a[1])) or run_attack(*a))
+    again, seconds = answer(m, range(30), kept)
+    assert all(map(torch.equal, again, whole)) and attacks == [8, 6] and seconds > 0
     kept.write_bytes(b"half a file")
-    assert torch.equal(predict(mini, data, ATTACK, partial=partial), whole)
+    assert all(map(torch.equal, answer(m, range(30), kept)[0], whole))
 
 
 def test_where_memory_runs_out_the_batch_is_halved_with_the_same_outcome(mini, monkeypatch, capsys):
-    data, sizes = load_dataset("letters", "test", n=30), []
-    whole = predict(mini, data, ATTACK)
+    m, sizes = Measurement(mini, load_dataset("letters", "test", n=30), ATTACK), []
+    whole, _ = answer(m, range(30))
 
     def small_machine(*arguments):
         sizes.append(len(arguments[1]))
         if len(arguments[1]) > 10 or len(sizes) == 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return attack_as_set(*arguments)
+        return run_attack(*arguments)
 
-    monkeypatch.setattr(evaluation, "attack_as_set", small_machine)
+    monkeypatch.setattr(core_evaluation, "run_attack", small_machine)
     monkeypatch.setattr(evaluation, "batch_that_fits", lambda clip: 32)
-    assert torch.equal(predict(mini, data, ATTACK), whole)
+    assert all(map(torch.equal, answer(m, range(30))[0], whole))
     assert sizes == [30, 16, 8, 8, 4, 4, 4, 4, 4, 2]  # each image attacked once in the end, none lost
     assert "memory ran out; going on with 16 images at once" in capsys.readouterr().out
 
     def broken(*arguments):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(evaluation, "attack_as_set", broken)
+    monkeypatch.setattr(core_evaluation, "run_attack", broken)
     with pytest.raises(RuntimeError, match="something else"):
-        predict(mini, data, ATTACK)
+        answer(m, range(30))
 
 
 def test_the_batch_that_fits_is_a_power_of_two_that_follows_the_free_memory(mini, monkeypatch):
-    memory = lambda free: monkeypatch.setattr(evaluation.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    memory = lambda free: monkeypatch.setattr(
+        evaluation.psutil, "virtual_memory", lambda: SimpleNamespace(available=free)
+    )
     found = []
     for free in (1, 2**26, 2**28, 2**40):
         memory(free)
@@ -240,7 +266,9 @@ def test_an_image_is_attacked_alike_in_every_batch(mini, monkeypatch):
     data, images = load_dataset("letters", "test", n=12), []
     for chunks in (5, torch.arange(12).flip(0).split(4)):
         found = torch.empty_like(data.images, dtype=torch.float)
-        for batch, attacked in evaluation.attacked_batches(mini, data, ATTACK.model_copy(update={"test_numsteps": 1, "test_stepsize": 0.0}), chunks=chunks):
+        for batch, attacked, _ in predictions(
+            mini, data, ATTACK.model_copy(update={"test_numsteps": 1, "test_stepsize": 0.0}), chunks
+        ):
             found[batch.rows] = attacked
         images.append(found)
     assert torch.equal(*images)  # steps of length zero: this is the random start
@@ -268,8 +296,12 @@ def test_paired_differences_use_the_same_images(records):
 def test_tables_can_be_read(records):
     table = leaderboard(records)
     shown = results.readable(table).loc["CLIP"]
-    assert shown.clean == f"{table.clean.iloc[0]:.1f}\u00a0±\u00a0{table.clean_ci.iloc[0]:.1f}" and "clean_ci" not in shown
-    columns = {f"robust_minus_first{end}": [float("nan"), value] for end, value in (("", 3.06), ("_low", -1), ("_high", 4.2))}
+    assert (
+        shown.clean == f"{table.clean.iloc[0]:.1f}\u00a0±\u00a0{table.clean_ci.iloc[0]:.1f}" and "clean_ci" not in shown
+    )
+    columns = {
+        f"robust_minus_first{end}": [float("nan"), value] for end, value in (("", 3.06), ("_low", -1), ("_high", 4.2))
+    }
     twice = pd.concat([table, table]).assign(**columns)
     assert results.readable(twice).robust_minus_first.tolist() == ["", "+3.1 [-1.0, 4.2]"]
 
@@ -290,7 +322,9 @@ def test_differences_of_all_pairs(records):
         assert table.loc[kind, "CLIP", "CLIP"].tolist() == [0, 0, 0]
     figure = plots.difference_matrix(table.reset_index(), "title")
     shown = {text.get_text() for axis in figure.axes for text in axis.texts}
-    assert {f"{sign}{abs(board.loc['CLIP', kind]):.1f}" for sign in "+-" for kind in ("robust", "clean")} == {t.split("\n")[0] for t in shown}
+    assert {f"{sign}{abs(board.loc['CLIP', kind]):.1f}" for sign in "+-" for kind in ("robust", "clean")} == {
+        t.split("\n")[0] for t in shown
+    }
 
 
 def test_published_points_are_grey_beside_ours(records):

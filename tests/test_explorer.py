@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from tgazsr_utils import explorer as ex
-from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.models import SHIPPED, load_clip
-from tgazsr_utils.objectives import Step
+from tgazsr_utils.core.objectives import Step
+from tgazsr_utils.core.training import attacked, trainable
+from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.display import explorer as ex
+from tgazsr_utils.durable.weights import SHIPPED, load_clip
+from tgazsr_utils.parameters import ExplorerNotebook, validate
 from tgazsr_utils.progress import HEADLESS
 from tgazsr_utils.runner import default_parameters
-from tgazsr_utils.settings import ExplorerNotebook, validate
-from tgazsr_utils.training import attack_and_loss, trainable
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,9 @@ def train_set():
 
 @pytest.fixture
 def explorer(mini, shapes, train_set, tmp_path):
-    settings = validate(ExplorerNotebook, default_parameters("05_alpha_beta_explorer") | {"output": str(tmp_path), "warmup_steps": 1})
+    settings = validate(
+        ExplorerNotebook, default_parameters("05_alpha_beta_explorer") | {"output": str(tmp_path), "warmup_steps": 1}
+    )
     return ex.Explorer(ex.Models(mini, SHIPPED["mini-tga-zsr"], tmp_path / "models"), shapes, train_set, settings)
 
 
@@ -44,7 +46,10 @@ def test_the_mixture_is_that_of_the_weighted_loss_itself(explorer, mini, train_s
     table = ex.mix(parts, Alpha, Beta)
 
     weights = trainable(tuned.visual, 0)
-    loss, values = attack_and_loss(Step(tuned, mini, chunk.images, chunk.labels, train_set.prompts), ex.TGA, settings, 0)
+    step = Step(tuned, mini, chunk.images, chunk.labels, train_set.prompts)
+    step.adversarial = attacked(step, ex.TGA, settings, 0)
+    terms = ex.TGA.terms(step, settings)
+    loss, values = sum(term.weight * term.value for term in terms), {term.name: term.value.item() for term in terms}
     slope = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
     assert table.weighted["sum"] == pytest.approx(loss.item(), rel=1e-5)
     assert table.value[list(ex.TERMS)].tolist() == pytest.approx([values[name] for name in ex.TERMS], rel=1e-5)
@@ -52,13 +57,19 @@ def test_the_mixture_is_that_of_the_weighted_loss_itself(explorer, mini, train_s
     assert table.weight.tolist()[:3] == [1, Alpha, Beta] and table.cosine["sum"] == 1
     assert all(-1 <= c <= 1.0001 for c in ex.cosines(parts).values())
     terms = table.drop("sum")
-    assert (terms.cosine * terms.gradient).sum() == pytest.approx(table.gradient["sum"], rel=1e-6)  # parts along the sum
+    assert (terms.cosine * terms.gradient).sum() == pytest.approx(
+        table.gradient["sum"], rel=1e-6
+    )  # parts along the sum
 
 
 def test_a_term_without_a_gradient_has_no_direction():
     parts = ex.LossParts((1.0, 2.0, 0.0), np.diag([4.0, 9.0, 0.0]))
     table = ex.mix(parts, 0.5, 0.5)
-    assert np.isnan(table.cosine["L_AMC"]) and table.gradient["sum"] == pytest.approx(2.5) and "–" in ex.mixture_html(parts, 0.5, 0.5)
+    assert (
+        np.isnan(table.cosine["L_AMC"])
+        and table.gradient["sum"] == pytest.approx(2.5)
+        and "–" in ex.mixture_html(parts, 0.5, 0.5)
+    )
     assert ex.mix(parts, 0, 0).cosine["CE"] == 1 and ex.cosines(parts)["CE, L_AR"] == 0
 
 
@@ -67,7 +78,11 @@ def test_a_look_is_an_attack_and_its_measures(mini, shapes):
     seen = ex.look(mini, image, label, shapes, "a cross", 3.5, 10, "reference", shapes.masks[3])
     assert 0 < (seen.adversarial - image).abs().max() <= 3.5 / 255 + 1e-6 and seen.label == shapes.class_names[label]
     for top in (seen.before, seen.after):
-        assert len(top) == 5 and [p for _, p in top] == sorted((p for _, p in top), reverse=True) and sum(p for _, p in top) <= 1.001
+        assert (
+            len(top) == 5
+            and [p for _, p in top] == sorted((p for _, p in top), reverse=True)
+            and sum(p for _, p in top) <= 1.001
+        )
     assert {"l2", "cosine", "iou_top20", "centre_move", "energy_clean"} <= set(seen.shift.index) and seen.shift.l2 > 0
     other = ex.look(mini, image, None, shapes, "something else", 0.0, 1, "cosine")
     assert other.before == other.after and other.label == other.before[0][0] and "energy_clean" not in other.shift
@@ -79,7 +94,12 @@ def test_the_nearest_point_is_a_measured_one(tmp_path):
     kept, where = ex.recorded_sweep(tmp_path, "mini-world")
     assert len(kept) == 9 and "reference" in where
     assert ex.recorded_sweep(tmp_path, "photographs") == (None, "no sweep is recorded: run notebook 03")
-    for a, b, expected in ((0.08, 0.05, (0.08, 0.05)), (0.4, 0.0, (0.32, 0)), (0.03, 0.19, (0, 0.2)), (0.21, 0.04, (0.32, 0.05))):
+    for a, b, expected in (
+        (0.08, 0.05, (0.08, 0.05)),
+        (0.4, 0.0, (0.32, 0)),
+        (0.03, 0.19, (0, 0.2)),
+        (0.21, 0.04, (0.32, 0.05)),
+    ):
         assert tuple(ex.nearest_measured(kept, a, b)[["Alpha", "Beta"]]) == expected
     few = kept[(kept.Alpha > 0) | (kept.Beta > 0)]
     assert tuple(ex.nearest_measured(few, 0, 0)[["Alpha", "Beta"]]) != (0, 0)  # not there, so not reported
@@ -112,7 +132,15 @@ def test_a_slider_moves_all_that_depends_on_it_quickly(explorer):
 
 
 def upload(panel, content):
-    panel.upload.value = ({"name": "mine.png", "type": "image/png", "size": len(content), "content": content, "last_modified": pd.Timestamp(0)},)
+    panel.upload.value = (
+        {
+            "name": "mine.png",
+            "type": "image/png",
+            "size": len(content),
+            "content": content,
+            "last_modified": pd.Timestamp(0),
+        },
+    )
 
 
 def test_an_image_of_ones_own_or_a_file_that_is_none(explorer):
@@ -157,7 +185,9 @@ def test_fine_tuning_runs_once_can_be_cancelled_and_goes_on(explorer):
     trainer.begin()
     wait_for(lambda: not trainer.thread.is_alive())
     assert set(trainer.losses) == set(range(done, 3))  # it went on
-    assert len(explorer.models.names) == 3 and explorer.models.names[2].startswith("TGA-ZSR, Alpha 0.08, Beta 0.05, seed 0 (")
+    assert len(explorer.models.names) == 3 and explorer.models.names[2].startswith(
+        "TGA-ZSR, Alpha 0.08, Beta 0.05, seed 0 ("
+    )
     explorer.attack.model.value = explorer.mixer.model.value = explorer.models.names[2]
     assert 'class="error"' not in explorer.attack.status.value + explorer.mixer.status.value
 

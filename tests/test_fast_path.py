@@ -7,20 +7,32 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tgazsr_utils import models
-from tgazsr_utils.attacks import pgd
-from tgazsr_utils.attention import grad_cam
-from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.evaluation import evaluate
-from tgazsr_utils.models import Clip, load_clip
-from tgazsr_utils.objectives import OBJECTIVES
-from tgazsr_utils.settings import AttackSettings, FinetuneSettings
-from tgazsr_utils.training import finetune
+from tgazsr_utils.core import models
+from tgazsr_utils.core.attacks import pgd
+from tgazsr_utils.core.attention import grad_cam
+from tgazsr_utils.core.models import Clip
+from tgazsr_utils.core.objectives import OBJECTIVES
+from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.durable.finetuning import finetune
+from tgazsr_utils.durable.fingerprints import fingerprint
+from tgazsr_utils.durable.weights import load_clip
+from tgazsr_utils.measuring.measure import evaluate
 
 SETTINGS = FinetuneSettings(
-    Alpha=0.08, Beta=0.0, Distance_metric="l2", attention_variant="reference", epochs=1, batch_size=8, lr=1e-4, warmup_steps=2,
-    train_eps=3, train_stepsize=3, train_numsteps=2, seed=0,
-)  # fmt: skip
+    Alpha=0.08,
+    Beta=0.0,
+    Distance_metric="l2",
+    attention_variant="reference",
+    epochs=1,
+    batch_size=8,
+    lr=1e-4,
+    warmup_steps=2,
+    train_eps=3,
+    train_stepsize=3,
+    train_numsteps=2,
+    seed=0,
+)
 ATTACK = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
 
 
@@ -47,10 +59,12 @@ def train_set():
 @pytest.mark.parametrize("method", [name for name in OBJECTIVES if name != "Vision-based"])
 def test_a_compiled_model_trains_alike(mini, compiled, graphs, train_set, tmp_path, method):
     settings = SETTINGS.model_copy(update={"lr": 1e-6 if method == "PMG-AFT" else 1e-4})
-    plain, fast = (finetune(clip, train_set, method, settings, tmp_path / str(clip.compiled)) for clip in (mini, compiled))
+    plain, fast = (
+        finetune(clip, train_set, method, settings, tmp_path / str(clip.numerics.compiled)) for clip in (mini, compiled)
+    )
     for column in plain.history.columns.drop("seconds"):
         torch.testing.assert_close(*(torch.tensor(r.history[column]) for r in (plain, fast)), rtol=1e-3, atol=1e-3)
-    assert fast.clip.compiled and not plain.clip.compiled
+    assert fast.clip.numerics.compiled and not plain.clip.numerics.compiled
 
 
 @pytest.mark.parametrize("protocol", ["last", "worst"])
@@ -66,7 +80,9 @@ def test_one_graph_serves_all_models_sizes_and_step_lengths(compiled, graphs, sh
     with torch.no_grad():
         other.visual.proj.mul_(1.5)
     start = lambda: torch.Generator().manual_seed(0)
-    run = lambda clip, n, step: pgd(clip, shapes.images[:n] / 255, shapes.labels[:n], text, 0.02, step, 2, generator=start())
+    run = lambda clip, n, step: pgd(
+        clip, shapes.images[:n] / 255, shapes.labels[:n], text, 0.02, step, 2, generator=start()
+    )
     run(compiled, 40, 0.01), run(compiled, 30, 0.02)
     plain = load_clip("mini-clip", "mini", "cpu")
     plain.visual.load_state_dict(other.visual.state_dict())
@@ -87,17 +103,20 @@ def test_autocast_is_inside_the_encoder_and_accuracy_is_read_without_it(mini, sh
     amp = load_clip("mini-clip", "mini", "cpu", "amp_bf16")
     pixels = shapes.images / 255
     exact, rounded = mini.encode_image(pixels), amp.encode_image(pixels)
-    assert rounded.pooled.dtype == rounded.patches.dtype == torch.float32 and amp.fingerprint() == mini.fingerprint()
+    assert rounded.pooled.dtype == rounded.patches.dtype == torch.float32 and fingerprint(amp) == fingerprint(mini)
     for ours, theirs in zip(rounded, exact):
         assert 1e-4 < (ours - theirs).norm() / theirs.norm() < 3e-2  # bfloat16 has eight bits
-    assert torch.equal(amp.in_full_precision().encode_image(pixels).pooled, exact.pooled) and amp.precision == "amp_bf16"
+    assert (
+        torch.equal(amp.in_full_precision().encode_image(pixels).pooled, exact.pooled)
+        and amp.numerics.precision == "amp_bf16"
+    )
     clean, plain = (evaluate(clip, shapes, None, method="CLIP") for clip in (amp, mini))
     assert clean.hits == plain.hits and clean.key != plain.key
     labels, text = shapes.labels[:4], amp.encode_text(shapes.prompts)
     assert grad_cam(amp, pixels[:4], text, labels).dtype == torch.float32
     seen = []
     logits = Clip.logits
-    monkeypatch.setattr(Clip, "logits", lambda self, *a: seen.append(self.precision) or logits(self, *a))
+    monkeypatch.setattr(Clip, "logits", lambda self, *a: seen.append(self.numerics.precision) or logits(self, *a))
     attacked = evaluate(amp, shapes, ATTACK, method="CLIP")
     assert seen == ["fp32"] and attacked.precision == "amp_bf16"
     seen.clear()
@@ -108,6 +127,6 @@ def test_autocast_is_inside_the_encoder_and_accuracy_is_read_without_it(mini, sh
 
 def test_what_auto_means_and_bad_names(mini):
     automatic = load_clip("mini-clip", "mini", "cpu", "auto", compiled=None)
-    assert (automatic.precision, automatic.compiled) == ("fp32", False)
+    assert automatic.numerics[1:] == ("fp32", False)
     with pytest.raises(ValueError, match="precision 'fp64' is unknown; choose one of auto, fp32, amp_bf16, fp16, bf16"):
         load_clip("mini-clip", "mini", "cpu", "fp64")

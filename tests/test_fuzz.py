@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from tgazsr_utils import ROOT, evaluation, runner
-from tgazsr_utils.checkpoints import Checkpoints
-from tgazsr_utils.evaluation import Record
-from tgazsr_utils.files import digest, save_tensors
-from tgazsr_utils.frozen import FrozenCache
-from tgazsr_utils.models import SHIPPED, load_clip, read_metadata
-from tgazsr_utils.results import RecordStore
-from tgazsr_utils.settings import NOTEBOOKS, SettingsError, validate
-
+from tgazsr_utils import runner
+from tgazsr_utils.core.seeds import digest
+from tgazsr_utils.durable.checkpoints import Checkpoints
+from tgazsr_utils.durable.files import save_tensors
+from tgazsr_utils.durable.original_cache import OriginalCache
+from tgazsr_utils.durable.weights import SHIPPED, load_clip, read_metadata
+from tgazsr_utils.measuring import measure as evaluation
+from tgazsr_utils.measuring.records import Record, RecordStore
+from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, validate
+from tgazsr_utils.paths import ROOT
 
 TOTAL = []
 
@@ -33,10 +35,26 @@ def one_line(error):
 
 
 RECORD = {
-    "key": "abc", "method": "CLIP", "model": "m", "arch": "mini-clip", "world": "mini-world", "dataset": "shapes", "data": "d",
-    "attack": "none", "eps_255": 0.0, "protocol": "last", "seed": 0, "n": 2, "correct": 1, "hits": "80", "settings": {}, "code": "c",
-    "device": "cpu", "seconds": 1.0, "time": "now",
-}  # fmt: skip
+    "key": "abc",
+    "method": "CLIP",
+    "model": "m",
+    "arch": "mini-clip",
+    "world": "mini-world",
+    "dataset": "shapes",
+    "data": "d",
+    "attack": "none",
+    "eps_255": 0.0,
+    "protocol": "last",
+    "seed": 0,
+    "n": 2,
+    "correct": 1,
+    "hits": "80",
+    "settings": {},
+    "code": "c",
+    "device": "cpu",
+    "seconds": 1.0,
+    "time": "now",
+}
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -50,7 +68,12 @@ def damaged(draw, whole: bytes, most=64):
     kind = draw(st.sampled_from(["cut", "piece", "insert", "other"]))
     at = draw(st.integers(0, len(whole)))
     piece = draw(st.binary(min_size=1, max_size=most))
-    return {"cut": whole[:at], "piece": whole[:at] + piece + whole[at + len(piece) :], "insert": whole[:at] + piece + whole[at:], "other": piece}[kind]
+    return {
+        "cut": whole[:at],
+        "piece": whole[:at] + piece + whole[at + len(piece) :],
+        "insert": whole[:at] + piece + whole[at:],
+        "other": piece,
+    }[kind]
 
 
 def try_record(folder, content):
@@ -109,7 +132,11 @@ def test_parameters_with_a_strange_value(notebook, data):
 def headers(draw):
     """A safetensors file with a header of our making, whose length may lie."""
     entry = st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "x"]), anything, max_size=4)
-    header = draw(st.dictionaries(st.sampled_from(["predictions", "values", "__metadata__", "visual.proj"]), entry | anything, max_size=3))
+    header = draw(
+        st.dictionaries(
+            st.sampled_from(["predictions", "values", "__metadata__", "visual.proj"]), entry | anything, max_size=3
+        )
+    )
     text = json.dumps(header).encode()
     return struct.pack("<Q", draw(st.just(len(text)) | st.integers(0, 2**64 - 1))) + text + draw(st.binary(max_size=32))
 
@@ -120,17 +147,21 @@ def ours(tensors, **about):
         return save_tensors(Path(folder) / "a", tensors, **about).read_bytes()
 
 
-PREDICTIONS = ours({"predictions": torch.tensor([1, evaluation.UNREADABLE, 3]), "sums": torch.tensor([4, 5, 6])}, run="key")
+ANSWERS = evaluation.Answers(
+    torch.tensor([1, -1, 3]), torch.tensor([1, 2, 1], dtype=torch.uint8), torch.tensor([4, 5, 6])
+)
+PREDICTIONS = ours(ANSWERS._asdict(), run="key_0", seconds=3.0)
 
 
 @fuzz(1500)
 @given(content=headers() | damaged(PREDICTIONS))
 def test_kept_predictions(tmp_path, content):
     """What cannot be used is measured anew."""
-    partial = tmp_path / "key.safetensors"
     (tmp_path / "key_0.safetensors").write_bytes(content)
-    kept, _ = evaluation._kept(partial, 3)
-    assert kept.tolist() == ([1, evaluation.UNREADABLE, 3] if content == PREDICTIONS else 3 * [evaluation.NOT_YET])
+    kept, _ = evaluation._kept(tmp_path / "key_0.safetensors", 3)
+    assert kept.states.tolist() == (
+        [1, evaluation.UNREADABLE, 1] if content == PREDICTIONS else 3 * [evaluation.NOT_YET]
+    )
 
 
 MAPS = ours({"values": torch.rand(3, 2)}, run="run", name="pooled")
@@ -140,7 +171,7 @@ MAPS = ours({"values": torch.rand(3, 2)}, run="run", name="pooled")
 @given(content=headers() | damaged(MAPS))
 def test_kept_maps(tmp_path, content):
     (tmp_path / "run_pooled.safetensors").write_bytes(content)
-    values = FrozenCache(None, None, tmp_path / "run")._read("pooled")
+    values = OriginalCache(None, None, tmp_path / "run")._read("pooled")
     assert (values is not None) == (content == MAPS)
 
 

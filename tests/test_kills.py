@@ -13,23 +13,36 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
-from tgazsr_utils import ROOT, evaluation, sanity
-from tgazsr_utils.ablations import Sweep, plan
-from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.models import load_clip
-from tgazsr_utils.results import Checks, RecordStore, evaluate_all
+from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.durable.finetuning import finetune
+from tgazsr_utils.durable.weights import load_clip
+from tgazsr_utils.measuring import measure as evaluation
+from tgazsr_utils.measuring import trust as sanity
+from tgazsr_utils.measuring.ablations import Sweep, plan
+from tgazsr_utils.measuring.bench import Bench
+from tgazsr_utils.measuring.records import RecordStore
+from tgazsr_utils.parameters import AblationNotebook, validate
+from tgazsr_utils.paths import ROOT
 from tgazsr_utils.runner import default_parameters
-from tgazsr_utils.settings import AblationNotebook, AttackSettings, FinetuneSettings, validate
-from tgazsr_utils.training import finetune
 
 SETTINGS = FinetuneSettings(
-    Alpha=0.08, Beta=0.05, Distance_metric="l2", attention_variant="reference", epochs=4, batch_size=8, lr=1e-3, warmup_steps=2,
-    train_eps=3, train_stepsize=3, train_numsteps=1, seed=0,
-)  # fmt: skip
+    Alpha=0.08,
+    Beta=0.05,
+    Distance_metric="l2",
+    attention_variant="reference",
+    epochs=4,
+    batch_size=8,
+    lr=1e-3,
+    warmup_steps=2,
+    train_eps=3,
+    train_stepsize=3,
+    train_numsteps=1,
+    seed=0,
+)
 fork = multiprocessing.get_context("fork")  # a child has all that is imported
 
 
@@ -43,9 +56,15 @@ def work(folder):
     sets = [load_dataset(key, "test", n=16) for key in ("shapes", "letters")]
     tuned = finetune(clip, train, "TGA-ZSR", SETTINGS, folder / "models")
     attack = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
-    evaluate_all(tuned.clip, sets, attack, method="TGA-ZSR", store=RecordStore(folder / "records"), checks=Checks.on(8, sets, attack))
-    parameters = default_parameters("03_ablations") | {"train_images": 24, "epochs": 1, "batch_size": 8, "ablations": ["loss_parts"]}
-    sweep = Sweep(clip, train, sets, sets, folder)
+    bench = Bench.checking(RecordStore(folder / "records"), attack, sets, 8)
+    bench.measure(tuned.clip, sets, attack, method="TGA-ZSR")
+    parameters = default_parameters("03_ablations") | {
+        "train_images": 24,
+        "epochs": 1,
+        "batch_size": 8,
+        "ablations": ["loss_parts"],
+    }
+    sweep = Sweep(clip, train, sets, sets, folder / "models", Bench(bench.store))
     settings = validate(AblationNotebook, parameters | {"output": str(folder), "test_numsteps": 2})
     sweep.run("loss_parts", plan(settings)["loss_parts"][:2])
 
@@ -59,13 +78,19 @@ def start(folder):
 def outcome(folder):
     """Records but for what tells of time, and tuned weights; not the hidden files that a killed process was writing."""
     store = RecordStore(folder / "records")
-    records = {r.key: r.model_dump(exclude={"time", "seconds"}) for r in [*store.all(), *store.checks.all()]}  # raises for what is half written
+    records = {
+        r.key: r.model_dump(exclude={"time", "seconds"}) for r in [*store.all(), *store.checks.all()]
+    }  # raises for what is half written
     return records, {path.name: load_file(path) for path in (folder / "models").glob("[!.]*.safetensors")}
 
 
 def same(first, second):
     equal = lambda a, b: set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
-    return first[0] == second[0] and set(first[1]) == set(second[1]) and all(equal(first[1][n], second[1][n]) for n in first[1])
+    return (
+        first[0] == second[0]
+        and set(first[1]) == set(second[1])
+        and all(equal(first[1][n], second[1][n]) for n in first[1])
+    )
 
 
 def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_been(tmp_path, request, capsys):
@@ -91,7 +116,9 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_been(tmp
             if not killed:
                 break
         assert child.exitcode == 0 and same(outcome(folder), whole)
-        assert not list((folder / "models").glob("*.ckpt")) and not list((folder / "records" / "unfinished").glob("[!.]*"))
+        assert not list((folder / "models").glob("*.ckpt")) and not list(
+            (folder / "records" / "unfinished").glob("[!.]*")
+        )
     with capsys.disabled():
         print(f"\n{done} kills in {rounds} runs, seed {seed}: each run ended as the undisturbed one", flush=True)
 
@@ -99,9 +126,28 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_been(tmp
 def test_the_whole_run_killed_and_started_again(tmp_path, request, capsys):
     """run_all.sh, which becomes the runner, in this environment: while its notebook starts, trains, and measures."""
     chance = random.Random(request.config.getoption("--kills-seed"))
-    asked = ["bash", "run_all.sh", "smoke", "02", "-p", "methods", "[TGA-ZSR]", "-p", "train_images", "320", "-p", "output"]
+    asked = [
+        "bash",
+        "run_all.sh",
+        "smoke",
+        "02",
+        "-p",
+        "methods",
+        "[TGA-ZSR]",
+        "-p",
+        "train_images",
+        "320",
+        "-p",
+        "output",
+    ]
     own = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    options = {"cwd": ROOT, "env": os.environ | own, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    options = {
+        "cwd": ROOT,
+        "env": os.environ | own,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
     run = lambda folder: subprocess.Popen([*asked, str(folder)], **options)
     whole = run(tmp_path / "whole")
     assert whole.communicate() and whole.returncode == 0
@@ -120,4 +166,7 @@ def test_the_whole_run_killed_and_started_again(tmp_path, request, capsys):
     manifest = json.loads((tmp_path / "parts" / "manifest.json").read_text())
     assert {entry["status"] for entry in manifest["notebooks"].values()} == {"finished"}
     with capsys.disabled():
-        print("\nrun_all.sh killed 3 times, while it started, trained and measured: it ended as the undisturbed one", flush=True)
+        print(
+            "\nrun_all.sh killed 3 times, while it started, trained and measured: it ended as the undisturbed one",
+            flush=True,
+        )

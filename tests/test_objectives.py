@@ -3,14 +3,16 @@ import pytest
 import slow_reference as slow
 import torch
 
-from tgazsr_utils.attacks import pgd
-from tgazsr_utils.attention import grad_cam
-from tgazsr_utils.models import Clip, ImageTokens
-from tgazsr_utils.objectives import OBJECTIVES, PRESET, Step, negated, objective
-from tgazsr_utils.results import published
-from tgazsr_utils.settings import FinetuneSettings, ObjectiveSettings
+from tgazsr_utils.core.attacks import pgd
+from tgazsr_utils.core.attention import grad_cam
+from tgazsr_utils.core.models import Clip, ImageTokens
+from tgazsr_utils.core.objectives import OBJECTIVES, PRESET, Step, negated, objective
+from tgazsr_utils.core.settings import FinetuneSettings, ObjectiveSettings
+from tgazsr_utils.measuring.tables import published
 
-SETTINGS = ObjectiveSettings(Alpha=0.08, Beta=0.05, Distance_metric="l2", attention_variant="reference", distance_size=12)
+SETTINGS = ObjectiveSettings(
+    Alpha=0.08, Beta=0.05, Distance_metric="l2", attention_variant="reference", distance_size=12
+)
 
 
 @pytest.fixture
@@ -69,7 +71,16 @@ def test_published_settings():
     assert preset["TGA-ZSR"] == PRESET == preset["FT-Adv."] and preset["TeCoA"] == PRESET | {"lr": 1e-5}
     assert preset["PMG-AFT"] == PRESET | {"lr": 5e-5, "train_eps": 2.0, "train_numsteps": 5, "batch_size": 256}
     assert preset["Comp-TGA"] == PRESET | {"Alpha": 0.10, "Beta": 0.07}
-    given = dict(epochs=1, batch_size=None, lr=None, warmup_steps=1, train_eps=3.0, train_stepsize=None, train_numsteps=None, seed=0)
+    given = dict(
+        epochs=1,
+        batch_size=None,
+        lr=None,
+        warmup_steps=1,
+        train_eps=3.0,
+        train_stepsize=None,
+        train_numsteps=None,
+        seed=0,
+    )
     settings = FinetuneSettings(Alpha=None, Beta=0.5, Distance_metric="l2", attention_variant="reference", **given)
     filled = OBJECTIVES["PMG-AFT"].with_preset(settings)
     assert (filled.lr, filled.batch_size, filled.train_numsteps, filled.Alpha) == (5e-5, 256, 5, 0.08)
@@ -78,7 +89,12 @@ def test_published_settings():
 
 def parts(step):
     """Pooled tokens as float64 arrays: f(x'), f(x), f0(x'), f0(x); text of the classes, labels, logit scale."""
-    sides = [(step.clip, step.adversarial), (step.clip, step.images), (step.original, step.adversarial), (step.original, step.images)]
+    sides = [
+        (step.clip, step.adversarial),
+        (step.clip, step.images),
+        (step.original, step.adversarial),
+        (step.original, step.images),
+    ]
     pooled = [as_arrays(clip.encode_image(x))[0] for clip, x in sides]
     scale = min(100.0, float(step.clip.model.logit_scale.exp()))
     return *pooled, step.text.double().numpy(), step.labels.numpy(), scale
@@ -172,7 +188,9 @@ def test_released_grad_cam_trains_nothing_and_the_differentiable_one_does(step):
     released = {t.name: t.value for t in OBJECTIVES["Vision-based"].terms(step, SETTINGS)}
     assert not released["L_AR"].requires_grad and not released["L_AMC"].requires_grad and released["CE"].requires_grad
     trained = {t.name: t.value for t in OBJECTIVES["Vision-based-grad"].terms(step, SETTINGS)}
-    assert {k: v.item() for k, v in trained.items()} == pytest.approx({k: v.item() for k, v in released.items()}, rel=1e-4)
+    assert {k: v.item() for k, v in trained.items()} == pytest.approx(
+        {k: v.item() for k, v in released.items()}, rel=1e-4
+    )
     gradients = torch.autograd.grad(trained["L_AR"], step.clip.visual.conv1.weight)
     assert gradients[0].isfinite().all() and gradients[0].abs().max() > 0
     assert all(p.grad is None for p in step.original.parameters())
@@ -204,8 +222,8 @@ def test_gradients_reach_the_tuned_weights_only(step):
 
 
 def test_adding_a_method_is_adding_one_function(monkeypatch):
-    monkeypatch.setattr("tgazsr_utils.objectives.OBJECTIVES", dict(OBJECTIVES))
-    from tgazsr_utils import objectives
+    monkeypatch.setattr("tgazsr_utils.core.objectives.OBJECTIVES", dict(OBJECTIVES))
+    from tgazsr_utils.core import objectives
 
     @objective("Mine", lr=0.5, attack=None)
     def mine(step, settings):

@@ -7,7 +7,8 @@ import shutil
 import nbformat
 import pandas as pd
 
-from tgazsr_utils import ROOT, runner
+from tgazsr_utils import runner
+from tgazsr_utils.paths import ROOT
 
 
 def the_readmes_cell():
@@ -21,8 +22,20 @@ def test_a_cell_of_ten_lines_brings_a_method_into_the_leaderboard(tmp_path, monk
     folder, out, name = tmp_path / "notebooks", tmp_path / "out", "04_evaluate_16_datasets"
     shutil.copytree(ROOT / "notebooks", folder)
     monkeypatch.setattr(runner, "FOLDER", folder)
-    package = {path: path.read_bytes() for path in (ROOT / "tgazsr_utils").glob("*.py")}
-    arguments = ["smoke", "04", "-p", "methods", "[TeCoA, Anchored]", "-p", "output", str(out), "-p", "testdata", "[shapes, colours]"]
+    package = {path: path.read_bytes() for path in (ROOT / "tgazsr_utils").rglob("*.py")}
+    arguments = [
+        "smoke",
+        "04",
+        "-p",
+        "methods",
+        "[TeCoA, Anchored]",
+        "-p",
+        "output",
+        str(out),
+        "-p",
+        "testdata",
+        "[shapes, colours]",
+    ]
     assert runner.main(arguments) == 2  # not before the cell is there
     assert "method 'Anchored' is unknown" in capfd.readouterr().err
 
@@ -40,5 +53,7 @@ def test_a_cell_of_ten_lines_brings_a_method_into_the_leaderboard(tmp_path, monk
     assert sum(r["method"] == "Anchored" for r in records) == 2 * 2
     compared = pd.read_csv(out / "tables" / "differences.csv")
     assert len(compared) == 2 * 3 * 3
-    assert len(models) == 1 and len(with_cell(cell.replace('"L_emb", 1.0', '"L_emb", 2.0'))) == 2  # a change trains anew
+    assert (
+        len(models) == 1 and len(with_cell(cell.replace('"L_emb", 1.0', '"L_emb", 2.0'))) == 2
+    )  # a change trains anew
     assert package == {path: path.read_bytes() for path in package}

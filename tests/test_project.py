@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 import yaml
 
-from tgazsr_utils import ROOT
-from tgazsr_utils.evaluation import Record
-from tgazsr_utils.results import leaderboard, published, readable
-from tgazsr_utils.runner import PROFILES, default_parameters, load_profile, check_names, parameters_of
-from tgazsr_utils.settings import NOTEBOOKS
+from tgazsr_utils.measuring.records import Record
+from tgazsr_utils.measuring.tables import leaderboard, published, readable
+from tgazsr_utils.parameters import NOTEBOOKS
+from tgazsr_utils.paths import ROOT
+from tgazsr_utils.runner import PROFILES, check_names, default_parameters, load_profile, parameters_of
 
 try:
     import tomllib
@@ -52,7 +52,11 @@ def test_a_notebook_is_as_agreed(book):
 def test_shared_parameters_have_the_same_defaults_everywhere():
     """What is trained in 02 is what 03 and 04 measure; 00 differs where pre-training is another thing."""
     first = default_parameters("02_train_tga_zsr")
-    differ = {"01_attention_shift": {"test_images"}, "03_ablations": {"test_images", "check_images"}, "04_evaluate_16_datasets": {"methods", "test_images"}}
+    differ = {
+        "01_attention_shift": {"test_images"},
+        "03_ablations": {"test_images", "check_images"},
+        "04_evaluate_16_datasets": {"methods", "test_images"},
+    }
     for name, own in differ.items():
         other = default_parameters(name)
         for shared in (set(first) & set(other)) - own:
@@ -64,7 +68,9 @@ def test_a_profile_is_valid(path):
     profile = load_profile(path.stem)
     check_names(profile, {}, profile.notebooks)
     for notebook in profile.notebooks:
-        values = profile.model_copy(update={"parameters": {k: v for k, v in profile.parameters.items() if k != "data_root"}})
+        values = profile.model_copy(
+            update={"parameters": {k: v for k, v in profile.parameters.items() if k != "data_root"}}
+        )
         parameters_of(notebook, values, "runs/x", {})
 
 
@@ -125,7 +131,10 @@ def test_the_readmes_step_is_that_of_the_kept_benchmark():
     kept = f"measured, clean and attacked, keep {found['evaluation']['mib_kept']:.2f} MiB, 200 slider moves {found['explorer']['mib_kept_by_200_moves']:.2f} MiB"
     assert f"{found['evaluation']['images']:,} image files {kept}" in text
     assert f"redraws in {1000 * moves[0]:.0f} ms, one of epsilon in {moves[1]:.2f} s" in text
-    assert f"That is {found['speed_up']:.0f} times faster" in text and f"attacks {found['attack']['images_a_second']:.2f} images" in text
+    assert (
+        f"That is {found['speed_up']:.0f} times faster" in text
+        and f"attacks {found['attack']['images_a_second']:.2f} images" in text
+    )
 
 
 def test_no_path_of_a_machine_and_no_output_is_committed():

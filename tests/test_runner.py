@@ -8,7 +8,8 @@ import venv
 import nbformat
 import pytest
 
-from tgazsr_utils import ROOT, runner
+from tgazsr_utils import runner
+from tgazsr_utils.paths import ROOT
 from tgazsr_utils.runner import fingerprint, given_value, load_profile, main, parameters_of
 
 
@@ -48,7 +49,11 @@ def test_bad_calls_stop_with_one_line_and_leave_nothing(arguments, message, tmp_
 def test_what_is_text_is_taken_as_it_is(text):
     assert given_value("output", text) == given_value("prompt", text) == text
     assert given_value("data_root", "null") is None and given_value("output", "null") == "null"
-    assert given_value("seeds", "[0, 1]") == [0, 1] and given_value("lr", "null") is None and given_value("nothing", "3") == 3
+    assert (
+        given_value("seeds", "[0, 1]") == [0, 1]
+        and given_value("lr", "null") is None
+        and given_value("nothing", "3") == 3
+    )
 
 
 @pytest.mark.parametrize("folder", ["with a file", "the workbook", "home of the workbook"])
@@ -75,8 +80,17 @@ def test_an_environment_that_was_killed_while_it_was_made_is_made_again(tmp_path
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     venv.create(tmp_path / ".venv", with_pip=False)
     plain = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
-    done = subprocess.run(["bash", tmp_path / "run_all.sh"], env=plain | {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}, capture_output=True, text=True)
-    assert done.returncode != 0 and "No matching distribution found for torch" in done.stderr and "No module named pip" not in done.stderr
+    done = subprocess.run(
+        ["bash", tmp_path / "run_all.sh"],
+        env=plain | {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull},
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode != 0
+        and "No matching distribution found for torch" in done.stderr
+        and "No module named pip" not in done.stderr
+    )
 
 
 def test_a_failing_notebook_stops_the_run_and_leaves_its_copy(photo_root, tmp_path, capfd):
@@ -126,8 +140,15 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(tmp_path, capfd):
         assert all(c.execution_count for c in executed.cells if c.cell_type == "code")
     figures = {p.stem for p in (out / "figures").glob("*.png")}
     assert figures == {p.stem for p in (out / "figures").glob("*.svg")} and len(figures) >= 25
-    panels = [output.data for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "execute_result"]
-    assert len(panels) == 4 and all("image/png" in data and not any("widget" in kind for kind in data) for data in panels)  # of 05
+    panels = [
+        output.data
+        for cell in executed.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "execute_result"
+    ]
+    assert len(panels) == 4 and all(
+        "image/png" in data and not any("widget" in kind for kind in data) for data in panels
+    )  # of 05
     assert "TGA-ZSR" in log.rsplit("robust", 1)[1]  # the closing table
     assert len(list((out / "records").glob("*.json"))) >= 3 * 16 * 2
 
@@ -140,7 +161,10 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(tmp_path, capfd):
     table.write_text(whole.replace("TeCoA,", "TeCoA,9"))
     assert main(given) == 0
     printed = capfd.readouterr().out
-    assert printed.count("done already") == 5 and "04_evaluate_16_datasets: runs again, as tables/leaderboard.csv is not as it was written" in printed
+    assert (
+        printed.count("done already") == 5
+        and "04_evaluate_16_datasets: runs again, as tables/leaderboard.csv is not as it was written" in printed
+    )
     assert table.read_text() == whole
     assert main([*given, "--fresh", "-p", "seed", "x"]) == 2  # refused before anything is moved
     assert out.exists() and not list(tmp_path.glob("out-before-*"))

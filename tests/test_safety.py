@@ -28,13 +28,19 @@ import torch
 import torchvision.datasets
 from miniatures import write_all
 
-from tgazsr_utils import ROOT, datasets_command
-from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.explorer import look, look_html
-from tgazsr_utils.files import digest, save_tensors
+from tgazsr_utils.core.seeds import digest
+from tgazsr_utils.datasets import __main__ as datasets_command
+from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.display.explorer import look, look_html
+from tgazsr_utils.durable.files import save_tensors
+from tgazsr_utils.paths import ROOT
 from tgazsr_utils.runner import main
 
-SOURCES = [*sorted((ROOT / "tgazsr_utils").glob("*.py")), *sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "benchmarks").glob("*.py"))]
+SOURCES = [
+    *sorted((ROOT / "tgazsr_utils").rglob("*.py")),
+    *sorted((ROOT / "notebooks").glob("*.ipynb")),
+    *sorted((ROOT / "benchmarks").glob("*.py")),
+]
 
 
 class RunsCode:
@@ -62,7 +68,16 @@ def calls(path):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_no_call_that_would_run_what_a_file_or_a_person_says(path):
     for name, keywords in calls(path):
-        assert name not in {"eval", "exec", "os.system", "pickle.load", "pickle.loads", "yaml.load", "joblib.load", "pd.read_pickle"}, name
+        assert name not in {
+            "eval",
+            "exec",
+            "os.system",
+            "pickle.load",
+            "pickle.loads",
+            "yaml.load",
+            "joblib.load",
+            "pd.read_pickle",
+        }, name
         assert not name.endswith("torch.load") or keywords.get("weights_only") is True
         assert not keywords.get("shell") and not keywords.get("allow_pickle")
 
@@ -102,15 +117,21 @@ def test_an_archive_cannot_write_outside_of_its_folder(served, tmp_path, monkeyp
             link = tarfile.TarInfo("fgvc-aircraft-2013b/out")
             link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
             tar.addfile(link)
-        name = "fgvc-aircraft-2013b/out/outside.txt" if member == "link" else member.format(root=str(tmp_path).lstrip("/"))
+        name = (
+            "fgvc-aircraft-2013b/out/outside.txt" if member == "link" else member.format(root=str(tmp_path).lstrip("/"))
+        )
         info = tarfile.TarInfo(name)
         info.size = 4
         tar.addfile(info, io.BytesIO(b"evil"))
     monkeypatch.setattr(torchvision.datasets.FGVCAircraft, "_URL", f"{served[1]}/{archive.name}")
     assert datasets_command.main(["fetch", "fgvc_aircraft", "--root", str(tmp_path / "deep" / "sets")]) == 1
     said = capsys.readouterr().out
-    assert "fgvc_aircraft: failed: " in said and ("outside" in said or "absolute" in said or member.startswith("/"))  # a slash is dropped
-    assert not [path for path in tmp_path.rglob("outside.txt") if tmp_path / "deep" / "sets" / ".fetching" not in path.parents]
+    assert "fgvc_aircraft: failed: " in said and (
+        "outside" in said or "absolute" in said or member.startswith("/")
+    )  # a slash is dropped
+    assert not [
+        path for path in tmp_path.rglob("outside.txt") if tmp_path / "deep" / "sets" / ".fetching" not in path.parents
+    ]
 
 
 def test_a_zip_cannot_either(served, tmp_path, monkeypatch):
@@ -123,19 +144,23 @@ def test_a_zip_cannot_either(served, tmp_path, monkeypatch):
     monkeypatch.setitem(datasets_command.DATASETS, "tinyImageNet", replace(spec, source=f"{served[1]}/{archive.name}"))
     assert datasets_command.main(["fetch", "tinyImageNet", "--root", str(tmp_path / "deep" / "sets")]) == 0
     sets = tmp_path / "deep" / "sets"
-    assert (sets / "tiny-imagenet-200" / "wnids.txt").exists() and not [path for path in tmp_path.rglob("outside.txt") if sets not in path.parents]
+    assert (sets / "tiny-imagenet-200" / "wnids.txt").exists() and not [
+        path for path in tmp_path.rglob("outside.txt") if sets not in path.parents
+    ]
 
 
 def run_all(*arguments):
     """run_all.sh with this Python as the active environment."""
     own = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(["bash", str(ROOT / "run_all.sh"), *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ | own)
+    return subprocess.run(
+        ["bash", str(ROOT / "run_all.sh"), *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ | own
+    )
 
 
 def test_what_a_person_passes_is_never_run(tmp_path, capsys):
     """Neither by the shell nor in a notebook that papermill writes it into."""
     trace = tmp_path / "ran"
-    folder = tmp_path / "it's \"odd\" $(touch ran) `touch ran`; touch ran\\n"
+    folder = tmp_path / 'it\'s "odd" $(touch ran) `touch ran`; touch ran\\n'
     done = run_all("smoke", "02", "-p", "output", str(folder), "-p", "methods", "[TeCoA]")
     assert done.returncode == 0, done.stderr
     assert len(list(folder.glob("tables/*.csv"))) == 1
@@ -178,7 +203,9 @@ def test_jupyter_listens_on_loopback_and_wants_its_token(tmp_path):
                 time.sleep(0.5)
                 continue
             break
-        addresses = {c.laddr.ip for c in psutil.Process(server.pid).net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        addresses = {
+            c.laddr.ip for c in psutil.Process(server.pid).net_connections("inet") if c.status == psutil.CONN_LISTEN
+        }
         assert status == 403, (tmp_path / "log").read_text()
         assert addresses and addresses <= {"127.0.0.1", "::1"}
         token = re.search(r"token=(\w{20,})", (tmp_path / "log").read_text())[1]
@@ -191,12 +218,20 @@ def test_jupyter_listens_on_loopback_and_wants_its_token(tmp_path):
 @pytest.mark.skipif(not importlib.util.find_spec("atheris"), reason="atheris is not installed (pip install atheris)")
 def test_coverage_guided_fuzzing_finds_nothing(tmp_path):
     record = {"key": "abc", "method": "CLIP", "model": "m", "n": 2, "hits": "80"}
-    seeds = [b"\x00" + (ROOT / "notebooks" / "profiles" / "mini.yaml").read_bytes(), b"\x01" + json.dumps(record | {"checksum": digest(record)}).encode(),
-             b"\x02" + json.dumps({"notebooks": {"01": {"status": "finished"}}}).encode(),
-             b"\x03" + save_tensors(tmp_path / "a", {"values": torch.rand(3)}, run="a").read_bytes()]  # fmt: skip
+    seeds = [
+        b"\x00" + (ROOT / "notebooks" / "profiles" / "mini.yaml").read_bytes(),
+        b"\x01" + json.dumps(record | {"checksum": digest(record)}).encode(),
+        b"\x02" + json.dumps({"notebooks": {"01": {"status": "finished"}}}).encode(),
+        b"\x03" + save_tensors(tmp_path / "a", {"values": torch.rand(3)}, run="a").read_bytes(),
+    ]
     (tmp_path / "corpus").mkdir()
     for number, seed in enumerate(seeds):
         (tmp_path / "corpus" / str(number)).write_bytes(seed)
     script = str(Path(__file__).with_name("coverage_fuzz.py"))
-    done = subprocess.run([sys.executable, script, str(tmp_path / "corpus"), "-runs=20000", "-seed=1", "-max_len=600"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, str(tmp_path / "corpus"), "-runs=20000", "-seed=1", "-max_len=600"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "Done 20000" in done.stderr, done.stdout[-2000:] + done.stderr[-3000:]

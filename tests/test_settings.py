@@ -1,8 +1,9 @@
 import pytest
 from pydantic import ValidationError
 
+from tgazsr_utils.core.settings import AttackSettings
+from tgazsr_utils.parameters import AttentionShiftNotebook, SettingsError, TrainNotebook, from_notebook, validate
 from tgazsr_utils.runner import default_parameters
-from tgazsr_utils.settings import AttackSettings, AttentionShiftNotebook, SettingsError, TrainNotebook, from_notebook, validate
 
 GOOD = {"test_eps": 1.0, "test_stepsize": 1.0, "test_numsteps": 10}
 
@@ -25,11 +26,17 @@ def test_bad_values_are_refused_in_one_line(changes, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("field, value", [("test_eps", True), ("test_numsteps", True), ("eps_list", [1.0, False]), ("seed", 2**63), ("seed", 1e30)])
+@pytest.mark.parametrize(
+    "field, value",
+    [("test_eps", True), ("test_numsteps", True), ("eps_list", [1.0, False]), ("seed", 2**63), ("seed", 1e30)],
+)
 def test_yes_is_no_number_and_a_seed_fits(field, value):
     values = default_parameters("01_attention_shift") | {"output": "unused"}
     assert validate(AttentionShiftNotebook, values | {"compiled": True}).compiled is True
-    with pytest.raises(SettingsError, match=rf"parameter {field}.* = .*: (input should be a number|input should be less|unable to parse)"):
+    with pytest.raises(
+        SettingsError,
+        match=rf"parameter {field}.* = .*: (input should be a number|input should be less|unable to parse)",
+    ):
         validate(AttentionShiftNotebook, values | {field: value})
 
 
@@ -99,7 +106,11 @@ def test_overrides_change_one_method_and_are_checked():
     settings = validate(TrainNotebook, values | {"overrides": {"FARE": {"lr": "1e-4", "train_numsteps": 5}}})
     assert (settings.finetuning("FARE").lr, settings.finetuning("FARE").train_numsteps) == (1e-4, 5)
     assert settings.finetuning("TeCoA").lr == values["lr"] and settings.finetuning("FARE", seed=7).seed == 7
-    for bad, message in (({"lr": -1}, "overrides of FARE: parameter lr = -1"), ({"lrr": 1}, "overrides of FARE: unknown parameter 'lrr'"), ({"seed": 1}, "one for all methods")):
+    for bad, message in (
+        ({"lr": -1}, "overrides of FARE: parameter lr = -1"),
+        ({"lrr": 1}, "overrides of FARE: unknown parameter 'lrr'"),
+        ({"seed": 1}, "one for all methods"),
+    ):
         with pytest.raises(SettingsError, match=message) as error:
             validate(TrainNotebook, values | {"overrides": {"FARE": bad}})
         assert "\n" not in str(error.value)
@@ -108,7 +119,10 @@ def test_overrides_change_one_method_and_are_checked():
 def test_an_attack_may_be_named_as_in_the_original_code():
     assert validate(AttackSettings, GOOD | {"attack": "CW"}).label == "cw-10"
     assert validate(AttackSettings, GOOD | {"norm": "l2", "test_eps": 765}).label == "pgd-10-l2"
-    assert validate(AttackSettings, GOOD | {"attack": "autoattack", "autoattack_version": "standard"}).label == "autoattack-standard"
+    assert (
+        validate(AttackSettings, GOOD | {"attack": "autoattack", "autoattack_version": "standard"}).label
+        == "autoattack-standard"
+    )
 
 
 def test_a_missing_data_root_is_refused():

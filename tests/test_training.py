@@ -6,14 +6,18 @@ import pandas as pd
 import pytest
 import torch
 
-from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.evaluation import evaluate
-from tgazsr_utils.files import code_version, load_tensors
-from tgazsr_utils.models import Clip, find_weights, load_clip
-from tgazsr_utils.objectives import Objective, Term
-from tgazsr_utils.settings import FinetuneSettings, PretrainNotebook
+from tgazsr_utils.core.objectives import Objective, Term
+from tgazsr_utils.core.settings import FinetuneSettings
+from tgazsr_utils.core.training import warmup_cosine
+from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.durable import finetuning
+from tgazsr_utils.durable.files import load_tensors
+from tgazsr_utils.durable.finetuning import finetune
+from tgazsr_utils.durable.fingerprints import code_version, fingerprint
+from tgazsr_utils.durable.weights import find_weights, load_clip
+from tgazsr_utils.measuring.measure import evaluate
+from tgazsr_utils.parameters import PretrainNotebook
 from tgazsr_utils.pretraining import contrastive_loss, miniworld_pairs, photo_pairs, pretrain
-from tgazsr_utils.training import MODULES, finetune, warmup_cosine
 
 SETTINGS = FinetuneSettings(
     Alpha=0.08,
@@ -91,7 +95,9 @@ def _flip(path):
 def test_ctrl_c_finishes_the_step_and_writes_a_checkpoint(mini, train_set, tmp_path):
     press, before = stop_after(2), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="step 2 of 6"):
-        finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path, stop=lambda: press() and os.kill(os.getpid(), signal.SIGINT))
+        finetune(
+            mini, train_set, "TeCoA", SETTINGS, tmp_path, stop=lambda: press() and os.kill(os.getpid(), signal.SIGINT)
+        )
     (checkpoint,) = tmp_path.glob("*.ckpt")
     assert checkpoint.name.endswith(".step2.ckpt") and load_tensors(checkpoint)[1]["state"]["step"] == 2
     assert signal.getsignal(signal.SIGINT) is before
@@ -102,14 +108,21 @@ def test_a_finished_run_is_loaded_and_other_settings_are_another_run(mini, train
     again = finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path)
     assert again.weights == first.weights
     pd.testing.assert_frame_equal(first.history, again.history)
-    assert first.clip.fingerprint() == again.clip.fingerprint()
+    assert fingerprint(first.clip) == fingerprint(again.clip)
     other = finetune(mini, train_set, "TeCoA", SETTINGS.model_copy(update={"seed": 1}), tmp_path)
-    assert first.clip.training == again.clip.training == {
-        "method": "TeCoA", "settings": first.clip.training["settings"], "data": train_set.fingerprint(), "code": code_version(MODULES),
-    }  # fmt: skip
-    assert first.clip.training["settings"]["lr"] == SETTINGS.lr and mini.training == {}
-    assert evaluate(again.clip, train_set, None, method="TeCoA").training == first.clip.training
-    assert other.weights != first.weights and other.clip.fingerprint() != first.clip.fingerprint()
+    assert (
+        first.clip.training_record
+        == again.clip.training_record
+        == {
+            "method": "TeCoA",
+            "settings": first.clip.training_record["settings"],
+            "data": fingerprint(train_set),
+            "code": code_version(finetuning.__name__),
+        }
+    )
+    assert first.clip.training_record["settings"]["lr"] == SETTINGS.lr and mini.training_record == {}
+    assert evaluate(again.clip, train_set, None, method="TeCoA").training == first.clip.training_record
+    assert other.weights != first.weights and fingerprint(other.clip) != fingerprint(first.clip)
     assert find_weights("latest:TeCoA", tmp_path) == str(other.weights)
     finetune(mini, train_set, "TeCoA", SETTINGS, tmp_path)  # asked for again: now this is the latest
     assert find_weights("latest:TeCoA", tmp_path) == str(first.weights)
@@ -123,7 +136,7 @@ def test_an_objective_with_another_body_is_another_run(mini, train_set, tmp_path
     half = lambda step, settings: [Term("CE", 0.5, step.cross_entropy(step.adversarial_tokens))]
     whole = lambda step, settings: [Term("CE", 1.0, step.cross_entropy(step.adversarial_tokens))]
     runs = [finetune(mini, train_set, Objective("Mine", terms), settings, tmp_path) for terms in (half, whole)]
-    assert runs[0].clip.fingerprint() != runs[1].clip.fingerprint()
+    assert fingerprint(runs[0].clip) != fingerprint(runs[1].clip)
 
 
 def test_only_the_image_encoder_is_tuned_and_the_given_model_stays(mini, train_set, tmp_path):
@@ -165,7 +178,9 @@ def test_the_published_learning_rate_is_the_default(mini, train_set, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_term(mini, train_set, tmp_path):
-    broken = Objective("Broken", lambda step, settings: [Term("CE", 1.0, torch.tensor(float("nan")))])
+    broken = Objective(
+        "Broken", lambda step, settings: [Term("CE", 1.0, float("nan") * step.cross_entropy(step.adversarial_tokens))]
+    )
     with pytest.raises(FloatingPointError, match="Broken is not finite at step 0: CE nan"):
         finetune(mini, train_set, broken, SETTINGS, tmp_path)
     with pytest.raises(ValueError, match="method 'Nonsense' is unknown; there are: FT-Clean, FT-Adv., TeCoA"):
@@ -183,7 +198,9 @@ def test_a_gradient_that_is_not_finite_stops_with_its_term_and_the_last_good_che
         return [Term("CE", 1.0, step.cross_entropy(step.adversarial_tokens)), Term("L_root", 1e-3, root)]
 
     broken = Objective("Broken", terms)
-    with pytest.raises(FloatingPointError, match="gradient of Broken is not finite at step 3: that of L_root; .* checkpoint is .*ckpt"):
+    with pytest.raises(
+        FloatingPointError, match="gradient of Broken is not finite at step 3: that of L_root; .* checkpoint is .*ckpt"
+    ):
         finetune(mini, train_set, broken, SETTINGS, tmp_path)
     (checkpoint,) = tmp_path.glob("*.ckpt")
     weights, about = load_tensors(checkpoint)
@@ -194,8 +211,14 @@ def test_a_gradient_that_is_not_finite_stops_with_its_term_and_the_last_good_che
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_a_model_that_diverges_in_the_last_step_of_an_epoch_is_not_kept(mini, tmp_path, epochs):
     """Loss and gradient were finite: neither a checkpoint nor weights are written of what they have made."""
-    data, settings = load_dataset("shapes", "train", n=8), SETTINGS.model_copy(update={"epochs": epochs, "lr": 1e30, "warmup_steps": 0})
-    with pytest.raises(FloatingPointError, match="TeCoA has diverged: its model gives no finite numbers after step 0; there is no checkpoint yet"):
+    data, settings = (
+        load_dataset("shapes", "train", n=8),
+        SETTINGS.model_copy(update={"epochs": epochs, "lr": 1e30, "warmup_steps": 0}),
+    )
+    with pytest.raises(
+        FloatingPointError,
+        match="TeCoA has diverged: its model gives no finite numbers after step 0; there is no checkpoint yet",
+    ):
         finetune(mini, data, "TeCoA", settings, tmp_path)
     assert not list(tmp_path.glob("*.*"))
 
@@ -209,10 +232,23 @@ def test_training_lowers_the_loss_on_attacked_images(mini, tmp_path):
 
 def pretrain_settings(tmp_path, steps):
     return PretrainNotebook(
-        arch="mini-clip", data_root=None, output=str(tmp_path), seed=0, sets=None, steps=steps,
-        batch_size=8, lr=1e-3, warmup_steps=2, weight_decay=0.1, test_images=8, weights="unused", weights_precision="fp16",
-        eps_candidates=[1], test_numsteps=1, device="cpu",
-    )  # fmt: skip
+        arch="mini-clip",
+        data_root=None,
+        output=str(tmp_path),
+        seed=0,
+        sets=None,
+        steps=steps,
+        batch_size=8,
+        lr=1e-3,
+        warmup_steps=2,
+        weight_decay=0.1,
+        test_images=8,
+        weights="unused",
+        weights_precision="fp16",
+        eps_candidates=[1],
+        test_numsteps=1,
+        device="cpu",
+    )
 
 
 def test_pretraining_resumes_bit_for_bit(tmp_path):
@@ -229,20 +265,26 @@ def test_pretraining_resumes_bit_for_bit(tmp_path):
     with pytest.raises(KeyboardInterrupt, match="step 3 of 4"):
         pretrain(replace(source, batch=interrupted), settings, tmp_path / "parts")
     parts = pretrain(miniworld_pairs(8, 0), settings, tmp_path / "parts")
-    assert parts.clip.fingerprint() == whole.clip.fingerprint()
+    assert fingerprint(parts.clip) == fingerprint(whole.clip)
     assert parts.history.loss.tolist() == whole.history.loss.tolist()
 
 
 def test_pretraining_that_is_not_finite_stops_with_its_step(tmp_path):
     settings = pretrain_settings(tmp_path, 4).model_copy(update={"lr": 1e30, "warmup_steps": 0})
-    with pytest.raises(FloatingPointError, match="pre-training is not finite at step 1: contrastive loss nan.*there is no checkpoint yet"):
+    with pytest.raises(
+        FloatingPointError,
+        match="pre-training is not finite at step 1: contrastive loss nan.*there is no checkpoint yet",
+    ):
         pretrain(miniworld_pairs(8, 0), settings, tmp_path)
     assert not list(tmp_path.glob("*.ckpt"))
 
 
 def test_pretraining_that_diverges_in_its_last_step_is_not_kept(tmp_path):
     settings = pretrain_settings(tmp_path, 1).model_copy(update={"lr": 1e30, "warmup_steps": 0})
-    with pytest.raises(FloatingPointError, match="pre-training has diverged: its loss is not finite after step 0; there is no checkpoint yet"):
+    with pytest.raises(
+        FloatingPointError,
+        match="pre-training has diverged: its loss is not finite after step 0; there is no checkpoint yet",
+    ):
         pretrain(miniworld_pairs(8, 0), settings, tmp_path)
     assert not list(tmp_path.glob("*.ckpt"))
 

@@ -8,18 +8,29 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from tgazsr_utils import ROOT
-from tgazsr_utils.datasets import load_dataset
-from tgazsr_utils.models import load_clip
-from tgazsr_utils.results import RecordStore, evaluate_all
+from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.durable.finetuning import finetune
+from tgazsr_utils.durable.weights import load_clip
+from tgazsr_utils.measuring.bench import Bench
+from tgazsr_utils.measuring.records import RecordStore
+from tgazsr_utils.paths import ROOT
 from tgazsr_utils.runner import environment, main
-from tgazsr_utils.settings import AttackSettings, FinetuneSettings
-from tgazsr_utils.training import finetune
 
 SETTINGS = FinetuneSettings(
-    Alpha=0.08, Beta=0.05, Distance_metric="l2", attention_variant="reference", epochs=3, batch_size=8, lr=1e-3, warmup_steps=2,
-    train_eps=3, train_stepsize=3, train_numsteps=1, seed=0,
-)  # fmt: skip
+    Alpha=0.08,
+    Beta=0.05,
+    Distance_metric="l2",
+    attention_variant="reference",
+    epochs=3,
+    batch_size=8,
+    lr=1e-3,
+    warmup_steps=2,
+    train_eps=3,
+    train_stepsize=3,
+    train_numsteps=1,
+    seed=0,
+)
 
 
 def test_a_second_headless_run_into_a_folder_is_refused(tmp_path):
@@ -45,7 +56,10 @@ def work(folder):
     tuned = finetune(clip, load_dataset("shapes", "train", n=20), "TGA-ZSR", SETTINGS, folder / "models")
     sets = [load_dataset(key, "test", n=20) for key in ("shapes", "letters")]
     attack = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
-    return [(r.key, r.hits) for r in evaluate_all(tuned.clip, sets, attack, method="TGA-ZSR", store=RecordStore(folder / "records"))]
+    return [
+        (r.key, r.hits)
+        for r in Bench(RecordStore(folder / "records")).measure(tuned.clip, sets, attack, method="TGA-ZSR")
+    ]
 
 
 def test_the_same_seed_in_another_process_gives_the_same_weights_and_records(tmp_path):
@@ -53,13 +67,21 @@ def test_the_same_seed_in_another_process_gives_the_same_weights_and_records(tmp
     folders = [tmp_path / "first", tmp_path / "second"]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         pool.map(work, folders, chunksize=1)
-    records = [[r.model_dump(exclude={"time", "seconds"}) for r in RecordStore(folder / "records").all()] for folder in folders]
+    records = [
+        [r.model_dump(exclude={"time", "seconds"}) for r in RecordStore(folder / "records").all()] for folder in folders
+    ]
     assert records[0] == records[1] and len(records[0]) == 4
-    assert all(r["training"]["settings"]["seed"] == 0 and r["data"] and r["pixels"] and r["code"] and r["model"] for r in records[0])
+    assert all(
+        r["training"]["settings"]["seed"] == 0 and r["data"] and r["pixels"] and r["code"] and r["model"]
+        for r in records[0]
+    )
     weights = [load_file(next((folder / "models").glob("*.safetensors"))) for folder in folders]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     said = environment("cpu")
-    assert said["threads"] == torch.get_num_threads() and "versions, devices or thread counts may change results by rounding" in said["note"]
+    assert (
+        said["threads"] == torch.get_num_threads()
+        and "versions, devices or thread counts may change results by rounding" in said["note"]
+    )
 
 
 def test_two_notebooks_that_train_and_measure_the_same_end_alike(tmp_path):
@@ -68,4 +90,6 @@ def test_two_notebooks_that_train_and_measure_the_same_end_alike(tmp_path):
         both = pool.map(work, [tmp_path / "shared"] * 2)
     assert both == [alone, alone]
     assert len(list((tmp_path / "shared" / "records").glob("*.json"))) == 4
-    assert len(list((tmp_path / "shared" / "models").glob("*"))) == 2  # the weights, and the emptied folder of unfinished work
+    assert (
+        len(list((tmp_path / "shared" / "models").glob("*"))) == 2
+    )  # the weights, and the emptied folder of unfinished work

@@ -12,16 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import miniworld
-from .checkpoints import Checkpoints
-from .datasets import ImageSet
-from .files import code_version, digest
-from .models import Clip, load_clip
-from .progress import progress
-from .settings import PretrainNotebook
-from .training import deferred_interrupt, warmup_cosine
+from tgazsr_utils.core.images import ImageSet
+from tgazsr_utils.core.models import Clip
+from tgazsr_utils.core.seeds import digest
+from tgazsr_utils.core.training import warmup_cosine
+from tgazsr_utils.datasets import miniworld
+from tgazsr_utils.datasets.loading import decoded
+from tgazsr_utils.durable.checkpoints import Checkpoints
+from tgazsr_utils.durable.fingerprints import code_version, fingerprint
+from tgazsr_utils.durable.processes import deferred_interrupt
+from tgazsr_utils.durable.weights import load_clip
+from tgazsr_utils.parameters import PretrainNotebook
+from tgazsr_utils.progress import progress
 
-MODULES = ("models", "miniworld", "checkpoints", "pretraining", "training")  # the source a pre-trained model depends on
 CAPTIONS_PER_IMAGE = 2
 _RELEVANT = {"arch", "seed", "steps", "batch_size", "lr", "warmup_steps", "weight_decay"}
 _PHOTO_TEMPLATES = ("This is a photo of a {}", "A photo of a {}", "An image of a {}", "{}")
@@ -60,7 +63,7 @@ def miniworld_pairs(batch_size: int, seed: int) -> PairSource:
 
 def photo_pairs(sets: Sequence[ImageSet], batch_size: int, seed: int, image_size: int) -> PairSource:
     """Augmented photographs with captions from their class names; a caption fits every image of a class so named."""
-    sets = [data.decoded() for data in sets]
+    sets = [decoded(data) for data in sets]
     images = torch.cat([data.images for data in sets])
     names = [data.class_names[label] for data in sets for label in data.labels.tolist()]
     ids = {name: i for i, name in enumerate(dict.fromkeys(names))}
@@ -74,7 +77,7 @@ def photo_pairs(sets: Sequence[ImageSet], batch_size: int, seed: int, image_size
         fits = classes[chosen][:, None] == classes[chosen][None]
         return Pairs(augment(images[chosen], image_size, generator), captions, fits)
 
-    return PairSource(batch, digest([data.fingerprint() for data in sets], image_size))
+    return PairSource(batch, digest([fingerprint(data) for data in sets], image_size))
 
 
 def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -120,7 +123,7 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
     raises KeyboardInterrupt) and at the end; the same call goes on from there.
     """
     relevant = settings.model_dump(include=_RELEVANT)
-    key = digest(relevant, pairs.fingerprint, open_clip.get_model_config(settings.arch), code_version(MODULES))
+    key = digest(relevant, pairs.fingerprint, open_clip.get_model_config(settings.arch), code_version(__name__))
     checkpoints = Checkpoints(folder / f"pretrain_{settings.arch}_{key}")
     clip = load_clip(settings.arch, None, settings.device, seed=settings.seed).requires_grad_(True)
     model, device = clip.model, clip.device
@@ -149,7 +152,7 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
             if not (loss.isfinite() and norm.isfinite()):
                 raise FloatingPointError(
                     f"pre-training is not finite at step {step}: contrastive loss {loss.item():g}, norm of its gradient {norm.item():g}; "
-                    f"nothing was changed by this step, {checkpoints.said()}"
+                    f"nothing was changed by this step, {checkpoints.description()}"
                 )
             optimizer.step()
             with torch.no_grad():
@@ -164,7 +167,9 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
                 with torch.no_grad():
                     after = loss_of(batch)
                 if not after.isfinite():
-                    raise FloatingPointError(f"pre-training has diverged: its loss is not finite after step {step}; {checkpoints.said()}")
+                    raise FloatingPointError(
+                        f"pre-training has diverged: its loss is not finite after step {step}; {checkpoints.description()}"
+                    )
                 checkpoints.save(state, model, optimizer)
             if interrupted():
                 raise KeyboardInterrupt(f"stopped after step {state['step']} of {settings.steps}; run again to go on")

@@ -32,17 +32,31 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from . import ROOT, distributed
-from .datasets import list_datasets
-from .files import code_version, digest, write_atomic, write_json
-from .models import SHIPPED, image_size_of, locate_weights, pick_device
-from .objectives import find_objective
-from .progress import HEADLESS
-from .settings import NOTEBOOKS, Settings, SettingsError, resolve, unknown_parameter, validate
+from tgazsr_utils.core.objectives import find_objective
+from tgazsr_utils.core.seeds import digest
+from tgazsr_utils.core.settings import Settings
+from tgazsr_utils.datasets.layouts import list_datasets
+from tgazsr_utils.durable import processes
+from tgazsr_utils.durable.files import write_atomic, write_json
+from tgazsr_utils.durable.fingerprints import code_version
+from tgazsr_utils.durable.weights import SHIPPED, image_size_of, locate_weights, pick_device
+from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, unknown_parameter, validate
+from tgazsr_utils.paths import ROOT, resolve
+from tgazsr_utils.progress import HEADLESS
 
 FOLDER = ROOT / "notebooks"
 PROFILES = FOLDER / "profiles"
-_PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pandas", "seaborn", "papermill", "jupyterlab", "ipywidgets")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "numpy",
+    "pandas",
+    "seaborn",
+    "papermill",
+    "jupyterlab",
+    "ipywidgets",
+)
 
 
 class Profile(Settings):
@@ -61,7 +75,11 @@ def load_profile(name: str) -> Profile:
         raise SettingsError(f"profile {name!r} is unknown; there are: {there}")
     try:
         values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a number or date that is none; of text that nests deeply
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # of a number or date that is none; of text that nests deeply
         raise SettingsError(f"profile {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"profile {path} must hold names and values")
@@ -71,7 +89,9 @@ def load_profile(name: str) -> Profile:
         raise SettingsError(f"profile {name!r}: {error}") from None
     for notebook in (*profile.notebooks, *profile.by_notebook):
         if notebook not in NOTEBOOKS:
-            raise SettingsError(f"profile {name!r}: notebook {notebook!r} is unknown; there are: {', '.join(NOTEBOOKS)}")
+            raise SettingsError(
+                f"profile {name!r}: notebook {notebook!r} is unknown; there are: {', '.join(NOTEBOOKS)}"
+            )
     return profile
 
 
@@ -188,7 +208,9 @@ def execute(notebook: str, parameters: dict[str, Any], folder: Path) -> None:
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
                 config=Config({"KernelManager": kernel}),
-                extra_arguments=["--IPKernelApp.log_level=50"],  # a kernel that is interrupted fills the log with its own troubles
+                extra_arguments=[
+                    "--IPKernelApp.log_level=50"
+                ],  # a kernel that is interrupted fills the log with its own troubles
             )
         except BaseException:
             with contextlib.suppress(Exception):  # what went wrong first is what is to be told
@@ -236,10 +258,14 @@ def load_manifest(path: Path) -> dict[str, Any]:
         return {"notebooks": {}}
     try:
         notebooks = json.loads(path.read_bytes())["notebooks"]
-        if not all(isinstance(entry, dict) and isinstance(entry.get("files", {}), dict) for entry in notebooks.values()):
+        if not all(
+            isinstance(entry, dict) and isinstance(entry.get("files", {}), dict) for entry in notebooks.values()
+        ):
             raise TypeError
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise SettingsError(f"manifest {path} is damaged; remove it to run the notebooks again, which goes on from what is stored") from None
+        raise SettingsError(
+            f"manifest {path} is damaged; remove it to run the notebooks again, which goes on from what is stored"
+        ) from None
     return {"notebooks": notebooks}
 
 
@@ -257,31 +283,48 @@ def run(profile_name: str, numbers: list[str], given: dict[str, Any], fresh: boo
         check_choices(name, parameters[name])
     together = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if together:
-        unsuitable = {name for name in ("device", "processes") for values in parameters.values() if values.get(name, "auto") not in ("auto", 1)}
+        unsuitable = {
+            name
+            for name in ("device", "processes")
+            for values in parameters.values()
+            if values.get(name, "auto") not in ("auto", 1)
+        }
         if unsuitable or fresh or "00_pretrain_mini_clip" in chosen:
-            raise SettingsError("under torchrun each process takes its own device: no device, no processes, no --fresh, and not notebook 00")
+            raise SettingsError(
+                "under torchrun each process takes its own device: no device, no processes, no --fresh, and not notebook 00"
+            )
     folder.parent.mkdir(parents=True, exist_ok=True)
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes of torchrun
     try:
         with FileLock(folder.parent / f".{folder.name}.lock", timeout=0) if first else contextlib.nullcontext():
             if not together:
                 return _run_in(folder, profile_name, profile, in_order, chosen, parameters, fresh)
-            with distributed.joined(), contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
+            with processes.joined(), contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
                 for name in chosen:
-                    print(f"\n=== {name}, in {distributed.processes()} processes", flush=True)
+                    print(f"\n=== {name}, in {processes.count()} processes", flush=True)
                     take_part(name, parameters[name])
             return 0
     except Timeout:
-        raise SettingsError(f"another run writes to {output} now; wait for it, or give this one a folder of its own with -p output") from None
+        raise SettingsError(
+            f"another run writes to {output} now; wait for it, or give this one a folder of its own with -p output"
+        ) from None
 
 
 def _run_in(
-    folder: Path, profile_name: str, profile: Profile, in_order: list[str], chosen: list[str], parameters: dict[str, dict[str, Any]], fresh: bool
-) -> int:  # fmt: skip
+    folder: Path,
+    profile_name: str,
+    profile: Profile,
+    in_order: list[str],
+    chosen: list[str],
+    parameters: dict[str, dict[str, Any]],
+    fresh: bool,
+) -> int:
     now = environment(next(iter(parameters.values()))["device"])
     if fresh and folder.exists() and any(folder.iterdir()):
         if ROOT.is_relative_to(folder) or not (folder / "manifest.json").exists():
-            raise SettingsError(f"--fresh moves aside what an earlier run has left; {folder} is not such a folder (it needs a manifest.json and must not hold the workbook)")
+            raise SettingsError(
+                f"--fresh moves aside what an earlier run has left; {folder} is not such a folder (it needs a manifest.json and must not hold the workbook)"
+            )
         aside = folder.with_name(f"{folder.name}-before-{datetime.now():%Y%m%d-%H%M%S}")
         folder.rename(aside)
         print(f"earlier results were moved to {aside.name}")
@@ -302,7 +345,9 @@ def _run_in(
             if not changed and (folder / "notebooks" / f"{name}.ipynb").exists():
                 print(f"{name}: done already with the same inputs (--fresh starts over)", flush=True)
                 continue
-            print(f"{name}: runs again, as {(changed or ['its executed copy'])[0]} is not as it was written", flush=True)
+            print(
+                f"{name}: runs again, as {(changed or ['its executed copy'])[0]} is not as it was written", flush=True
+            )
         print(f"\n=== {name}", flush=True)
         started, earlier = time.time(), _outputs(folder)
         entry = {"status": "running", "inputs": inputs, "parameters": parameters[name], "environment": now}
@@ -365,8 +410,12 @@ def main(arguments: list[str] | None = None) -> int:
     if profile.isdigit():
         profile, numbers = "mini", [profile, *numbers]
     os.environ[HEADLESS] = "1"
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that a cell does not list; all are checked here
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not one of the same name in the home folder
+    logging.getLogger("papermill").setLevel(
+        logging.ERROR
+    )  # it warns of parameters that a cell does not list; all are checked here
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = (
+        "1"  # this environment's kernel, not one of the same name in the home folder
+    )
     try:
         given = {name: given_value(name, text) for name, text in options.p}
         return run(profile, numbers, given, options.fresh)

@@ -1,4 +1,4 @@
-"""Typed, frozen settings of the notebooks: names, units, ranges. Whatever papermill injects is checked here first."""
+"""What each notebook takes: names, units, ranges. Whatever papermill injects is checked here first."""
 
 import ast
 import difflib
@@ -7,41 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+
+from tgazsr_utils.core.images import PLUMBING
+from tgazsr_utils.core.settings import (
+    AttackSettings,
+    Count,
+    Eps255,
+    FinetuneSettings,
+    Fraction,
+    Natural,
+    NonNegative,
+    Number,
+    Positive,
+    Precision,
+    Protocol,
+    Settings,
 )
-
-from . import ROOT
-
-PLUMBING = "plumbing check, not a result"  # stands for the world wherever the original model has random weights
-DEFAULT_ROOT = "data/sets"  # where published image sets are looked for
-
-
-def _not_a_boolean(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("input should be a number")
-    return value
-
-
-Number = BeforeValidator(_not_a_boolean)  # YAML reads "yes" and "on" as true, and true would be 1
-Count = Annotated[int, Number, Field(ge=1, lt=2**63)]
-Natural = Annotated[int, Number, Field(ge=0, lt=2**63)]
-NonNegative = Annotated[float, Number, Field(ge=0)]
-Positive = Annotated[float, Number, Field(gt=0)]
-Fraction = Annotated[float, Number, Field(gt=0, lt=1)]
-Eps255 = Annotated[float, Number, Field(ge=0, le=255, description="1/255 of the pixel range")]
-Norm = Literal["linf", "l2"]  # of the perturbation
-Precision = Literal["auto", "fp32", "amp_bf16", "fp16", "bf16"]  # see models.load_clip
-Protocol = Literal["last", "worst"]  # robust at the attack's last iterate (as published), or at every one of them
-
+from tgazsr_utils.paths import resolve
 
 Item = TypeVar("Item")
 
@@ -62,71 +45,15 @@ class SettingsError(ValueError):
         super().__init__(" ".join(text.split()))  # one line, whatever a name or value is
 
 
-class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class Parameters(Settings):
+    """What a notebook takes, checked at once."""
 
     def only(self, model: "type[AnySettings]", **changes: Any) -> "AnySettings":
         """The part of these settings that ``model`` knows, perhaps with changes."""
         return validate(model, {name: getattr(self, name) for name in model.model_fields} | changes)
 
 
-class ObjectiveSettings(Settings):
-    """What the loss terms need (REFERENCE of the method: Alpha 0.08, Beta 0.05, l2 at 224)."""
-
-    Alpha: NonNegative | None  # weight of L_AR; None, here and below: what the method was published with
-    Beta: NonNegative | None  # weight of L_AMC
-    Distance_metric: Literal["l2", "l1", "cos"]
-    attention_variant: Literal["reference", "cosine"]
-    distance_size: Count = 224  # side in pixels at which maps are compared; Alpha and Beta belong to 224
-    attention_backend: Literal["auto", "triton", "torch"] = "auto"  # see attention.text_guided_attention
-
-
-class FinetuneSettings(ObjectiveSettings):
-    """One fine-tuning run, but for the method's name."""
-
-    epochs: Count
-    batch_size: Count | None
-    lr: Positive | None
-    warmup_steps: Natural
-    train_eps: Eps255 | None
-    train_stepsize: Eps255 | None
-    train_numsteps: Natural | None
-    last_num_ft: Natural = 0  # 0: the whole image encoder; k: its last k parameter tensors
-    momentum: Annotated[float, Number, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NonNegative = 0.0
-    seed: Natural
-
-
-class AttackSettings(Settings):
-    """The attack that robust accuracy is measured with."""
-
-    attack: Literal["pgd", "cw", "autoattack"] = "pgd"
-    norm: Norm = "linf"  # l2: epsilon and step are Euclidean lengths of the whole perturbation, still in 1/255
-    autoattack_version: Literal["apgd", "standard"] = "apgd"  # see attacks.autoattack
-    test_eps: NonNegative  # 1/255
-    test_stepsize: NonNegative  # 1/255
-    test_numsteps: Count
-
-    @field_validator("test_eps", "test_stepsize")
-    @classmethod
-    def _within_the_pixel_range(cls, value: float, info: ValidationInfo) -> float:
-        if info.data.get("norm") == "linf" and value > 255:
-            raise ValueError("input should be less than or equal to 255")
-        return value
-
-    @field_validator("attack", mode="before")
-    @classmethod
-    def _in_lower_case(cls, value: Any) -> Any:
-        return value.lower() if isinstance(value, str) else value  # "CW" in the original code
-
-    @property
-    def label(self) -> str:
-        """Such as "pgd-100", with what is not usual: "pgd-10-l2", "autoattack-standard"."""
-        standard = self.attack == "autoattack" and self.autoattack_version == "standard"
-        return f"{self.attack}-{'standard' if standard else self.test_numsteps}" + ("" if self.norm == "linf" else f"-{self.norm}")
-
-
-class WorkbookSettings(Settings):
+class WorkbookSettings(Parameters):
     """What every notebook knows."""
 
     arch: str  # an open_clip architecture with patch tokens
@@ -236,12 +163,14 @@ class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
 
     @property
     def model_options(self) -> dict[str, Any]:
-        return super().model_options | {"processes": self.processes}
+        return super().model_options | {"waiting": self.processes > 1}
 
     @model_validator(mode="after")
     def _devices_are_shared_out(self) -> "TrainNotebook":
         if self.processes > 1 and self.device != "auto":
-            raise ValueError(f"device = {self.device!r}: each of several processes takes a device of its own; leave it at 'auto'")
+            raise ValueError(
+                f"device = {self.device!r}: each of several processes takes a device of its own; leave it at 'auto'"
+            )
         return self
 
     @model_validator(mode="after")
@@ -287,7 +216,9 @@ AblationName = Literal["loss_parts", "distance", "attention", "alpha_beta", "eps
 class AblationNotebook(EvaluateNotebook):
     """03_ablations"""
 
-    ablations: str | Distinct[str]  # "cut": a few runs of each; "all"; a list of AblationName, or one: all runs of these
+    ablations: (
+        str | Distinct[str]
+    )  # "cut": a few runs of each; "all"; a list of AblationName, or one: all runs of these
     Alpha_list: Distinct[NonNegative]
     Beta_list: Distinct[NonNegative]
     train_eps_list: Distinct[Eps255]
@@ -382,14 +313,3 @@ def _assigned_constants(source: str) -> list[str] | None:
         return [target.id for statement in body for target in statement.targets]
     except (SyntaxError, ValueError, AttributeError):
         return None
-
-
-def resolve(path: str | Path) -> Path:
-    """A path as given if absolute, else under the workbook's folder, whatever the working directory is.
-
-    Raises ValueError for one below the home folder ("~") of somebody who has none.
-    """
-    try:
-        return (ROOT / Path(path).expanduser()).resolve()
-    except RuntimeError as error:
-        raise ValueError(f"path {str(path)!r}: {error}") from None

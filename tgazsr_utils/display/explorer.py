@@ -27,15 +27,21 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from . import DATA, plots
-from .attacks import pgd
-from .attention import attention_shift, resize, text_guided_attention
-from .datasets import ImageSet, fit
-from .models import Clip, load_alike, read_metadata
-from .objectives import PRESET, Step, find_objective
-from .progress import HEADLESS
-from .settings import ExplorerNotebook, FinetuneSettings
-from .training import attacked, finetune, trainable
+from tgazsr_utils.core.attacks import pgd
+from tgazsr_utils.core.attention import attention_shift, resize, text_guided_attention
+from tgazsr_utils.core.images import ImageSet
+from tgazsr_utils.core.models import Clip
+from tgazsr_utils.core.objectives import PRESET, Step, find_objective
+from tgazsr_utils.core.settings import FinetuneSettings
+from tgazsr_utils.core.training import attacked, trainable
+from tgazsr_utils.datasets.loading import fit
+from tgazsr_utils.display import plots
+from tgazsr_utils.durable.finetuning import finetune
+from tgazsr_utils.durable.weights import load_alike, read_metadata
+from tgazsr_utils.measuring.attention_shift import as_frame
+from tgazsr_utils.parameters import ExplorerNotebook
+from tgazsr_utils.paths import DATA
+from tgazsr_utils.progress import HEADLESS
 
 TGA = find_objective("TGA-ZSR")
 TERMS = ("CE", "L_AR", "L_AMC")
@@ -54,7 +60,9 @@ class LossParts:
     products: np.ndarray
 
 
-def loss_parts(clip: Clip, original: Clip, images: Tensor, labels: Tensor, prompts: Sequence[str], settings: FinetuneSettings) -> LossParts:
+def loss_parts(
+    clip: Clip, original: Clip, images: Tensor, labels: Tensor, prompts: Sequence[str], settings: FinetuneSettings
+) -> LossParts:
     """Of a batch ``images`` ``[B,3,H,W]`` in [0,1], ``labels`` ``[B]``, attacked against ``clip`` as in training."""
     tuned = clip.frozen_copy()
     weights = trainable(tuned.visual, settings.last_num_ft)
@@ -75,7 +83,9 @@ def mix(parts: LossParts, Alpha: float, Beta: float) -> pd.DataFrame:
     norms = np.sqrt(parts.products.diagonal())
     with_sum, whole = parts.products @ weight, np.sqrt(max(0.0, weight @ parts.products @ weight))
     scale = norms * whole
-    rows = pd.DataFrame({"weight": weight, "value": parts.values, "weighted": weight * parts.values, "gradient": weight * norms}, TERMS)
+    rows = pd.DataFrame(
+        {"weight": weight, "value": parts.values, "weighted": weight * parts.values, "gradient": weight * norms}, TERMS
+    )
     rows["cosine"] = np.divide(with_sum, scale, out=np.full(3, np.nan), where=scale > 0)
     rows.loc["sum"] = [np.nan, np.nan, rows.weighted.sum(), whole, 1.0 if whole else np.nan]
     return rows
@@ -85,7 +95,9 @@ def cosines(parts: LossParts) -> dict[str, float]:
     """Of the gradients of each two terms; NaN where one is zero."""
     norms = np.sqrt(parts.products.diagonal())
     pairs = combinations(range(len(TERMS)), 2)
-    return {f"{TERMS[i]}, {TERMS[j]}": parts.products[i, j] / n if (n := norms[i] * norms[j]) else np.nan for i, j in pairs}
+    return {
+        f"{TERMS[i]}, {TERMS[j]}": parts.products[i, j] / n if (n := norms[i] * norms[j]) else np.nan for i, j in pairs
+    }
 
 
 @dataclass(frozen=True)
@@ -104,8 +116,16 @@ class Look:
 
 @torch.no_grad()
 def look(
-    clip: Clip, image: Tensor, label: int | None, data: ImageSet, text: str, eps_255: float, steps: int, variant: str, mask: Tensor | None = None
-) -> Look:  # fmt: skip
+    clip: Clip,
+    image: Tensor,
+    label: int | None,
+    data: ImageSet,
+    text: str,
+    eps_255: float,
+    steps: int,
+    variant: str,
+    mask: Tensor | None = None,
+) -> Look:
     """Attacks ``image`` ``[3,H,W]`` in [0,1] by PGD (linf, step eps/4) away from class ``label`` of ``data``, or from what it is seen as (None)."""
     prompts, guide = clip.encode_text(data.prompts), clip.encode_text([text])
     pixels = image[None].to(clip.device)
@@ -117,15 +137,21 @@ def look(
     tokens = clip.encode_image(torch.cat([pixels, moved]))
     maps = text_guided_attention(tokens, guide[0], variant, grid=clip.grid)
     probable = clip.similarity(tokens.pooled, prompts).softmax(1).topk(min(5, len(prompts)))
-    tops = [[(data.class_names[i], p) for i, p in zip(*row)] for row in zip(probable.indices.tolist(), probable.values.tolist())]
-    shift = attention_shift(maps[:1], maps[1:], None if mask is None else mask[None].to(clip.device)).iloc[0]
+    tops = [
+        [(data.class_names[i], p) for i, p in zip(*row)]
+        for row in zip(probable.indices.tolist(), probable.values.tolist())
+    ]
+    shift = as_frame(attention_shift(maps[:1], maps[1:], None if mask is None else mask[None].to(clip.device))).iloc[0]
     return Look(image.cpu(), moved[0].cpu(), maps[0].cpu(), maps[1].cpu(), *tops, shift, data.class_names[label])
 
 
 def recorded_sweep(output: Path, world: str) -> tuple[pd.DataFrame | None, str]:
     """Notebook 03's table of Alpha and Beta and where it is from: ``output``, else for the mini-world the kept reference."""
     kept = DATA / "reference" / "mini" / "tables" / "ablation_alpha_beta.csv"
-    for path, where in ((output / "tables" / kept.name, "measured here by notebook 03"), (kept, "the kept reference, three seeds")):
+    for path, where in (
+        (output / "tables" / kept.name, "measured here by notebook 03"),
+        (kept, "the kept reference, three seeds"),
+    ):
         if path.exists() and (path != kept or world == "mini-world"):
             return _read_sweep(path), where
     return None, "no sweep is recorded: run notebook 03"
@@ -136,15 +162,17 @@ def _read_sweep(path: Path) -> pd.DataFrame:
         sweep = pd.read_csv(path)
         if sweep.empty:
             raise ValueError("it has no rows")
-        return sweep.astype({name: float for name in ("Alpha", "Beta", "robust", "clean", "average")})
+        return sweep.astype(dict.fromkeys(("Alpha", "Beta", "robust", "clean", "average"), float))
     except (ValueError, KeyError) as error:  # also pandas' own, and bytes that are no text
         raise ValueError(f"table {path} is damaged ({' '.join(str(error).split())}); run notebook 03 again") from None
 
 
 def nearest_measured(sweep: pd.DataFrame, Alpha: float, Beta: float) -> pd.Series:
     """The row of ``sweep`` nearest to (Alpha, Beta), where a step of the measured grid counts as one in either direction."""
-    distance = sum((np.array([grid_position(sweep[name], v) for v in sweep[name]]) - grid_position(sweep[name], value)) ** 2
-                   for name, value in (("Alpha", Alpha), ("Beta", Beta)))  # fmt: skip
+    distance = sum(
+        (np.array([grid_position(sweep[name], v) for v in sweep[name]]) - grid_position(sweep[name], value)) ** 2
+        for name, value in (("Alpha", Alpha), ("Beta", Beta))
+    )
     return sweep.iloc[int(np.argmin(distance))]
 
 
@@ -189,18 +217,32 @@ def mixture_html(parts: LossParts, Alpha: float, Beta: float) -> str:
     lines = []
     for name, row in table.iterrows():
         first = "weighted sum" if name == "sum" else name
-        cells = [first, _number(row.value), _number(row.weight), _number(row.weighted), _bar(row.weighted / total), _number(row.gradient), _number(row.cosine, "+.2f")]
-        lines.append(f'<tr class="{"sum" if name == "sum" else ""}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        cells = [
+            first,
+            _number(row.value),
+            _number(row.weight),
+            _number(row.weighted),
+            _bar(row.weighted / total),
+            _number(row.gradient),
+            _number(row.cosine, "+.2f"),
+        ]
+        lines.append(
+            f'<tr class="{"sum" if name == "sum" else ""}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        )
     heads = ("term", "value", "weight", "weighted", "share", "gradient's norm, weighted", "cosine with the sum's")
     pairs = " &nbsp; ".join(f"{pair}: {_number(value, '+.2f')}" for pair, value in cosines(parts).items())
     head = "".join(f"<th>{head}</th>" for head in heads)
-    return _html(f'<table><tr>{head}</tr>{"".join(lines)}</table><p class="quiet">Cosines between gradients &nbsp; {pairs}</p>')
+    return _html(
+        f'<table><tr>{head}</tr>{"".join(lines)}</table><p class="quiet">Cosines between gradients &nbsp; {pairs}</p>'
+    )
 
 
 def _picture(pixels: np.ndarray, caption: str) -> str:
     """``pixels`` [H,W,3] in [0,1]."""
     file = io.BytesIO()
-    Image.fromarray((255 * pixels.clip(0, 1)).round().astype(np.uint8)).resize((SHOWN, SHOWN), Image.Resampling.BILINEAR).save(file, "PNG")
+    Image.fromarray((255 * pixels.clip(0, 1)).round().astype(np.uint8)).resize(
+        (SHOWN, SHOWN), Image.Resampling.BILINEAR
+    ).save(file, "PNG")
     code, words = base64.b64encode(file.getvalue()).decode(), html.escape(caption)
     return f'<figure><img width="{SHOWN}" height="{SHOWN}" alt="{words}" src="data:image/png;base64,{code}"><figcaption>{words}</figcaption></figure>'
 
@@ -223,15 +265,28 @@ def look_html(seen: Look) -> str:
         _picture(show(0.5 + factor * (seen.adversarial - seen.image)), f"perturbation × {factor}"),
         _picture(_with_attention(seen.adversarial, seen.attacked_map), "attention, attacked"),
     ]
-    rows = lambda top: "".join(f"<tr><td>{html.escape(name)}</td><td>{100 * p:.1f} %</td><td>{_bar(p)}</td></tr>" for name, p in top)
-    tops = [f'<table><tr><th>{head}</th><th></th><th></th></tr>{rows(top)}</table>'
-            for head, top in (("probability before", seen.before), ("after the attack", seen.after))]  # fmt: skip
-    names = {"l2": "distance (l2)", "cosine": "cosine", "iou_top20": "overlap of the top 20 %", "centre_move": "centre moved (patches)",
-             "energy_clean": "inside object, clean", "energy_adv": "inside object, attacked", "energy_uniform": "if spread evenly"}  # fmt: skip
+    rows = lambda top: "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{100 * p:.1f} %</td><td>{_bar(p)}</td></tr>" for name, p in top
+    )
+    tops = [
+        f"<table><tr><th>{head}</th><th></th><th></th></tr>{rows(top)}</table>"
+        for head, top in (("probability before", seen.before), ("after the attack", seen.after))
+    ]
+    names = {
+        "l2": "distance (l2)",
+        "cosine": "cosine",
+        "iou_top20": "overlap of the top 20 %",
+        "centre_move": "centre moved (patches)",
+        "energy_clean": "inside object, clean",
+        "energy_adv": "inside object, attacked",
+        "energy_uniform": "if spread evenly",
+    }
     shifts = "".join(f"<tr><td>{names[name]}</td><td>{value:.2f}</td></tr>" for name, value in seen.shift.items())
     shift = f"<table><tr><th>attention shift</th><th></th></tr>{shifts}</table>"
     flipped = "the attack flips the answer" if seen.before[0][0] != seen.after[0][0] else "the answer stays"
-    return _html(f'{"".join(pictures)}<div class="row">{"".join(tops)}{shift}</div><p class="quiet">Away from: {html.escape(seen.label)}; {flipped}.</p>')
+    return _html(
+        f'{"".join(pictures)}<div class="row">{"".join(tops)}{shift}</div><p class="quiet">Away from: {html.escape(seen.label)}; {flipped}.</p>'
+    )
 
 
 def surface_svg(sweep: pd.DataFrame, Alpha: float, Beta: float) -> str:
@@ -253,13 +308,27 @@ def surface_svg(sweep: pd.DataFrame, Alpha: float, Beta: float) -> str:
             colour = "#ddd" if missing else matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](share))
             edge = 'stroke="#d81b60" stroke-width="3"' if row.name == near.name else 'stroke="none"'
             ink = "#111" if missing or share > 0.6 else "#fff"
-            drawn.append(f'<rect x="{left + cell * j + 2}" y="{top + cell * i + 2}" width="{cell - 4}" height="{cell - 4}" fill="{colour}" {edge}/>'
-                         f'<text x="{left + cell * (j + 0.5)}" y="{top + cell * (i + 0.5) + 4}" text-anchor="middle" font-size="12" fill="{ink}">{_number(row[kind], ".1f")}</text>')  # fmt: skip
-        ticks = [f'<text x="{left - 6}" y="{top + height - cell * (i + 0.5) + 4}" text-anchor="end" {text}>{a:g}</text>' for i, a in enumerate(alphas)]
-        ticks += [f'<text x="{left + cell * (j + 0.5)}" y="{top + height + 14}" text-anchor="middle" {text}>{b:g}</text>' for j, b in enumerate(betas)]
-        ticks.append(f'<text x="{left + width / 2}" y="14" text-anchor="middle" fill="currentColor" font-size="13">{kind} accuracy (%)</text>')
-        ticks.append(f'<text x="{left + width / 2}" y="{top + height + 30}" text-anchor="middle" {text}>Beta (weight of L_AMC)</text>')
-        ticks.append(f'<text transform="translate(14 {top + height / 2}) rotate(-90)" text-anchor="middle" {text}>Alpha (weight of L_AR)</text>')
+            drawn.append(
+                f'<rect x="{left + cell * j + 2}" y="{top + cell * i + 2}" width="{cell - 4}" height="{cell - 4}" fill="{colour}" {edge}/>'
+                f'<text x="{left + cell * (j + 0.5)}" y="{top + cell * (i + 0.5) + 4}" text-anchor="middle" font-size="12" fill="{ink}">{_number(row[kind], ".1f")}</text>'
+            )
+        ticks = [
+            f'<text x="{left - 6}" y="{top + height - cell * (i + 0.5) + 4}" text-anchor="end" {text}>{a:g}</text>'
+            for i, a in enumerate(alphas)
+        ]
+        ticks += [
+            f'<text x="{left + cell * (j + 0.5)}" y="{top + height + 14}" text-anchor="middle" {text}>{b:g}</text>'
+            for j, b in enumerate(betas)
+        ]
+        ticks.append(
+            f'<text x="{left + width / 2}" y="14" text-anchor="middle" fill="currentColor" font-size="13">{kind} accuracy (%)</text>'
+        )
+        ticks.append(
+            f'<text x="{left + width / 2}" y="{top + height + 30}" text-anchor="middle" {text}>Beta (weight of L_AMC)</text>'
+        )
+        ticks.append(
+            f'<text transform="translate(14 {top + height / 2}) rotate(-90)" text-anchor="middle" {text}>Alpha (weight of L_AR)</text>'
+        )
         mark = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="19" fill="none" stroke="#d81b60" stroke-width="2.5"/>'
         parts.append(f'<g transform="translate({number * (left + width + 14)} 0)">{"".join(drawn + ticks)}{mark}</g>')
     size = f'width="{3 * (left + width + 14)}" height="{top + height + 38}"'
@@ -289,7 +358,9 @@ class Panel:
 
     def __init__(self, children: Sequence[widgets.Widget], figure: Callable[[], Figure | None]):
         self.status = widgets.HTML(_html("&nbsp;"))
-        self.widget = widgets.VBox([widgets.HTML(_STYLE), *children, self.status], layout=widgets.Layout(max_width="920px"))
+        self.widget = widgets.VBox(
+            [widgets.HTML(_STYLE), *children, self.status], layout=widgets.Layout(max_width="920px")
+        )
         self.figure = figure
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
@@ -315,17 +386,24 @@ class Panel:
 
 
 def _described(widget: type, description: str, width: str = "405px", **options: Any) -> widgets.Widget:
-    return widget(description=description, style={"description_width": "104px"}, layout=widgets.Layout(width=width), **options)
+    return widget(
+        description=description, style={"description_width": "104px"}, layout=widgets.Layout(width=width), **options
+    )
 
 
 def _weight_slider(name: str, meaning: str, value: float) -> widgets.FloatSlider:
-    return _described(widgets.FloatSlider, name, value=value, min=0.0, max=0.4, step=0.005, readout_format=".3f", tooltip=meaning)
+    return _described(
+        widgets.FloatSlider, name, value=value, min=0.0, max=0.4, step=0.005, readout_format=".3f", tooltip=meaning
+    )
 
 
 def _published_mark(slider: widgets.FloatSlider, value: float) -> widgets.HTML:
     """A line below a slider that says where on it the published value is; the track lies between description and readout."""
     at = 113 + 205 * (value - slider.min) / (slider.max - slider.min)
-    return widgets.HTML(_html(f'<div style="padding-left:{at:.0f}px" class="quiet">▲ {value:g} published</div>'), layout=widgets.Layout(height="22px"))
+    return widgets.HTML(
+        _html(f'<div style="padding-left:{at:.0f}px" class="quiet">▲ {value:g} published</div>'),
+        layout=widgets.Layout(height="22px"),
+    )
 
 
 class Models:
@@ -351,8 +429,12 @@ class Models:
         """Such as "TGA-ZSR, Alpha 0.08, Beta 0.05, seed 0 (1f3a)"."""
         method, _, key = path.stem.rpartition("_seed")
         settings = read_metadata(path).get("settings", {})
-        weights = "".join(f", {name} {settings[name]:g}" for name in ("Alpha", "Beta") if settings.get(name) is not None)
-        return f"{method or path.stem}{weights if 'TGA' in method else ''}, seed {settings.get('seed', '?')} ({key[-4:]})"
+        weights = "".join(
+            f", {name} {settings[name]:g}" for name in ("Alpha", "Beta") if settings.get(name) is not None
+        )
+        return (
+            f"{method or path.stem}{weights if 'TGA' in method else ''}, seed {settings.get('seed', '?')} ({key[-4:]})"
+        )
 
     def __getitem__(self, name: str) -> Clip:
         if name not in self._loaded:
@@ -375,15 +457,21 @@ class Explorer:
         self.published = {name: PRESET[name] for name in ("Alpha", "Beta")}
         self.Alpha = _weight_slider("Alpha", "weight of L_AR", preset.Alpha)
         self.Beta = _weight_slider("Beta", "weight of L_AMC", preset.Beta)
-        self.metric = _described(widgets.Dropdown, "distance", "260px", options=["l2", "l1", "cos"], value=settings.Distance_metric)
-        self.variant = _described(widgets.Dropdown, "attention", "260px", options=["reference", "cosine"], value=settings.attention_variant)
+        self.metric = _described(
+            widgets.Dropdown, "distance", "260px", options=["l2", "l1", "cos"], value=settings.Distance_metric
+        )
+        self.variant = _described(
+            widgets.Dropdown, "attention", "260px", options=["reference", "cosine"], value=settings.attention_variant
+        )
         self.mixer, self.attack = LossMixer(self), AttackViewer(self)
         self.surface, self.trainer = OutcomeSurface(self), FineTuner(self)
 
     def finetuning(self, **changes: Any) -> FinetuneSettings:
         """The settings of the parameters cell with what the widgets say."""
         chosen = {"Alpha": self.Alpha.value, "Beta": self.Beta.value, "Distance_metric": self.metric.value}
-        return TGA.with_preset(self.settings.only(FinetuneSettings, **chosen | {"attention_variant": self.variant.value} | changes))
+        return TGA.with_preset(
+            self.settings.only(FinetuneSettings, **chosen | {"attention_variant": self.variant.value} | changes)
+        )
 
     def offer(self) -> None:
         """Puts models that have come into being among the choices."""
@@ -401,7 +489,11 @@ class LossMixer(Panel):
         self.explorer = explorer
         self.model = _described(widgets.Dropdown, "model", options=explorer.models.names, value="tuned")
         self.batch = _described(widgets.BoundedIntText, "batch", "260px", value=0, min=0, max=9999)
-        reset = widgets.Button(description="published values", tooltip="put both sliders back", layout=widgets.Layout(margin="2px 2px 8px 112px"))
+        reset = widgets.Button(
+            description="published values",
+            tooltip="put both sliders back",
+            layout=widgets.Layout(margin="2px 2px 8px 112px"),
+        )
         self.result = widgets.HTML(layout=widgets.Layout(min_height="170px"))
         sliders = []
         for slider in (explorer.Alpha, explorer.Beta):
@@ -412,7 +504,9 @@ class LossMixer(Panel):
         reset.on_click(lambda button: self.reset())
         choices = widgets.VBox([self.model, explorer.metric, explorer.variant, self.batch])
         left = widgets.VBox([*sliders, reset])
-        super().__init__([widgets.HBox([left, choices], layout=widgets.Layout(flex_flow="row wrap")), self.result], self._figure)
+        super().__init__(
+            [widgets.HBox([left, choices], layout=widgets.Layout(flex_flow="row wrap")), self.result], self._figure
+        )
         self.parts: LossParts | None = None
         self.compute()
 
@@ -424,8 +518,12 @@ class LossMixer(Panel):
             rows = torch.arange(self.batch.value * size, (self.batch.value + 1) * size) % len(data)
             chunk = next(data.batches([rows], self.explorer.models.original.device))
             clip, original = self.explorer.models[self.model.value], self.explorer.models.original
-            self.parts = loss_parts(clip, original, chunk.images, chunk.labels, data.prompts, self.explorer.finetuning())
-            self.say(f"{len(chunk.labels)} training images of {data.key}, attacked as in training (epsilon {self.explorer.finetuning().train_eps:g}/255)")
+            self.parts = loss_parts(
+                clip, original, chunk.images, chunk.labels, data.prompts, self.explorer.finetuning()
+            )
+            self.say(
+                f"{len(chunk.labels)} training images of {data.key}, attacked as in training (epsilon {self.explorer.finetuning().train_eps:g}/255)"
+            )
             self.redraw()
 
     def redraw(self) -> None:
@@ -433,10 +531,15 @@ class LossMixer(Panel):
             self.result.value = mixture_html(self.parts, self.explorer.Alpha.value, self.explorer.Beta.value)
 
     def reset(self) -> None:
-        self.explorer.Alpha.value, self.explorer.Beta.value = self.explorer.published["Alpha"], self.explorer.published["Beta"]
+        self.explorer.Alpha.value, self.explorer.Beta.value = (
+            self.explorer.published["Alpha"],
+            self.explorer.published["Beta"],
+        )
 
     def _figure(self) -> Figure | None:
-        return self.parts and plots.loss_mixture(mix(self.parts, self.explorer.Alpha.value, self.explorer.Beta.value), cosines(self.parts))
+        return self.parts and plots.loss_mixture(
+            mix(self.parts, self.explorer.Alpha.value, self.explorer.Beta.value), cosines(self.parts)
+        )
 
 
 class AttackViewer(Panel):
@@ -445,16 +548,37 @@ class AttackViewer(Panel):
     def __init__(self, explorer: Explorer):
         self.explorer, data, settings = explorer, explorer.data, explorer.settings
         self.image = _described(widgets.IntSlider, "image", min=0, max=len(data) - 1, value=0, continuous_update=False)
-        self.upload = widgets.FileUpload(accept="image/*", multiple=False, description="upload one", tooltip="an image of your own", layout=widgets.Layout(margin="2px 2px 2px 112px"))
+        self.upload = widgets.FileUpload(
+            accept="image/*",
+            multiple=False,
+            description="upload one",
+            tooltip="an image of your own",
+            layout=widgets.Layout(margin="2px 2px 2px 112px"),
+        )
         self.text = _described(widgets.Text, "prompt", value="", placeholder="any text", continuous_update=False)
         self.model = _described(widgets.Dropdown, "model", options=explorer.models.names, value="original")
-        self.eps = _described(widgets.FloatSlider, "epsilon (1/255)", min=0.0, max=16.0, step=0.25, value=settings.test_eps, continuous_update=False)
-        self.steps = _described(widgets.IntSlider, "steps", min=1, max=50, value=settings.test_numsteps, continuous_update=False)
+        self.eps = _described(
+            widgets.FloatSlider,
+            "epsilon (1/255)",
+            min=0.0,
+            max=16.0,
+            step=0.25,
+            value=settings.test_eps,
+            continuous_update=False,
+        )
+        self.steps = _described(
+            widgets.IntSlider, "steps", min=1, max=50, value=settings.test_numsteps, continuous_update=False
+        )
         self.result = widgets.HTML(layout=widgets.Layout(min_height="410px"))
         self.own: Tensor | None = None  # an uploaded image [3,H,W]
         self.seen: Look | None = None
-        left, right = widgets.VBox([self.image, self.upload, self.text]), widgets.VBox([self.model, self.eps, self.steps])
-        super().__init__([widgets.HBox([left, right], layout=widgets.Layout(flex_flow="row wrap")), self.result], self._figure)
+        left, right = (
+            widgets.VBox([self.image, self.upload, self.text]),
+            widgets.VBox([self.model, self.eps, self.steps]),
+        )
+        super().__init__(
+            [widgets.HBox([left, right], layout=widgets.Layout(flex_flow="row wrap")), self.result], self._figure
+        )
         self._choose()
         self.image.observe(lambda change: self._choose(), "value")
         self.upload.observe(lambda change: self._take(), "value")
@@ -491,7 +615,17 @@ class AttackViewer(Panel):
                 raise ValueError("the prompt is empty; attention needs a text that guides it")
             clip = self.explorer.models[self.model.value]
             started = time.perf_counter()
-            self.seen = look(clip, image, label, data, self.text.value, self.eps.value, self.steps.value, self.explorer.variant.value, mask)
+            self.seen = look(
+                clip,
+                image,
+                label,
+                data,
+                self.text.value,
+                self.eps.value,
+                self.steps.value,
+                self.explorer.variant.value,
+                mask,
+            )
             self.result.value = look_html(self.seen)
             source = "your image" if self.own is not None else f"image {i} of {data.key}, {data.world}"
             self.say(f"{source}; PGD with step epsilon/4; {time.perf_counter() - started:.2f} s")
@@ -502,7 +636,14 @@ class AttackViewer(Panel):
         seen = self.seen
         words = [f"{top[0][0]} ({top[0][1]:.0%})" for top in (seen.before, seen.after)]
         title = f"{self.model.value}, epsilon {self.eps.value:g}/255: “{self.text.value}”"
-        return plots.attention_panels(seen.image[None], seen.clean_map[None], seen.adversarial[None], seen.attacked_map[None], [tuple(words)], title)
+        return plots.attention_panels(
+            seen.image[None],
+            seen.clean_map[None],
+            seen.adversarial[None],
+            seen.attacked_map[None],
+            [tuple(words)],
+            title,
+        )
 
 
 class OutcomeSurface(Panel):
@@ -512,7 +653,10 @@ class OutcomeSurface(Panel):
         self.explorer = explorer
         self.sweep, self.where = recorded_sweep(explorer.settings.output_path, explorer.data.world)
         self.result = widgets.HTML(layout=widgets.Layout(min_height="250px" if self.sweep is not None else "20px"))
-        super().__init__([widgets.HBox([explorer.Alpha, explorer.Beta], layout=widgets.Layout(flex_flow="row wrap")), self.result], self._figure)
+        super().__init__(
+            [widgets.HBox([explorer.Alpha, explorer.Beta], layout=widgets.Layout(flex_flow="row wrap")), self.result],
+            self._figure,
+        )
         for slider in (explorer.Alpha, explorer.Beta):
             slider.observe(lambda change: self.redraw(), "value")
         self.redraw()
@@ -524,13 +668,17 @@ class OutcomeSurface(Panel):
         near = nearest_measured(self.sweep, a, b)
         self.result.value = _html(surface_svg(self.sweep, a, b))
         found = ", ".join(f"{kind} {near[kind]:.1f} ± {near[f'{kind}_ci']:.1f}" for kind in KINDS)
-        self.say(f"Sliders at ({a:g}, {b:g}); nearest measured, outlined: ({near.Alpha:g}, {near.Beta:g}): {found} ({self.where}). Nothing between is measured.")
+        self.say(
+            f"Sliders at ({a:g}, {b:g}); nearest measured, outlined: ({near.Alpha:g}, {near.Beta:g}): {found} ({self.where}). Nothing between is measured."
+        )
 
     def _figure(self) -> Figure | None:
         if self.sweep is None:
             return None
         mark = {name: grid_position(self.sweep[name], getattr(self.explorer, name).value) for name in ("Alpha", "Beta")}
-        return plots.alpha_beta(self.sweep, f"Accuracy over Alpha and Beta ({self.where}); the ring is where the sliders are", mark)
+        return plots.alpha_beta(
+            self.sweep, f"Accuracy over Alpha and Beta ({self.where}); the ring is where the sliders are", mark
+        )
 
 
 class FineTuner(Panel):
@@ -538,7 +686,9 @@ class FineTuner(Panel):
 
     def __init__(self, explorer: Explorer):
         self.explorer = explorer
-        self.start = widgets.Button(description="Fine-tune", button_style="primary", tooltip="train TGA-ZSR at this Alpha and Beta")
+        self.start = widgets.Button(
+            description="Fine-tune", button_style="primary", tooltip="train TGA-ZSR at this Alpha and Beta"
+        )
         self.stop = widgets.Button(description="Cancel", disabled=True, tooltip="stop after the current step")
         self.bar = widgets.IntProgress(value=0, min=0, max=1, layout=widgets.Layout(width="300px"))
         self.curve = widgets.HTML(_html(curve_svg({}, 1)), layout=widgets.Layout(min_height="130px"))
@@ -547,9 +697,17 @@ class FineTuner(Panel):
         self._cancelled, self._guard = threading.Event(), threading.Lock()
         self.start.on_click(lambda button: self.begin())
         self.stop.on_click(lambda button: self.cancel())
-        super().__init__([widgets.HBox([explorer.Alpha, explorer.Beta], layout=widgets.Layout(flex_flow="row wrap")),
-                          widgets.HBox([self.start, self.stop, self.bar]), self.curve], self._figure)  # fmt: skip
-        self.say(f"{len(explorer.train)} images of {explorer.train.key}, {explorer.settings.epochs} epoch(s); the model then joins the choices above")
+        super().__init__(
+            [
+                widgets.HBox([explorer.Alpha, explorer.Beta], layout=widgets.Layout(flex_flow="row wrap")),
+                widgets.HBox([self.start, self.stop, self.bar]),
+                self.curve,
+            ],
+            self._figure,
+        )
+        self.say(
+            f"{len(explorer.train)} images of {explorer.train.key}, {explorer.settings.epochs} epoch(s); the model then joins the choices above"
+        )
 
     def begin(self) -> None:
         """Starts a run, unless one is under way."""
@@ -573,12 +731,22 @@ class FineTuner(Panel):
         try:
             with self.errors_shown():
                 models = self.explorer.models
-                tuned = finetune(models.original, self.explorer.train, TGA, settings, models.folder, self._cancelled.is_set, watch=self._watch)
+                tuned = finetune(
+                    models.original,
+                    self.explorer.train,
+                    TGA,
+                    settings,
+                    models.folder,
+                    self._cancelled.is_set,
+                    watch=self._watch,
+                )
                 self.explorer.offer()
                 self.bar.value = self.bar.max
                 self.say(f"{what} is trained: “{models.name_of(tuned.weights)}” is among the models now")
         except KeyboardInterrupt:
-            self.say(f"{what} was cancelled after step {self.bar.value} of {self.bar.max}; the same button goes on from there")
+            self.say(
+                f"{what} was cancelled after step {self.bar.value} of {self.bar.max}; the same button goes on from there"
+            )
         finally:
             self.start.disabled, self.stop.disabled = False, True
 
@@ -592,4 +760,8 @@ class FineTuner(Panel):
 
     def _figure(self) -> Figure | None:
         history = self.explorer.models.history("tuned")
-        return plots.loss_terms({"the tuned model": history}, "Fine-tuning, as the kept model was") if len(history) else None
+        return (
+            plots.loss_terms({"the tuned model": history}, "Fine-tuning, as the kept model was")
+            if len(history)
+            else None
+        )

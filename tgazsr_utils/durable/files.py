@@ -2,23 +2,19 @@
 
 import contextlib
 import glob
-import hashlib
 import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-PACKAGE = Path(__file__).parent
-# Read when the package is imported: what names a result is the code that ran, not what an editor has made of it since.
-_SOURCES = {path.stem: path.read_text() for path in sorted(PACKAGE.glob("*.py"))}
+from tgazsr_utils.core.seeds import digest
 
 
 class DamagedFile(ValueError):
@@ -87,37 +83,3 @@ def load_tensors(path: Path, **expected: Any) -> tuple[dict[str, Tensor], dict[s
 def _digest_of_file(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
     names = sorted(tensors)
     return digest(names, header, *(tensors[name] for name in names))
-
-
-def digest(*parts: Any) -> str:
-    """Twelve hex digits that name JSON-able values, tensors and file contents (given as Path)."""
-    sha = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            sha.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            sha.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        elif isinstance(part, Path):
-            sha.update(part.read_bytes())
-        else:
-            sha.update(json.dumps(part, sort_keys=True, default=str).encode())
-        sha.update(b"\0")
-    return sha.hexdigest()[:12]
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file of any size, in hex."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            sha.update(part)
-    return sha.hexdigest()
-
-
-def seeded(device: torch.device | str, *parts: Any) -> torch.Generator:
-    """A random generator on a device, seeded by JSON-able values."""
-    return torch.Generator(device).manual_seed(int(digest(*parts), 16))
-
-
-def code_version(modules: Iterable[str] = ()) -> str:
-    """Names the source of some of the package's modules (default: all); changes whenever they do."""
-    return digest(*(_SOURCES[name] for name in modules or _SOURCES))

@@ -1,7 +1,7 @@
 """Can what withstands an attack be called robust? Checks of the attack, once a model.
 
 A model may withstand gradient attacks only because its gradients are of no use (Athalye et al. 2018; Carlini et al. 2019), which
-other attacks then do without. Such robustness is reported, not counted (``results.evaluate_all``).
+other attacks then do without. Such robustness is reported, not counted (``Bench.measure``).
 """
 
 import math
@@ -9,25 +9,30 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy.stats import binomtest, t as student_t
-from torch import Tensor
+from scipy.stats import binomtest
+from scipy.stats import t as student_t
 
-from .attacks import attack_as_set, generators, pgd, summed_cross_entropy
-from .datasets import ImageSet
-from .evaluation import answers, batch_that_fits, wilson
-from .files import code_version, digest
-from .models import Clip
-from .progress import progress
-from .settings import AttackSettings, Norm, Settings
+from tgazsr_utils.core.attacks import pgd, run_attack, starts, summed_cross_entropy
+from tgazsr_utils.core.evaluation import answers
+from tgazsr_utils.core.images import ImageSet
+from tgazsr_utils.core.models import Clip
+from tgazsr_utils.core.seeds import digest
+from tgazsr_utils.core.settings import AttackSettings
+from tgazsr_utils.durable.fingerprints import code_version, fingerprint
+from tgazsr_utils.measuring.autoattack import square
+from tgazsr_utils.measuring.measure import batch_that_fits
+from tgazsr_utils.measuring.records import AttackCheck, Outcome
+from tgazsr_utils.progress import progress
 
-MODULES = ("models", "attacks", "evaluation", "datasets", "layouts", "miniworld", "sanity")  # the source a check depends on
-Z, P = 3.29, 0.005  # a finding is beyond chance: each model is looked at in many ways, and sound ones are to pass
+CONFIDENCE, P = (
+    0.999,
+    0.005,
+)  # a finding is beyond chance: each model is looked at in many ways, and sound ones are to pass
 FROM_A_SET = 8  # images, before another set is taken
 STEPS = (1, 10, 100)  # of PGD
 LARGE_EPS, LARGE_STEPS = (16.0, 64.0), 20  # 1/255; hardly an image should stay recognised
@@ -36,34 +41,6 @@ FEW = 0.05  # that share may stay so, may have no gradient, and may be where PGD
 QUERIES = 100  # of Square, for each image
 MEASURED = "as measured"  # the attack that robust accuracy is measured with, unless that is AutoAttack, which chooses its own steps
 WEAK = 0.25  # that part at least of what PGD raises the loss by over noise, the attack that is measured must reach
-
-
-class Outcome(Settings):
-    """What one attack does to the images of a check."""
-
-    attack: str
-    eps_255: float
-    correct: int
-    loss: float | None  # mean cross-entropy, nats; None: not finite
-
-
-class AttackCheck(Settings):
-    """Of one model under attacks of one epsilon, norm and step size; never edited."""
-
-    key: str  # names all that the outcome depends on
-    model: str  # fingerprint of the weights
-    precision: str
-    world: str
-    datasets: list[str]
-    settings: dict[str, Any]  # of the attack that is measured
-    n: int
-    zero_gradients: int  # images whose pixels' gradient is zero or not finite
-    outcomes: list[Outcome]
-    problems: list[str]  # empty: passed
-    code: str
-    device: str
-    seconds: float
-    time: str  # UTC, ISO 8601
 
 
 def sets_to_check(sets: Sequence[ImageSet], images: int) -> list[ImageSet]:
@@ -77,8 +54,8 @@ def sets_to_check(sets: Sequence[ImageSet], images: int) -> list[ImageSet]:
 
 
 def check_key(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> str:
-    data = [part.fingerprint() for part in sets]
-    return digest(clip.fingerprint(), clip.how, data, attack.model_dump(), code_version(MODULES))
+    data = [fingerprint(part) for part in sets]
+    return digest(fingerprint(clip), clip.numerics, data, attack.model_dump(), code_version(__name__))
 
 
 def check_attack(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> AttackCheck:
@@ -94,7 +71,7 @@ def check_attack(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -
         raise ValueError(f"no image to check the attack with can be read, of {', '.join(data.key for data in sets)}")
     right, loss = (pd.concat([batch[i] for batch in batches], ignore_index=True) for i in (0, 1))
     zero = sum(batch[2] for batch in batches)
-    eps = {name: attack.test_eps for name in right} | {"clean": 0.0} | dict(zip(LARGE, large_eps(attack)))
+    eps = dict.fromkeys(right, attack.test_eps) | {"clean": 0.0} | dict(zip(LARGE, large_eps(attack)))
     means = {name: float(loss[name].mean()) for name in loss}
     outcomes = [
         Outcome(attack=name, eps_255=eps[name], correct=right[name].sum(), loss=mean if math.isfinite(mean) else None)
@@ -102,8 +79,8 @@ def check_attack(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -
     ]
     return AttackCheck(
         key=check_key(clip, sets, attack),
-        model=clip.fingerprint(),
-        precision=clip.precision,
+        model=fingerprint(clip),
+        precision=clip.numerics.precision,
         world=sets[0].world,
         datasets=[data.key for data in sets],
         settings=attack.model_dump(),
@@ -111,8 +88,8 @@ def check_attack(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -
         zero_gradients=zero,
         outcomes=outcomes,
         problems=list(problems(right, loss, zero, large_eps(attack))),
-        code=code_version(MODULES),
-        device=clip.target,
+        code=code_version(__name__),
+        device=clip.numerics.device,
         seconds=round(time.perf_counter() - started, 3),
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
@@ -126,7 +103,7 @@ def large_eps(attack: AttackSettings) -> tuple[float, ...]:
 
 
 def problems(right: pd.DataFrame, loss: pd.DataFrame, zero: int, large: Sequence[float]) -> Iterator[str]:
-    """What speaks against the attack, beyond chance (``Z``, ``P``).
+    """What speaks against the attack, beyond chance (``CONFIDENCE``, ``P``).
 
     ``right`` and ``loss``: a row an image, a column an attack: "clean", "noise", "PGD-n" by rising n, "Square", LARGE, perhaps
     MEASURED.
@@ -135,7 +112,7 @@ def problems(right: pd.DataFrame, loss: pd.DataFrame, zero: int, large: Sequence
     """
     n, by_steps = len(right), [name for name in right if name.startswith("PGD-") and name not in LARGE]
     last = by_steps[-1]
-    more_than_few = lambda count: wilson(int(count), n, Z)[0] > FEW
+    more_than_few = lambda count: _surely(int(count), n) > FEW
     if more_than_few(zero):
         yield f"the gradient is zero for {zero} of {n} images"
     raised = int((loss[last] > loss.noise).sum())
@@ -158,6 +135,11 @@ def problems(right: pd.DataFrame, loss: pd.DataFrame, zero: int, large: Sequence
         yield f"{left[0]} of {n} images are still recognised at epsilon {large[0]:g}/255, and {left[1]} at {large[1]:g}/255"
 
 
+def _surely(count: int, n: int) -> float:
+    """The share that ``count`` of ``n`` is at least, beyond chance (Wilson)."""
+    return binomtest(count, n).proportion_ci(CONFIDENCE, "wilson").low
+
+
 def _chance_of_falling(rise: pd.Series) -> float:
     """That the mean is so far below zero, if in truth it is not (one-sided t test); NaN for a single value, or none but zeros."""
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -170,17 +152,22 @@ def _attacked(clip: Clip, data: ImageSet, attack: AttackSettings) -> Iterator[tu
     reader, text = clip.in_full_precision(), clip.encode_text(data.prompts)
     eps = attack.test_eps / 255
     for batch in data.batches(batch_that_fits(clip), clip.device):
-        starts = lambda: generators(clip.device, batch.rows.tolist(), "sanity", data.key)
-        run = lambda eps, steps: pgd(clip, batch.images, batch.labels, text, eps, eps / 4, steps, norm=attack.norm, generator=starts())
+        noise = lambda: starts(clip.device, batch.rows.tolist(), "sanity", data.key)
+        run = lambda eps, steps: pgd(
+            clip, batch.images, batch.labels, text, eps, eps / 4, steps, norm=attack.norm, generator=noise()
+        )
         images = {"clean": batch.images, "noise": run(eps, 0)}
         if attack.attack != "autoattack":
-            images[MEASURED] = attack_as_set(clip, batch.images, batch.labels, text, attack, "last", starts())
+            images[MEASURED] = run_attack(clip, batch.images, batch.labels, text, attack, "last", noise())
         images |= {f"PGD-{steps}": run(eps, steps) for steps in STEPS}
-        images["Square"] = _square(reader, batch.images, batch.labels, text, eps, attack.norm)
+        images["Square"] = square(reader, batch.images, batch.labels, text, eps, QUERIES, attack.norm)
         images |= {name: run(large / 255, LARGE_STEPS) for name, large in zip(LARGE, large_eps(attack))}
         logits = {name: reader.logits(pixels, text) for name, pixels in images.items()}
         right = {name: (answers(values) == batch.labels).cpu().numpy() for name, values in logits.items()}
-        loss = {name: F.cross_entropy(values, batch.labels, reduction="none").cpu().numpy() for name, values in logits.items()}
+        loss = {
+            name: F.cross_entropy(values, batch.labels, reduction="none").cpu().numpy()
+            for name, values in logits.items()
+        }
         with torch.enable_grad():
             pixels = images["noise"].requires_grad_(True)
             (slope,) = torch.autograd.grad(summed_cross_entropy(clip.logits(pixels, text), batch.labels), pixels)
@@ -188,27 +175,14 @@ def _attacked(clip: Clip, data: ImageSet, attack: AttackSettings) -> Iterator[tu
         yield pd.DataFrame(right), pd.DataFrame(loss), int(((length == 0) | ~length.isfinite()).sum())
 
 
-def _square(clip: Clip, images: Tensor, labels: Tensor, text: Tensor, eps: float, norm: Norm) -> Tensor:
-    """The Square attack (Andriushchenko et al. 2020) by pyautoattack: random search that sees logits only.
-
-    On images whose class leads; it knows neither ties nor logits that are not numbers.
-    """
-    from pyautoattack.square import SquareAttack  # slow to import
-
-    logits = lambda pixels: clip.logits(pixels, text).nan_to_num()
-    attack = SquareAttack(logits, norm={"linf": "Linf", "l2": "L2"}[norm], n_queries=QUERIES, eps=eps, seed=0, device=images.device)
-    leads = attack.margin_and_loss(images, labels)[0] > 0
-    adversarial = images.clone()
-    if leads.any():
-        with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds the global generator
-            adversarial[leads] = attack.perturb(images[leads], labels[leads])
-    return adversarial
-
-
 def table(found: Mapping[tuple[str, int], AttackCheck]) -> pd.DataFrame:
     """One row a method and seed: accuracy in percent under each attack of its check, and the verdict."""
     rows = []
     for (method, seed), check in found.items():
         shares = {outcome.attack: 100 * outcome.correct / check.n for outcome in check.outcomes}
-        rows.append({"method": method, "seed": seed} | shares | {"images": check.n, "verdict": "; ".join(check.problems) or "passed"})
+        rows.append(
+            {"method": method, "seed": seed}
+            | shares
+            | {"images": check.n, "verdict": "; ".join(check.problems) or "passed"}
+        )
     return pd.DataFrame(rows).set_index(["method", "seed"]) if rows else pd.DataFrame()

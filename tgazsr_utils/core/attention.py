@@ -4,12 +4,11 @@ import functools
 import importlib.util
 from typing import Literal, get_args
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .models import Clip, ImageTokens, encode
+from tgazsr_utils.core.models import Clip, ImageTokens, encode
 
 Variant = Literal["reference", "cosine"]
 Metric = Literal["l2", "l1", "cos"]
@@ -70,7 +69,7 @@ def _maps(
         backend = "triton" if tokens.patches.is_cuda and _kernel_takes(tokens) else "torch"
     if backend == "torch":
         return [min_max(_patch_scores(tokens, text, variant)).unflatten(1, shape) for text in texts]
-    from .attention_kernel import attention  # imports triton, which CPU installations do without
+    from tgazsr_utils.core.attention_kernel import attention  # imports triton, which CPU installations do without
 
     text = torch.stack([text.expand_as(tokens.pooled) for text in texts], dim=1)
     maps, _, _ = attention(tokens.pooled, tokens.patches, text, variant)
@@ -80,7 +79,7 @@ def _maps(
 def _kernel_takes(tokens: ImageTokens) -> bool:
     if importlib.util.find_spec("triton") is None or tokens.patches.dtype == torch.float64:
         return False
-    from .attention_kernel import MAX_CHANNELS, MAX_PATCHES
+    from tgazsr_utils.core.attention_kernel import MAX_CHANNELS, MAX_PATCHES
 
     return tokens.patches.shape[1] <= MAX_PATCHES and tokens.patches.shape[2] <= MAX_CHANNELS
 
@@ -177,15 +176,15 @@ def _triangle(n: int, size: int, device: torch.device, dtype: torch.dtype) -> Te
 
 
 @torch.no_grad()
-def attention_shift(clean: Tensor, adv: Tensor, mask: Tensor | None = None) -> pd.DataFrame:
-    """How far attention moved, one row an image, from maps ``[B,h,w]`` on the patch grid.
+def attention_shift(clean: Tensor, adv: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """How far attention moved, measures ``[B]`` of maps ``[B,h,w]`` on the patch grid.
 
-    Columns: ``l2`` and ``cosine`` (similarity) of the maps as given; ``iou_top20``: overlap of the fifths of the area
+    Measures: ``l2`` and ``cosine`` (similarity) of the maps as given; ``iou_top20``: overlap of the fifths of the area
     with most attention; ``centre_move``: distance of the centres of mass, in patches; with ``mask`` ``[B,H,W]`` (bool,
     any size that is at least the grid's) also ``energy_clean`` and ``energy_adv``: the share of attention inside it,
     in [0,1], and ``energy_uniform``, the mask's share of the area, which attention spread evenly would reach.
     """
-    columns = {
+    measures = {
         "l2": attention_distance(clean, adv, "l2", size=None),
         "cosine": 1 - attention_distance(clean, adv, "cos", size=None),
         "iou_top20": _top_iou(clean, adv, fraction=0.2),
@@ -193,10 +192,10 @@ def attention_shift(clean: Tensor, adv: Tensor, mask: Tensor | None = None) -> p
     }
     if mask is not None:
         share = F.adaptive_avg_pool2d(mask[:, None].to(clean.dtype), clean.shape[-2:])[:, 0]
-        columns["energy_clean"] = energy_inside(clean, share)
-        columns["energy_adv"] = energy_inside(adv, share)
-        columns["energy_uniform"] = share.mean((1, 2))
-    return pd.DataFrame({name: values.float().cpu().numpy() for name, values in columns.items()})
+        measures["energy_clean"] = energy_inside(clean, share)
+        measures["energy_adv"] = energy_inside(adv, share)
+        measures["energy_uniform"] = share.mean((1, 2))
+    return measures
 
 
 def _top_iou(a: Tensor, b: Tensor, fraction: float) -> Tensor:

@@ -14,11 +14,11 @@ import torch
 import torchvision.datasets
 from torchvision.datasets.utils import download_and_extract_archive
 
-from .datasets import load_dataset
-from .layouts import is_there, list_datasets, missing_parts
-from .progress import progress
-from .published_sets import DATASETS, DatasetSpec
-from .settings import DEFAULT_ROOT, resolve
+from tgazsr_utils.datasets.layouts import is_there, list_datasets, missing_parts
+from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_ROOT, DatasetSpec
+from tgazsr_utils.paths import resolve
+from tgazsr_utils.progress import progress
 
 _ARCHIVES = (".zip", ".tgz", ".gz", ".tar")
 _NO_CHECKSUM = {"tinyImageNet", "fgvc_aircraft"}  # half an archive of these cannot be told from a whole one
@@ -71,7 +71,7 @@ def check_set(key: str, root: Path, every_image: bool = False) -> tuple[bool, li
         for part, rows in zip(parts, chosen):
             for batch in part.batches(torch.tensor(list(rows)).split(64)):
                 bar.update(len(batch.rows))
-            bad += len(part.unreadable)
+            bad += len(part.images.unreadable)
     lines.append(f"{total - bad:,} of {total:,} images decoded{'' if every_image else ', one of each class'}")
     return not bad, lines
 
@@ -122,7 +122,9 @@ def fetch_set(key: str, root: Path) -> str:
     if not missing_parts(key, root):
         return "there already"
     if (root / spec.folder).exists():
-        raise FileExistsError(f"{root / spec.folder} is there but lacks {', '.join(missing_parts(key, root))}; move it away")
+        raise FileExistsError(
+            f"{root / spec.folder} is there but lacks {', '.join(missing_parts(key, root))}; move it away"
+        )
     if key != "tinyImageNet" and spec.torchvision in (None, "StanfordCars"):
         raise RuntimeError("cannot be downloaded by program")
     staging = root / ".fetching" / key
@@ -156,7 +158,10 @@ def main(arguments: list[str] | None = None) -> int:
     own = [] if options.action != "check" or not root.is_dir() else list_datasets(root)
     unknown = [key for key in options.keys if key not in DATASETS and key not in own]
     if unknown:
-        print(f"error: set {unknown[0]!r} is unknown; there are: {', '.join(dict.fromkeys([*DATASETS, *own]))}", file=sys.stderr)
+        print(
+            f"error: set {unknown[0]!r} is unknown; there are: {', '.join(dict.fromkeys([*DATASETS, *own]))}",
+            file=sys.stderr,
+        )
         return 2
     if options.action == "check" and not root.is_dir():
         print(f"error: there is no folder {root}", file=sys.stderr)
@@ -193,3 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     if failed:
         print(f"error: {options.action} failed for {', '.join(failed)}", file=sys.stderr)
     return 1 if failed or (options.action == "check" and not keys) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

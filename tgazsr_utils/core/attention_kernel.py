@@ -62,9 +62,19 @@ def _through_scaling(scores, slopes, row, p, P: tl.constexpr):
 
 @triton.jit
 def _forward(
-    pooled, patches, text, maps, scores, norms,
-    P: tl.constexpr, D: tl.constexpr, T: tl.constexpr, COSINE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    pooled,
+    patches,
+    text,
+    maps,
+    scores,
+    norms,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    COSINE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     b = tl.program_id(0).to(tl.int64)
     p = tl.arange(0, BLOCK_P)
     score = tl.zeros([BLOCK_P], tl.float32)
@@ -92,9 +102,22 @@ def _forward(
 
 @triton.jit
 def _backward(
-    pooled, patches, text, scores, norms, slopes, d_pooled, d_patches, d_text,
-    P: tl.constexpr, D: tl.constexpr, T: tl.constexpr, COSINE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    pooled,
+    patches,
+    text,
+    scores,
+    norms,
+    slopes,
+    d_pooled,
+    d_patches,
+    d_text,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    COSINE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     b = tl.program_id(0).to(tl.int64)
     p, d = tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     x = _tile(patches, b, p, d, P, D)
@@ -144,7 +167,9 @@ def attention(pooled: Tensor, patches: Tensor, text: Tensor, variant: str) -> tu
     """
     B, P, D = patches.shape
     if P > MAX_PATCHES or D > MAX_CHANNELS or text.shape[1] not in (1, 2):
-        raise ValueError(f"{P} patches, {D} channels, {text.shape[1]} texts; at most {MAX_PATCHES}, {MAX_CHANNELS} and 2")
+        raise ValueError(
+            f"{P} patches, {D} channels, {text.shape[1]} texts; at most {MAX_PATCHES}, {MAX_CHANNELS} and 2"
+        )
     maps, scores = (torch.empty(B, text.shape[1], P, dtype=torch.float32, device=patches.device) for _ in range(2))
     norms = maps.new_zeros(B, P)  # of the tokens, for "cosine" alone
     if B:

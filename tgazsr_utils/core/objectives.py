@@ -6,7 +6,7 @@ a function and decorate it with ``@objective(name, lr=...)``.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import distributed
-from .attacks import AttackLoss
-from .attention import attention_distance, complementary_attention, grad_cam, text_guided_attention
-from .models import Clip, ImageTokens
-from .settings import FinetuneSettings, ObjectiveSettings
+from tgazsr_utils.core.attacks import AttackLoss
+from tgazsr_utils.core.attention import attention_distance, complementary_attention, grad_cam, text_guided_attention
+from tgazsr_utils.core.models import Clip, ImageTokens
+from tgazsr_utils.core.settings import FinetuneSettings, ObjectiveSettings
 
 
 class Term(NamedTuple):
@@ -29,80 +28,21 @@ class Term(NamedTuple):
 
 @dataclass
 class Step:
-    """One batch as an objective sees it. Tokens are computed when first asked for and only once.
-
-    With several processes (``distributed``) each one encodes its share of the images and gets the tokens of all.
-    """
+    """One batch as an objective sees it. Tokens are computed when first asked for and only once."""
 
     clip: Clip  # being tuned: f
     original: Clip  # frozen pre-trained copy: f0
     images: Tensor  # [B,3,H,W] in [0,1]: x
-    labels: Tensor  # [B]
+    labels: Tensor  # [B]: y
     prompts: tuple[str, ...]  # one a class
     adversarial: Tensor | None = None  # images attacked against f: x'; the very same images for a method without attack
     rows: Tensor | None = None  # [B] of the images in the training set
-    cache: Callable[[str, "Compute", Tensor], Tensor] | None = None  # keeps what depends on f0 and clean images alone
-    shared: bool = True  # among processes, where there are several
+    kept: "Kept | None" = None  # what depends on f0 and clean images alone, if somebody keeps it
 
     @cached_property
     def text(self) -> Tensor:
         """Unit-norm embeddings ``[C,D]`` of the classes' prompts."""
         return self.original.encode_text(self.prompts)
-
-    @cached_property
-    def adversarial_tokens(self) -> ImageTokens:
-        """f(x')"""
-        return self.clean_tokens if self.adversarial is self.images else self._encode(self.clip, self.adversarial)
-
-    @cached_property
-    def clean_tokens(self) -> ImageTokens:
-        """f(x)"""
-        return self._encode(self.clip, self.images)
-
-    @cached_property
-    def original_tokens(self) -> ImageTokens:
-        """f0(x), without a graph"""
-        with torch.no_grad():
-            return self._encode(self.original, self.images)
-
-    @cached_property
-    def original_adversarial_tokens(self) -> ImageTokens:
-        """f0(x'), without a graph"""
-        with torch.no_grad():
-            return self._encode(self.original, self.adversarial)
-
-    def _encode(self, clip: Clip, images: Tensor) -> ImageTokens:
-        if not self.shared:
-            return clip.encode_image(images)
-        tokens = clip.encode_image(images[distributed.share(len(images))])
-        return ImageTokens(*(distributed.gather(part, len(images)) for part in tokens))
-
-    def part(self, rows: slice) -> "Step":
-        """Some of the batch, not yet attacked, for this process alone; nothing that was computed goes with it."""
-        return replace(
-            self,
-            images=self.images[rows],
-            labels=self.labels[rows],
-            adversarial=None,
-            rows=None if self.rows is None else self.rows[rows],
-            shared=False,
-        )
-
-    def tokens(self, side: str) -> ImageTokens:
-        """Those of the side "adversarial" (f(x')), "clean" (f(x)) or "original" (f0(x))."""
-        return getattr(self, f"{side}_tokens")
-
-    def frozen(self, name: str, compute: "Compute") -> Tensor:
-        """``compute(step)``, which must depend on f0, clean images and labels alone; once for all images with a cache."""
-        with torch.no_grad():
-            return compute(self) if self.cache is None else self.cache(name, compute, self.rows)
-
-    def encode_both(self) -> None:
-        """Computes f(x') and f(x) in one forward, for an objective that needs both."""
-        if self.adversarial is not self.images:
-            both = self._encode(self.clip, torch.cat([self.adversarial, self.images]))
-            halves = zip(*(tokens.chunk(2) for tokens in both))
-            self.adversarial_tokens, self.clean_tokens = (ImageTokens(*half) for half in halves)
 
     @property
     def true_text(self) -> Tensor:
@@ -114,7 +54,46 @@ class Step:
         """t_not_y: the embedding ``[B,D]`` of what each image is not, "This is not a photo of a ..."."""
         return self.original.encode_text([negated(prompt) for prompt in self.prompts])[self.labels]
 
+    @cached_property
+    def adversarial_tokens(self) -> ImageTokens:
+        """f(x')"""
+        return self.clean_tokens if self.adversarial is self.images else self.clip.encode_image(self.adversarial)
+
+    @cached_property
+    def clean_tokens(self) -> ImageTokens:
+        """f(x)"""
+        return self.clip.encode_image(self.images)
+
+    @cached_property
+    def original_tokens(self) -> ImageTokens:
+        """f0(x), without a graph"""
+        with torch.no_grad():
+            return self.original.encode_image(self.images)
+
+    @cached_property
+    def original_adversarial_tokens(self) -> ImageTokens:
+        """f0(x'), without a graph"""
+        with torch.no_grad():
+            return self.original.encode_image(self.adversarial)
+
+    def tokens(self, side: str) -> ImageTokens:
+        """Those of the side "adversarial" (f(x')), "clean" (f(x)) or "original" (f0(x))."""
+        return getattr(self, f"{side}_tokens")
+
+    def encode_both(self) -> None:
+        """Computes f(x') and f(x) in one forward, for an objective that needs both."""
+        if self.adversarial is not self.images:
+            both = self.clip.encode_image(torch.cat([self.adversarial, self.images]))
+            halves = zip(*(tokens.chunk(2) for tokens in both))
+            self.adversarial_tokens, self.clean_tokens = (ImageTokens(*half) for half in halves)
+
+    def of_original(self, name: str, compute: "Compute") -> Tensor:
+        """``compute(step)``, which must depend on f0, clean images and labels alone; only once an image where it is kept."""
+        with torch.no_grad():
+            return compute(self) if self.kept is None else self.kept(name, compute, self.rows)
+
     def cross_entropy(self, tokens: ImageTokens) -> Tensor:
+        """CE of the zero-shot logits, mean over the batch."""
         return F.cross_entropy(self.clip.similarity(tokens.pooled, self.text), self.labels)
 
     def log_probabilities(self, tokens: ImageTokens) -> Tensor:
@@ -123,6 +102,7 @@ class Step:
 
 
 Compute = Callable[[Step], Tensor]
+Kept = Callable[[str, Compute, Tensor | None], Tensor]  # (name, how it is computed, rows) -> its values of these rows
 
 
 def negated(prompt: str) -> str:
@@ -132,7 +112,15 @@ def negated(prompt: str) -> str:
 
 Attack = Callable[[Step], AttackLoss | None]
 # What TGA-ZSR was published with, and every other method where nothing else is said.
-PRESET = {"lr": 1e-4, "Alpha": 0.08, "Beta": 0.05, "train_eps": 1.0, "train_stepsize": 1.0, "train_numsteps": 2, "batch_size": 128}
+PRESET = {
+    "lr": 1e-4,
+    "Alpha": 0.08,
+    "Beta": 0.05,
+    "train_eps": 1.0,
+    "train_stepsize": 1.0,
+    "train_numsteps": 2,
+    "batch_size": 128,
+}
 
 
 def cross_entropy_attack(step: Step) -> None:
@@ -146,7 +134,7 @@ def original_pooled(step: Step) -> Tensor:
 
 def embedding_attack(step: Step) -> AttackLoss:
     """The squared l2 distance to the original model's clean class embedding; no labels."""
-    target = step.frozen("pooled", original_pooled)
+    target = step.of_original("pooled", original_pooled)
     return lambda tokens: (tokens.pooled - target).square().sum()
 
 
@@ -154,7 +142,9 @@ def embedding_attack(step: Step) -> AttackLoss:
 class Objective:
     name: str
     terms: Callable[[Step, ObjectiveSettings], list[Term]]
-    attack: Attack | None = cross_entropy_attack  # what the training attack maximises on f's tokens; None: it trains on clean images
+    attack: Attack | None = (
+        cross_entropy_attack  # what the training attack maximises on f's tokens; None: it trains on clean images
+    )
     preset: Mapping[str, float] = field(default_factory=lambda: PRESET)  # hyper-parameters it was published with
 
     def with_preset(self, settings: FinetuneSettings) -> FinetuneSettings:
@@ -168,7 +158,7 @@ OBJECTIVES: dict[str, Objective] = {}
 def objective(name: str, *, attack: Attack | None = cross_entropy_attack, **preset: float) -> Callable:
     """Registers a loss function under its name, with what its training attack maximises and its published settings.
 
-    ``attack`` sees the images of one process; what it maximises must be a sum over images.
+    What ``attack`` maximises must be a sum over images: it may see a part of the batch.
     """
 
     def register(terms: Callable[[Step, ObjectiveSettings], list[Term]]) -> Callable:
@@ -181,7 +171,9 @@ def objective(name: str, *, attack: Attack | None = cross_entropy_attack, **pres
 def find_objective(name: str) -> Objective:
     """The objective of a name. Raises ValueError, with the names there are, for an unknown one."""
     if name == "CLIP":
-        raise ValueError("method 'CLIP' is the untuned model, which trains nothing and is always measured beside the others")
+        raise ValueError(
+            "method 'CLIP' is the untuned model, which trains nothing and is always measured beside the others"
+        )
     if name not in OBJECTIVES:
         raise ValueError(f"method {name!r} is unknown; there are: {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
@@ -227,7 +219,7 @@ def pmg_aft(step: Step, settings: ObjectiveSettings) -> list[Term]:
 @objective("FARE", attack=embedding_attack)
 def fare(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """Batch mean of ||f(x') - f0(x)||^2 between unnormalised class embeddings; no labels (ICML 2024)."""
-    distance = (step.adversarial_tokens.pooled - step.frozen("pooled", original_pooled)).square().sum(1).mean()
+    distance = (step.adversarial_tokens.pooled - step.of_original("pooled", original_pooled)).square().sum(1).mean()
     return [Term("L_emb", 1.0, distance)]
 
 
@@ -280,8 +272,10 @@ def _held_in_place(
 ) -> list[Term]:
     """CE + Alpha * L_AR + Beta * L_AMC from ``attend(step, side)``: maps A(f, x') of the side "adversarial", A(f, x) of
     "clean" and A(f0, x) of "original", which are kept under ``name``."""
-    cross_entropy = step.cross_entropy(step.adversarial_tokens)  # before the maps: the order of sums shows in the last bits
-    target = step.frozen(name, lambda step: attend(step, "original"))
+    cross_entropy = step.cross_entropy(
+        step.adversarial_tokens
+    )  # before the maps: the order of sums shows in the last bits
+    target = step.of_original(name, lambda step: attend(step, "original"))
     distance = lambda side: attention_distance(
         attend(step, side), target, settings.Distance_metric, settings.distance_size
     ).mean()

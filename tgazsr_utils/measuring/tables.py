@@ -1,162 +1,47 @@
-"""The append-only store of Records, and the tables made from them."""
+"""Tables made from Records: intervals, paired differences, and the refusal to mix what does not belong together."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import numpy as np
 import pandas as pd
-import torch
+from scipy.stats import binomtest
 from scipy.stats import t as student_t
 
-from . import DATA, distributed
-from .datasets import DATASETS, ImageSet
-from .evaluation import Record, evaluate, record_key, wilson
-from .files import DamagedFile, digest, write_atomic, write_json
-from .miniworld import TASKS
-from .models import Clip
-from .progress import progress
-from .sanity import AttackCheck, check_attack, check_key, sets_to_check
-from .settings import PLUMBING, AttackSettings, Protocol
+from tgazsr_utils.datasets.miniworld import TASKS
+from tgazsr_utils.datasets.published_sets import DATASETS
+from tgazsr_utils.durable.files import write_atomic
+from tgazsr_utils.measuring.records import Record
+from tgazsr_utils.paths import DATA
 
 PUBLISHED_SETS = 16
-_COLUMNS = {"method", "model", "world", "dataset", "data", "pixels", "attack", "eps_255", "settings", "protocol", "precision", "code", "seed", "n", "available", "left_out", "correct"}
-
-Kept = TypeVar("Kept", Record, AttackCheck)
-
-
-class RecordStore(Generic[Kept]):
-    """A folder with one JSON file a Record (or an AttackCheck), written in one step and never changed."""
-
-    def __init__(self, folder: Path, kind: type[Kept] = Record):
-        self.folder, self.kind = folder, kind
-
-    @property
-    def checks(self) -> "RecordStore[AttackCheck]":
-        return RecordStore(self.folder / "checks", AttackCheck)
-
-    def get(self, key: str) -> Kept | None:
-        path = self.folder / f"{key}.json"
-        return self._read(path) if path.exists() else None
-
-    def all(self) -> list[Kept]:
-        return [self._read(path) for path in sorted(self.folder.glob("[!.]*.json"))]
-
-    def add(self, record: Kept) -> Kept:
-        content = record.model_dump(mode="json")
-        write_json(self.folder / f"{record.key}.json", content | {"checksum": digest(content)})
-        return record
-
-    def _read(self, path: Path) -> Kept:
-        try:
-            content = json.loads(path.read_bytes())
-            if not isinstance(content, dict) or content.pop("checksum", None) != digest(content):
-                raise ValueError("its content is not what was written")
-            if content.get("key") != path.stem:
-                raise ValueError(f"it is that of {content.get('key')}")
-            return self.kind.model_validate_json(json.dumps(content))
-        except (ValueError, RecursionError) as error:  # also of pydantic, and of bytes that are no text
-            raise DamagedFile(f"record {path} is damaged ({str(error).splitlines()[0]}); remove it to measure again") from None
-
-
-@dataclass(frozen=True)
-class Checks:
-    """With what the attack is checked once a model (``sanity.check_attack``), and what was found."""
-
-    sets: Sequence[ImageSet]  # none: nothing is checked
-    attack: AttackSettings
-    found: dict[tuple[str, int], AttackCheck] = field(default_factory=dict)  # by method and seed, as ``evaluate_all`` meets them
-
-    @classmethod
-    def on(cls, images: int, sets: Sequence[ImageSet], attack: AttackSettings) -> "Checks":
-        """On about so many images of ``sets``; on none where random weights or an epsilon of zero leave nothing to check."""
-        nothing = not images or not attack.test_eps or sets[0].world == PLUMBING
-        return cls([] if nothing else sets_to_check(sets, images), attack)
-
-    def key(self, clip: Clip) -> str | None:
-        return check_key(clip, self.sets, self.attack) if self.sets else None
-
-
-def evaluate_all(
-    clip: Clip,
-    sets: Sequence[ImageSet],
-    attack: AttackSettings,
-    protocol: Protocol = "last",
-    *,
-    method: str,
-    seed: int = 0,
-    store: RecordStore,
-    processes: int = 1,
-    checks: Checks | None = None,
-) -> list[Record]:
-    """Two records a set, clean and attacked, each stored when done; what the store has is not measured again.
-
-    ``processes`` of this machine share each set's images (``distributed.launch``); so do those that call this together.
-    With ``checks`` the attack is checked first, once a model, and what was found is noted there; where it fails, that is
-    said, and attacked records, though stored, are not returned.
-    """
-    checks = checks or Checks([], attack)
-    missing, unchecked = distributed.of_main(lambda: _missing(clip, sets, attack, protocol, method, seed, store, checks))
-    if (missing or unchecked) and processes > 1 and distributed.processes() == 1:
-        distributed.launch(processes, _measure_with_others, clip, sets, attack, protocol, method, seed, store, checks)
-    else:
-        _measure(clip, sets, attack, protocol, method, seed, store, checks, missing, unchecked)
-    keys = _keys(clip, sets, attack, protocol, method, seed)
-    records, check = distributed.of_main(lambda: ([store.get(key) for key in keys], checks.sets and store.checks.get(checks.key(clip))))
-    if check:
-        checks.found[method, seed] = check
-    if not check or not check.problems:
-        return records
-    if distributed.rank() == 0:
-        print(f"robust accuracy of {method} (seed {seed}) is not counted, as the attack cannot be trusted: {'; '.join(check.problems)}", flush=True)
-    return [record for record in records if record.attack == "none"]
-
-
-def _keys(
-    clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings, protocol: Protocol, method: str, seed: int
-) -> dict[str, tuple[ImageSet, AttackSettings | None]]:
-    """What each record is of."""
-    return {record_key(clip, data, kind, protocol, method, seed): (data, kind) for data in sets for kind in (None, attack)}
-
-
-def _missing(clip, sets, attack, protocol, method, seed, store, checks) -> tuple[list[str], bool]:
-    """(keys of the records that the store lacks, does it lack the check?)."""
-    lacking = [key for key in _keys(clip, sets, attack, protocol, method, seed) if store.get(key) is None]
-    return lacking, bool(checks.sets) and store.checks.get(checks.key(clip)) is None
-
-
-def _measure(clip, sets, attack, protocol, method, seed, store, checks, missing: list[str], unchecked: bool) -> None:
-    """Adds these records, and the check, to the store."""
-    if unchecked:
-        distributed.of_main(lambda: store.checks.add(check_attack(clip, checks.sets, checks.attack)))
-    asked, main = _keys(clip, sets, attack, protocol, method, seed), distributed.rank() == 0
-    total = sum(len(asked[key][0]) for key in missing)
-    with progress(total=total, desc=f"evaluate {method} seed {seed}", unit="image", disable=not main or not missing) as bar:
-        for key in missing:
-            data, kind = asked[key]
-            bar.set_postfix(set=data.key, refresh=False)
-            partial = store.folder / "unfinished" / f"{key}.safetensors"
-            record = evaluate(clip, data, kind, protocol, method=method, seed=seed, bar=bar, partial=partial)
-            if main:
-                store.add(record)
-                for path in partial.parent.glob(f"{key}_*"):
-                    path.unlink(missing_ok=True)
-
-
-def _measure_with_others(clip, sets, attack, protocol, method, seed, store, checks, device: torch.device) -> None:
-    clip = clip.to(device)
-    missing = distributed.of_main(lambda: _missing(clip, sets, attack, protocol, method, seed, store, checks))
-    _measure(clip, sets, attack, protocol, method, seed, store, checks, *missing)
+_COLUMNS = {
+    "method",
+    "model",
+    "world",
+    "dataset",
+    "data",
+    "pixels",
+    "attack",
+    "eps_255",
+    "settings",
+    "protocol",
+    "precision",
+    "code",
+    "seed",
+    "n",
+    "available",
+    "left_out",
+    "correct",
+}
 
 
 def to_frame(records: Sequence[Record]) -> pd.DataFrame:
     """One row a record: the columns a table or figure needs, accuracy and its 95 % Wilson interval in percent."""
     rows = []
     for r in records:
-        low, high = wilson(r.correct, r.n)
+        low, high = binomtest(r.correct, r.n).proportion_ci(method="wilson")
         kind = "clean" if r.attack == "none" else "robust"
         row = r.model_dump(include=_COLUMNS)
         rows.append(row | {"kind": kind, "accuracy": r.accuracy, "low": 100 * low, "high": 100 * high})
@@ -247,12 +132,16 @@ def _refuse_mixture(frame: pd.DataFrame) -> None:
     mixed = [frame[["world", "code"]], attacked[["attack", "eps_255", "protocol", "precision"]], of_attack]
     for column, values in ((column, part[column].unique()) for part in mixed for column in part):
         if len(values) > 1:
-            raise ValueError(f"records differ in {column} ({', '.join(sorted(map(str, values)))}); one table holds one {column}")
+            raise ValueError(
+                f"records differ in {column} ({', '.join(sorted(map(str, values)))}); one table holds one {column}"
+            )
     other = frame.groupby("dataset").data.nunique() > 1
     if other.any():
         name = other[other].index[0]
         sides = [", ".join(part.method.unique()) for _, part in frame[frame.dataset == name].groupby("data")]
-        raise ValueError(f"records of {name} are of different images, labels or prompts: those of {' and of '.join(sides)}; one table holds one set of each name")
+        raise ValueError(
+            f"records of {name} are of different images, labels or prompts: those of {' and of '.join(sides)}; one table holds one set of each name"
+        )
     changed = frame.groupby(["dataset", "data"]).pixels.nunique() > 1
     if changed.any():
         name = changed[changed].index[0][0]
@@ -266,7 +155,9 @@ def _refuse_mixture(frame: pd.DataFrame) -> None:
     if len(twice):
         first = twice.iloc[0]
         models = ", ".join(twice[(twice[one] == first[one]).all(axis=1)].model)
-        raise ValueError(f"{first.method}, seed {first.seed}, has several {first.kind} records on {first.dataset} (of models {models}); one table holds one")
+        raise ValueError(
+            f"{first.method}, seed {first.seed}, has several {first.kind} records on {first.dataset} (of models {models}); one table holds one"
+        )
     sets = frame.groupby(["method", "seed", "kind"])["dataset"].agg(frozenset)
     if sets.nunique() > 1:
         raise ValueError("methods or seeds were measured on different sets; their means cannot be compared")
@@ -285,7 +176,9 @@ def beside_published(records: Sequence[Record], pretrained: str | None, tuned_on
     epsilon 1/255 with step 1/255. Numbers of the mini-world say nothing about the published ones.
     """
     reference = published()
-    reasons = [] if (pretrained, tuned_on) == ("openai", "tinyImageNet") else [f"{pretrained} weights tuned on {tuned_on}"]
+    reasons = (
+        [] if (pretrained, tuned_on) == ("openai", "tinyImageNet") else [f"{pretrained} weights tuned on {tuned_on}"]
+    )
     reasons += dict.fromkeys(reason for r in records if (reason := _difference_from_published(r)))
     if reasons:
         print(f"not comparable with the published table: {'; '.join(reasons)}")

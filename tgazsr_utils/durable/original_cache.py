@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import distributed
-from .datasets import ImageSet
-from .files import DamagedFile, load_tensors, save_tensors
-from .models import Clip
-from .objectives import Step
-from .progress import progress
+from tgazsr_utils.core.images import ImageSet
+from tgazsr_utils.core.models import Clip
+from tgazsr_utils.core.objectives import Step
+from tgazsr_utils.durable import processes
+from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
+from tgazsr_utils.progress import progress
 
 BATCH = 128  # a fixed partition, so that values do not depend on the order of training
 
 
-class FrozenCache:
+class OriginalCache:
     """Values of each image of ``data`` under ``original``, one file ``<run>_<name>.safetensors`` for each quantity.
 
     ``run`` names all that training depends on (``training.tuned_path``), so a stale file is never taken; a damaged one is
@@ -40,9 +40,9 @@ class FrozenCache:
         """Values ``[len(rows), ...]`` on the model's device; ``compute`` gives those of a Step without attacked images."""
         if name not in self._kept:
             values = self._read(name)
-            if distributed.in_any(values is None, self.original.device):
+            if processes.in_any(values is None, self.original.device):
                 values = self._make(name, compute)
-                if distributed.rank() == 0:
+                if processes.is_main():
                     save_tensors(self._path(name), {"values": values}, run=self.run.name, name=name)
             self._kept[name] = values.to(self.original.device)
         return self._kept[name][rows.to(self.original.device)]
@@ -60,8 +60,7 @@ class FrozenCache:
     def _make(self, name: str, compute: Callable[[Step], Tensor]) -> Tensor:
         """Values ``[N, ...]`` of all images, fp32 on the CPU."""
         values = None
-        hidden = self.quiet or distributed.rank() > 0
-        with progress(total=len(self.data), desc=f"original model, {name}", unit="image", disable=hidden) as bar:
+        with progress(total=len(self.data), desc=f"original model, {name}", unit="image", disable=self.quiet) as bar:
             for batch in self.data.batches(BATCH, self.original.device):
                 step = Step(self.original, self.original, batch.images, batch.labels, self.data.prompts)
                 part = compute(step).float().cpu()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import distributed
-from .files import DamagedFile, load_tensors, save_tensors
+from tgazsr_utils.durable import processes
+from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
 
 KEPT = 2
 
@@ -29,7 +29,7 @@ class Checkpoints:
     def newest(self) -> Path | None:
         return next(iter(self._files()), None)
 
-    def said(self) -> str:
+    def description(self) -> str:
         """For an error message."""
         return f"the last good checkpoint is {self.newest()}" if self.newest() else "there is no checkpoint yet"
 
@@ -37,7 +37,12 @@ class Checkpoints:
         """Keeps ``state`` ("step" and what else JSON can hold), weights and optimiser; forgets the last but KEPT - 1."""
         own = optimizer.state_dict()
         tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
-        tensors |= {f"optimizer.{i}.{name}": value for i, values in own["state"].items() for name, value in values.items() if value is not None}
+        tensors |= {
+            f"optimizer.{i}.{name}": value
+            for i, values in own["state"].items()
+            for name, value in values.items()
+            if value is not None
+        }
         tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
         path = self.run.with_name(f"{self.run.name}.step{state['step']}.ckpt")
         save_tensors(path, tensors, run=self.run.name, state=state, groups=own["param_groups"])
@@ -49,11 +54,13 @@ class Checkpoints:
 
         What is damaged is named. Raises ValueError if nothing else is there.
         """
-        path = distributed.of_main(self._newest_whole)
+        path = processes.from_main(self._newest_whole)
         if path is None:
             return {"step": 0, "history": []}
         tensors, about = load_tensors(path, run=self.run.name)
-        module.load_state_dict({name.removeprefix("module."): value for name, value in tensors.items() if name.startswith("module.")})
+        module.load_state_dict(
+            {name.removeprefix("module."): value for name, value in tensors.items() if name.startswith("module.")}
+        )
         states: dict[int, dict[str, Any]] = {}
         for name, value in tensors.items():
             if name.startswith("optimizer."):

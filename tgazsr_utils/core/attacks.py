@@ -1,16 +1,15 @@
 """Adversarial images: what a bounded attacker adds to pixels so that zero-shot CLIP fails."""
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .files import seeded
-from .models import Clip, ImageTokens, encode
-from .settings import AttackSettings, Norm, Protocol
+from tgazsr_utils.core.models import Clip, ImageTokens, encode
+from tgazsr_utils.core.seeds import seeded
+from tgazsr_utils.core.settings import AttackSettings, Norm, Protocol
 
 AttackLoss = Callable[[ImageTokens], Tensor]
 LogitLoss = Callable[[Tensor, Tensor], Tensor]  # of logits [B,C] and labels [B]; summed over the batch
@@ -58,15 +57,17 @@ def pgd(
     Raises ValueError for pixels outside [0,1], a negative ``eps``, ``step_size`` or ``steps``, an unknown ``norm`` or
     ``protocol``, or "worst" with a ``loss`` of one's own, which knows whole batches only.
     """
-    _check(images, norm, eps=eps, step_size=step_size, steps=steps)
+    check_arguments(images, norm, eps=eps, step_size=step_size, steps=steps)
     if protocol not in get_args(Protocol):
         raise ValueError(f"protocol {protocol!r} is unknown; choose 'last' or 'worst'")
     if loss is not None and protocol == "worst":
-        raise ValueError("protocol 'worst' takes no loss of one's own: fooled images leave the batch that it is made for")
+        raise ValueError(
+            "protocol 'worst' takes no loss of one's own: fooled images leave the batch that it is made for"
+        )
     if not len(images):
         return images
     adversarial = _random_start(images, eps, norm, generator)
-    bounds = _ball(images, eps) if norm == "linf" else (images,)
+    bounds = ball(images, eps) if norm == "linf" else (images,)
     active = torch.arange(len(images), device=images.device)
     if protocol == "worst":
         fooled = clip.logits(images, text).argmax(1) != labels
@@ -74,7 +75,9 @@ def pgd(
         active = active[~fooled]
     for _ in range(steps):
         if protocol == "last":
-            adversarial, _ = clip.run(_step, adversarial.requires_grad_(True), bounds, labels, text, eps, step_size, norm, loss, logit_loss)
+            adversarial, _ = clip.run(
+                _step, adversarial.requires_grad_(True), bounds, labels, text, eps, step_size, norm, loss, logit_loss
+            )
         elif len(active):
             rows = adversarial[active].requires_grad_(True), tuple(bound[active] for bound in bounds), labels[active]
             moved, right = clip.run(_step, *rows, text, eps, step_size, norm, loss, logit_loss)
@@ -84,9 +87,17 @@ def pgd(
 
 
 def _step(
-    clip: Clip, current: Tensor, bounds: tuple[Tensor, ...], labels: Tensor, text: Tensor, eps: float, step_size: float, norm: Norm,
-    loss: AttackLoss | None, logit_loss: LogitLoss,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    clip: Clip,
+    current: Tensor,
+    bounds: tuple[Tensor, ...],
+    labels: Tensor,
+    text: Tensor,
+    eps: float,
+    step_size: float,
+    norm: Norm,
+    loss: AttackLoss | None,
+    logit_loss: LogitLoss,
+) -> tuple[Tensor, Tensor]:
     """One step of ``pgd`` from ``current``, which requires a gradient: images one step on, and which ``[B]`` of ``current`` are
     classified right."""
     with torch.enable_grad():
@@ -101,93 +112,48 @@ def _step(
     return moved, logits.argmax(1) == labels
 
 
-def cw(clip: Clip, images: Tensor, labels: Tensor, text: Tensor, eps: float, step_size: float, steps: int, **options) -> Tensor:
+def cw(
+    clip: Clip, images: Tensor, labels: Tensor, text: Tensor, eps: float, step_size: float, steps: int, **options
+) -> Tensor:
     """PGD on the margin ``-sum relu(correct - best wrong + 50)`` in place of cross-entropy; the rest: see ``pgd``."""
     return pgd(clip, images, labels, text, eps, step_size, steps, logit_loss=cw_margin, **options)
 
 
-def autoattack(
+class Attack(NamedTuple):
+    """One of ``ATTACKS``."""
+
+    run: Callable[..., Tensor]  # with the arguments of ``pgd``
+    keeps_first: bool = False  # it keeps the first image that fools: it knows no other protocol than "worst"
+    batch: int | None = (
+        None  # images it always has at once, since its random draws are for a batch; None: any number, each with draws of its own
+    )
+
+
+ATTACKS = {"pgd": Attack(pgd), "cw": Attack(cw)}  # ``measuring.autoattack`` adds its own
+
+
+def run_attack(
     clip: Clip,
     images: Tensor,
     labels: Tensor,
     text: Tensor,
-    eps: float,
-    step_size: float | None = None,
-    steps: int = 100,
-    *,
-    version: str = "apgd",
-    norm: Norm = "linf",
-    protocol: Protocol = "worst",
-    generator: Generators = None,
-) -> Tensor:
-    """AutoAttack (Croce & Hein 2020) by pyautoattack: adversarial images ``[B,3,H,W]``, the clean one where none fools.
-
-    ``version`` "apgd", as published for this method: APGD-CE, then APGD-DLR on what withstood it (with two classes
-    APGD-CE alone, since DLR needs three), each of ``steps`` iterations from one random start; "standard": the authors' full
-    ensemble APGD-CE, targeted APGD-DLR, targeted FAB and Square (5000 queries), each with as many target classes
-    as there are, at most 9. It chooses its own step sizes and keeps the first image that fools: ``step_size`` and
-    ``protocol`` are not used. Raises ValueError for bad pixels, ``eps`` or ``steps``, and for "standard" with fewer than four classes.
-    """
-    from pyautoattack import AutoAttack  # slow to import, and rarely needed
-
-    _check(images, norm, eps=eps, steps=steps)
-    classes = len(text)
-    if not len(images):
-        return images
-    if version == "standard" and classes < 4:
-        raise ValueError(f"AutoAttack's standard version needs at least 4 classes (targeted DLR); there are {classes}")
-    first = generator[0] if isinstance(generator, Sequence) else generator
-    seed = int(torch.randint(2**31, (), generator=first, device=None if first is None else first.device))
-    options = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed, "device": images.device}
-    model = _Logits(clip, text)
-    if version == "standard":
-        attack = AutoAttack(model, version="standard", **options)
-        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
-    elif version == "apgd":
-        attack = AutoAttack(model, version="custom", attacks=["apgd-ce", "apgd-dlr"][: 1 if classes < 3 else 2], **options)
-        attack.apgd = type(attack.apgd)(model, n_iter=steps, n_restarts=1, logger=attack.logger, **options)
-    else:
-        raise ValueError(f"AutoAttack version {version!r} is unknown; choose 'apgd' or 'standard'")
-    attack.logger.setLevel("ERROR")  # its warnings repeat for each batch, and one is wrong for three classes
-    tracer = sys.gettrace()
-    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds the global generator
-        adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
-    sys.settrace(tracer)  # and switches tracing off, debuggers' too
-    return torch.clamp(adversarial, *_ball(images, eps)) if norm == "linf" else adversarial.clamp(0, 1)
-
-
-class _Logits(nn.Module):
-    """Pixels to logits, as attack libraries want a model."""
-
-    def __init__(self, clip: Clip, text: Tensor):
-        super().__init__()
-        self.clip, self.text = clip, text
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.clip.logits(pixels, self.text)
-
-
-ATTACKS = {"pgd": pgd, "cw": cw, "autoattack": autoattack}
-
-
-def attack_as_set(
-    clip: Clip, images: Tensor, labels: Tensor, text: Tensor, settings: AttackSettings, protocol: Protocol,
+    settings: AttackSettings,
+    protocol: Protocol,
     generator: Generators,
-) -> Tensor:  # fmt: skip
-    """Adversarial images by the attack that ``settings`` name, with their epsilon, norm, step size and steps."""
+) -> Tensor:
+    """Adversarial images ``[B,3,H,W]`` by the attack that ``settings`` name, with their epsilon, norm, step size and steps."""
     options = {"version": settings.autoattack_version} if settings.attack == "autoattack" else {}
-    return ATTACKS[settings.attack](
-        clip, images, labels, text, settings.test_eps / 255, settings.test_stepsize / 255, settings.test_numsteps,
-        norm=settings.norm, protocol=protocol, generator=generator, **options,
-    )  # fmt: skip
+    eps, step_size = settings.test_eps / 255, settings.test_stepsize / 255
+    options |= {"norm": settings.norm, "protocol": protocol, "generator": generator}
+    return ATTACKS[settings.attack].run(clip, images, labels, text, eps, step_size, settings.test_numsteps, **options)
 
 
-def generators(device: torch.device, rows: Iterable[int], *parts: Any) -> list[torch.Generator]:
-    """One for each image, seeded by its row and ``parts``."""
+def starts(device: torch.device, rows: Iterable[int], *parts: Any) -> list[torch.Generator]:
+    """Generators for the random start of each image, seeded by its row and ``parts``."""
     return [seeded(device, *parts, row) for row in rows]
 
 
-def _check(images: Tensor, norm: str, **numbers: float) -> None:
+def check_arguments(images: Tensor, norm: str, **numbers: float) -> None:
     if norm not in get_args(Norm):
         raise ValueError(f"norm {norm!r} is unknown; choose 'linf' or 'l2'")
     for name, value in numbers.items():
@@ -204,11 +170,13 @@ def _random_start(images: Tensor, eps: float, norm: Norm, generator: Generators)
         if isinstance(generator, Sequence):
             drawn = torch.stack([kind(shape, generator=one, device=one.device) for one in generator])
         else:
-            drawn = kind((len(images), *shape), generator=generator, device=None if generator is None else generator.device)
+            drawn = kind(
+                (len(images), *shape), generator=generator, device=None if generator is None else generator.device
+            )
         return drawn.to(images.device, images.dtype)
 
     if norm == "linf":
-        return torch.clamp(images + eps * (2 * draw(torch.rand, *images.shape[1:]) - 1), *_ball(images, eps))
+        return torch.clamp(images + eps * (2 * draw(torch.rand, *images.shape[1:]) - 1), *ball(images, eps))
     direction = _unit(draw(torch.randn, *images.shape[1:]))
     radius = draw(torch.rand, 1, 1, 1) ** (1 / images.shape[1:].numel())
     return _project_l2(images + eps * radius * direction, images, eps)
@@ -229,7 +197,7 @@ def _project_l2(x: Tensor, images: Tensor, eps: float) -> Tensor:
     return (images + delta * (eps / _length(delta)).clamp(max=1)).clamp(0, 1)
 
 
-def _ball(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def ball(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Tightest representable pixel bounds of the eps-ball cut with [0,1]: rounding must not let a pixel out by an ulp."""
     low, high = (images.double() - eps).clamp(0, 1), (images.double() + eps).clamp(0, 1)
     inner_low, inner_high = low.to(images.dtype), high.to(images.dtype)

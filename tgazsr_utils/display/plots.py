@@ -1,8 +1,8 @@
 """The workbook's figures. Each function takes plain frames or arrays and returns a matplotlib Figure."""
 
 import textwrap
-from itertools import cycle
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,13 +13,18 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
-from .files import write_atomic
-from .attention import resize
+from tgazsr_utils.core.attention import resize
+from tgazsr_utils.durable.files import write_atomic
 
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "h")
 
-sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", rc={"figure.dpi": 100, "svg.hashsalt": "tgazsr", "text.parse_math": False})  # a class name may hold dollars
+sns.set_theme(
+    style="whitegrid",
+    palette="colorblind",
+    context="notebook",
+    rc={"figure.dpi": 100, "svg.hashsalt": "tgazsr", "text.parse_math": False},
+)  # a class name may hold dollars
 
 
 def save(figure: Figure, folder: Path, name: str) -> Figure:
@@ -32,7 +37,12 @@ def save(figure: Figure, folder: Path, name: str) -> Figure:
 
 
 def attention_panels(
-    images: Tensor, clean: Tensor, adversarial: Tensor, attacked: Tensor, captions: Sequence[tuple[str, str]], title: str
+    images: Tensor,
+    clean: Tensor,
+    adversarial: Tensor,
+    attacked: Tensor,
+    captions: Sequence[tuple[str, str]],
+    title: str,
 ) -> Figure:
     """One row an image: image, clean attention, perturbation (amplified), attacked attention.
 
@@ -97,7 +107,9 @@ def fragility(table: pd.DataFrame, title: str) -> Figure:
     eps, markers = [0.0, *(float(c.removeprefix("eps ")) for c in table.columns[1:])], cycle(MARKERS)
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for key, row in table.iterrows():
-        style = {"color": "black", "lw": 3, "marker": "o", "label": "mean"} if key == "MEAN" else {"lw": 1.2, "alpha": 0.6}
+        style = (
+            {"color": "black", "lw": 3, "marker": "o", "label": "mean"} if key == "MEAN" else {"lw": 1.2, "alpha": 0.6}
+        )
         if key != "MEAN" and len(table) <= len(MARKERS):  # more sets than that cannot be told apart
             style |= {"label": key, "marker": next(markers), "ms": 4}
         axis.plot(eps, row.to_numpy(), **style)
@@ -120,9 +132,18 @@ def shift_against_eps(frame: pd.DataFrame, title: str) -> Figure:
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
     for axis, (column, label) in zip(axes, _SHIFT_LABELS.items()):
         sns.lineplot(
-            frame, x="eps_255", y=column, hue="model", style="model", markers=True, dashes=False, err_style="bars",
-            seed=0, ax=axis, legend="auto" if axis is axes[0] else False,
-        )  # fmt: skip
+            frame,
+            x="eps_255",
+            y=column,
+            hue="model",
+            style="model",
+            markers=True,
+            dashes=False,
+            err_style="bars",
+            seed=0,
+            ax=axis,
+            legend="auto" if axis is axes[0] else False,
+        )
         axis.set(xlabel="epsilon (1/255)", ylabel=label, xticks=sorted(frame.eps_255.unique()))
     figure.suptitle(title)
     return figure
@@ -206,13 +227,25 @@ def accuracy_bars(frame: pd.DataFrame, title: str) -> Figure:
 def accuracy_heatmap(frame: pd.DataFrame, title: str) -> Figure:
     """Accuracy by method and set, robust above clean, mean over seeds, blank where one is not counted; ``frame``: results.to_frame."""
     methods, sets = list(dict.fromkeys(frame.method)), list(dict.fromkeys(frame.dataset))
-    whole = frame.groupby(["method", "kind"]).seed.transform("nunique") == frame.groupby("method").seed.transform("nunique")
+    whole = frame.groupby(["method", "kind"]).seed.transform("nunique") == frame.groupby("method").seed.transform(
+        "nunique"
+    )
     figure, axes = plt.subplots(2, 1, figsize=(0.72 * len(sets) + 3, 0.5 * len(methods) * 2 + 3), layout="constrained")
     for axis, kind in zip(axes, ("robust", "clean")):
         table = frame[whole & (frame.kind == kind)].pivot_table(index="method", columns="dataset", values="accuracy")
         table = table.reindex(index=methods, columns=sets).assign(MEAN=lambda t: t.mean(axis=1))
-        sns.heatmap(table, annot=True, fmt=".0f", cmap="viridis", vmin=0, vmax=100, ax=axis, annot_kws={"size": 9},
-                    cbar_kws={"label": "top-1 (%)"}, linewidths=0.5)  # fmt: skip
+        sns.heatmap(
+            table,
+            annot=True,
+            fmt=".0f",
+            cmap="viridis",
+            vmin=0,
+            vmax=100,
+            ax=axis,
+            annot_kws={"size": 9},
+            cbar_kws={"label": "top-1 (%)"},
+            linewidths=0.5,
+        )
         axis.set(title=f"{kind} accuracy (%)", xlabel="", ylabel="")
         plt.setp(axis.get_yticklabels(), rotation=0)
     axes[0].set_xticklabels([])
@@ -231,9 +264,25 @@ def trade_off(table: pd.DataFrame, title: str, published: pd.DataFrame | None = 
     largest = every.average.max()
     size = lambda average: 60 if np.isnan(average) else 260 * max(average, 0) / largest  # in square points
     for color, marker, (method, row) in zip(cycle(sns.color_palette()), cycle(MARKERS), table.iterrows()):
-        axis.errorbar(row.clean, row.robust, xerr=_or_none(row.clean_ci), yerr=_or_none(row.robust_ci), fmt="none", color=color,
-                      capsize=3, alpha=0.7)  # fmt: skip
-        axis.scatter(row.clean, row.robust, size(row.average), color=color, marker=marker, label=f"{method}: {_or_dash(row.average, '.1f')}", zorder=3)
+        axis.errorbar(
+            row.clean,
+            row.robust,
+            xerr=_or_none(row.clean_ci),
+            yerr=_or_none(row.robust_ci),
+            fmt="none",
+            color=color,
+            capsize=3,
+            alpha=0.7,
+        )
+        axis.scatter(
+            row.clean,
+            row.robust,
+            size(row.average),
+            color=color,
+            marker=marker,
+            label=f"{method}: {_or_dash(row.average, '.1f')}",
+            zorder=3,
+        )
         if published is not None and method in published.index:
             there = published.loc[method]
             axis.scatter(there.clean, there.robust, size(there.average), color="grey", marker=marker, alpha=0.6)
@@ -248,7 +297,13 @@ def trade_off(table: pd.DataFrame, title: str, published: pd.DataFrame | None = 
     axis.plot([], [], color="grey", lw=0.7, alpha=0.5, label="equal average")
     if published is not None:
         axis.scatter([], [], color="grey", alpha=0.6, label="published")
-    axis.set(xlim=x_limits, ylim=y_limits, xlabel="clean accuracy (%)", ylabel="robust accuracy (%)", title=_wrapped(title, figure))
+    axis.set(
+        xlim=x_limits,
+        ylim=y_limits,
+        xlabel="clean accuracy (%)",
+        ylabel="robust accuracy (%)",
+        title=_wrapped(title, figure),
+    )
     # Markers of one size, since areas of the largest would push the lines of the legend apart.
     legend = axis.legend(title="average (%), area", loc="center left", bbox_to_anchor=(1.04, 0.5), fontsize=9)
     for handle in legend.legend_handles:
@@ -264,19 +319,37 @@ def difference_matrix(differences: pd.DataFrame, title: str) -> Figure:
     """
     methods = list(dict.fromkeys(differences.method))
     n = len(methods)
-    figure, axes = plt.subplots(1, 2, figsize=(2 * (0.82 * n + 1.2) + 0.6, 0.62 * n + 2), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, 2, figsize=(2 * (0.82 * n + 1.2) + 0.6, 0.62 * n + 2), sharey=True, layout="constrained"
+    )
     for axis, kind in zip(axes, ("robust", "clean")):
         part = differences[differences.kind == kind]
         grid = part.pivot(index="method", columns="other", values="difference").loc[methods, methods]
         largest = max(1.0, float(grid.abs().max().fillna(0).max()))
-        sns.heatmap(grid, cmap="vlag", vmin=-largest, vmax=largest, ax=axis, linewidths=0.5, cbar_kws={"label": "points"},
-                    mask=np.eye(n, dtype=bool))  # fmt: skip
+        sns.heatmap(
+            grid,
+            cmap="vlag",
+            vmin=-largest,
+            vmax=largest,
+            ax=axis,
+            linewidths=0.5,
+            cbar_kws={"label": "points"},
+            mask=np.eye(n, dtype=bool),
+        )
         for row in part[(part.method != part.other) & part.difference.notna()].itertuples():
             y, x = methods.index(row.method), methods.index(row.other)
             clear = row.low > 0 or row.high < 0
             color = "white" if abs(row.difference) > 0.6 * largest else "black"
-            axis.text(x + 0.5, y + 0.5, f"{row.difference:+.1f}\n±{(row.high - row.low) / 2:.1f}", ha="center", va="center",
-                      fontsize=8, color=color, fontweight="bold" if clear else "normal")  # fmt: skip
+            axis.text(
+                x + 0.5,
+                y + 0.5,
+                f"{row.difference:+.1f}\n±{(row.high - row.low) / 2:.1f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=color,
+                fontweight="bold" if clear else "normal",
+            )
         axis.set(title=f"{kind} accuracy: row minus column", xlabel="", ylabel="")
         plt.setp(axis.get_xticklabels(), rotation=35, ha="right")
         plt.setp(axis.get_yticklabels(), rotation=0)
@@ -292,7 +365,9 @@ def _or_none(value: float) -> float | None:
     return None if np.isnan(value) else value
 
 
-def ablation(table: pd.DataFrame, seeds: pd.DataFrame, title: str, kinds: Sequence[str] = ("robust", "clean", "average")) -> Figure:
+def ablation(
+    table: pd.DataFrame, seeds: pd.DataFrame, title: str, kinds: Sequence[str] = ("robust", "clean", "average")
+) -> Figure:
     """One panel a kind of accuracy, one line a variant: its mean with its 95 % interval, and a small point a seed.
 
     ``table`` and ``seeds``: ablations.table and ablations.by_seed. With two columns to the index, the last one is along the
@@ -302,9 +377,13 @@ def ablation(table: pd.DataFrame, seeds: pd.DataFrame, title: str, kinds: Sequen
     rows = list(dict.fromkeys(table.index.get_level_values(-1)))
     groups = list(dict.fromkeys(table.index.get_level_values(0))) if len(names) > 1 else [None]
     figure, axes = plt.subplots(
-        1, len(kinds), figsize=(max(7.5, 3.7 * len(kinds) + 2), 0.42 * len(rows) * max(1, 0.6 * len(groups)) + 1.6), sharey=True,
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
+        1,
+        len(kinds),
+        figsize=(max(7.5, 3.7 * len(kinds) + 2), 0.42 * len(rows) * max(1, 0.6 * len(groups)) + 1.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     several = seeds.groupby(names, sort=False).size().max() > 1
     for axis, kind in zip(axes[0], kinds):
         for g, (group, marker) in enumerate(zip(groups, cycle(MARKERS))):
@@ -313,7 +392,9 @@ def ablation(table: pd.DataFrame, seeds: pd.DataFrame, title: str, kinds: Sequen
             shift = 0.0 if group is None else 0.5 * ((g + 0.5) / len(groups) - 0.5)
             y = np.array([rows.index(row) + shift for row in part.index])
             color = sns.color_palette()[g % len(sns.color_palette())]
-            axis.errorbar(part[kind], y, xerr=part[f"{kind}_ci"].fillna(0), fmt=marker, ms=7, capsize=3, label=group, color=color)
+            axis.errorbar(
+                part[kind], y, xerr=part[f"{kind}_ci"].fillna(0), fmt=marker, ms=7, capsize=3, label=group, color=color
+            )
             if several:
                 spots = [rows.index(row) + shift for row in own[names[-1]]]
                 axis.plot(own[kind], spots, "o", ms=3, color="black", alpha=0.5, zorder=4)
@@ -331,13 +412,32 @@ def alpha_beta(table: pd.DataFrame, title: str, mark: Mapping[str, float] | None
     """
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     for axis, kind in zip(axes, ("robust", "clean", "average")):
-        grid = table.reset_index().pivot_table(index="Alpha", columns="Beta", values=kind, dropna=False).sort_index(ascending=False)
-        sns.heatmap(grid, annot=True, fmt=".1f", cmap="viridis", ax=axis, linewidths=0.5, cbar_kws={"label": f"{kind} (%)"})
+        grid = (
+            table.reset_index()
+            .pivot_table(index="Alpha", columns="Beta", values=kind, dropna=False)
+            .sort_index(ascending=False)
+        )
+        sns.heatmap(
+            grid, annot=True, fmt=".1f", cmap="viridis", ax=axis, linewidths=0.5, cbar_kws={"label": f"{kind} (%)"}
+        )
         plt.setp(axis.get_yticklabels(), rotation=0)
-        axis.set(title=f"{kind} accuracy (%)", xlabel="Beta (weight of L_AMC)", ylabel="Alpha (weight of L_AR)", facecolor="0.92")
+        axis.set(
+            title=f"{kind} accuracy (%)",
+            xlabel="Beta (weight of L_AMC)",
+            ylabel="Alpha (weight of L_AR)",
+            facecolor="0.92",
+        )
         axis.grid(False)
         if mark:
-            axis.plot(mark["Beta"] + 0.5, len(grid) - 0.5 - mark["Alpha"], marker="o", mfc="none", mec="crimson", ms=40, mew=2.5)
+            axis.plot(
+                mark["Beta"] + 0.5,
+                len(grid) - 0.5 - mark["Alpha"],
+                marker="o",
+                mfc="none",
+                mec="crimson",
+                ms=40,
+                mew=2.5,
+            )
     figure.suptitle(_wrapped(title, figure))
     return figure
 
@@ -355,7 +455,13 @@ def loss_mixture(table: pd.DataFrame, cosines: Mapping[str, float]) -> Figure:
     with_sum = [f"{name}, sum: {_or_dash(value)}" for name, value in terms.cosine.items()]
     weights = ", ".join(f"{name} {value:g}" for name, value in terms.weight.items())
     axes[2].axis("off")
-    axes[2].text(0, 0.95, "\n".join([f"Weights: {weights}", "", "Cosines between gradients", *between, *with_sum]), va="top", linespacing=1.5)
+    axes[2].text(
+        0,
+        0.95,
+        "\n".join([f"Weights: {weights}", "", "Cosines between gradients", *between, *with_sum]),
+        va="top",
+        linespacing=1.5,
+    )
     for axis in axes[:2]:
         axis.invert_yaxis()
         axis.grid(False, axis="y")
@@ -372,8 +478,20 @@ def budgets(table: pd.DataFrame, title: str) -> Figure:
     frame = table.reset_index()
     base = frame.iloc[0]
     panels = (
-        ("test_eps", "train_eps", "test epsilon (1/255)", "trained at {:g}/255", frame.test_numsteps == base.test_numsteps),
-        ("test_numsteps", "train_numsteps", "PGD steps of the test", "trained with {:g} steps", frame.test_eps == base.test_eps),
+        (
+            "test_eps",
+            "train_eps",
+            "test epsilon (1/255)",
+            "trained at {:g}/255",
+            frame.test_numsteps == base.test_numsteps,
+        ),
+        (
+            "test_numsteps",
+            "train_numsteps",
+            "PGD steps of the test",
+            "trained with {:g} steps",
+            frame.test_eps == base.test_eps,
+        ),
     )
     other = {"train_eps": "train_numsteps", "train_numsteps": "train_eps"}
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.2), layout="constrained")
@@ -382,7 +500,9 @@ def budgets(table: pd.DataFrame, title: str) -> Figure:
         for style, marker, (value, line) in zip(cycle(STYLES), cycle(MARKERS), part.groupby(hue, sort=False)):
             line = line.sort_values(x)
             name = value if isinstance(value, str) else legend.format(value)
-            axis.errorbar(line[x], line.robust, yerr=line.robust_ci.fillna(0), fmt=marker, ls=style, capsize=3, label=name)
+            axis.errorbar(
+                line[x], line.robust, yerr=line.robust_ci.fillna(0), fmt=marker, ls=style, capsize=3, label=name
+            )
         axis.set(xlabel=label, ylabel="robust accuracy (%)", xticks=sorted(part[x].unique()), ylim=(0, None))
         axis.legend(fontsize=9)
     figure.suptitle(_wrapped(title, figure))

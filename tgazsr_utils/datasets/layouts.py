@@ -18,10 +18,10 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch.utils.data import Dataset
 
-from . import miniworld
-from .files import digest
-from .published_sets import DATASETS, DatasetSpec, clean_name
-from .settings import resolve
+from tgazsr_utils.core.seeds import digest
+from tgazsr_utils.datasets import miniworld
+from tgazsr_utils.datasets.published_sets import DATASETS, DatasetSpec
+from tgazsr_utils.paths import resolve
 
 Split = Literal["train", "test"]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
@@ -102,7 +102,9 @@ def open_source(key: str, split: Split, root: Path, test_fraction: float | None 
             raise ValueError(f"only one class, {source.classes[0]!r}, below {folder}; are its images in class folders?")
     except Exception as error:  # torchvision lets through whatever the parser of a damaged list raises
         reason = " ".join(str(error).split()) or type(error).__name__
-        reason = reason.replace("You can use download=True to download it", f"(python -m tgazsr_utils.datasets fetch {key})")
+        reason = reason.replace(
+            "You can use download=True to download it", f"(python -m tgazsr_utils.datasets fetch {key})"
+        )
         raise ValueError(f"image set {key!r} in {root} cannot be read: {reason}") from error
     return source
 
@@ -155,7 +157,10 @@ class _Files:
 
 
 def _contents(files: list[str], root: Path) -> list[str]:
-    return [f"{os.path.relpath(path, root)} {os.stat(path).st_size if os.path.exists(path) else 'missing'}" for path in files]
+    return [
+        f"{os.path.relpath(path, root)} {os.stat(path).st_size if os.path.exists(path) else 'missing'}"
+        for path in files
+    ]
 
 
 def _from_files(files: Sequence[Path], labels: Sequence[int], classes: list[str], root: Path, boxes=None) -> Source:
@@ -247,7 +252,9 @@ def _rows(path: Path, texts: int, numbers: int) -> Iterator[tuple[list[str], tup
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         parts = line.split("\t")
         if len(parts) != texts + numbers or not all(part.strip().isdecimal() for part in parts[texts:]):
-            raise ValueError(f"{path}, line {number}, {line[:60]!r} is not {texts} texts and {numbers} numbers with tabs between")
+            raise ValueError(
+                f"{path}, line {number}, {line[:60]!r} is not {texts} texts and {numbers} numbers with tabs between"
+            )
         yield parts[:texts], tuple(map(int, parts[texts:]))
 
 

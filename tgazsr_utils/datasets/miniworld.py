@@ -193,7 +193,9 @@ def _texture(texture: Tensor, u: Tensor, v: Tensor, radius: Tensor) -> Tensor:
             waves = torch.cos(x[rows] * (2 * torch.pi / 7)) + torch.cos(y[rows] * (2 * torch.pi / 7))
             mix[rows] = ((waves - 0.6) * 3).clamp_(0, 1)
         elif name == "checkered":
-            mix[rows] = (torch.sin(x[rows] * (torch.pi / 5)) * torch.sin(y[rows] * (torch.pi / 5)) * 4 + 0.5).clamp_(0, 1)
+            mix[rows] = (torch.sin(x[rows] * (torch.pi / 5)) * torch.sin(y[rows] * (torch.pi / 5)) * 4 + 0.5).clamp_(
+                0, 1
+            )
         else:
             mix[rows] = ((u[rows] + 0.9) / 1.8).clamp_(0, 1)
     return mix
@@ -345,7 +347,13 @@ TASKS: dict[str, Task] = {
     "textures": _single("texture", range(len(TEXTURES)), "This is a photo of a {} object", fixed=_CLEAR),
     "sizes": _single("size", range(len(SIZES)), "A photo of a {} object", fixed={"count": 0, "place": 0}),
     "places": _single("place", range(len(PLACES)), "There is an object in the {}", fixed={"count": 0, "size": (0, 1)}),
-    "counts": Task(("count",), tuple((i,) for i in range(4)), ("one object", "two objects", "three objects", "four objects"), "An image of {}", {"size": 0}),
+    "counts": Task(
+        ("count",),
+        tuple((i,) for i in range(4)),
+        ("one object", "two objects", "three objects", "four objects"),
+        "An image of {}",
+        {"size": 0},
+    ),
     "scenes": _single("scene", range(len(SCENES)), "A photo of {}"),
     "colour_shapes": _product("colour", "kind", _SHAPE_IDS),
     "texture_shapes": _product("texture", "kind", _SHAPE_IDS),

@@ -1,31 +1,53 @@
 """The ablations: what each one varies, and the sweep that trains and measures its variants, resumable.
 
 An ablation is one function that lists its variants from the notebook's settings; the first is what the others are
-compared with. To add one, write such a function, put it into ``ABLATIONS`` and name it in ``settings.AblationName``.
+compared with. To add one, write such a function, put it into ``ABLATIONS`` and name it in ``parameters.AblationName``.
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
+from typing import Protocol as Interface
 
 import pandas as pd
-import torch
 
-from .attacks import pgd
-from .datasets import ImageSet
-from .evaluation import Record, protocol_of, record_key
-from .models import Clip
-from .objectives import find_objective
-from .results import Checks, RecordStore, difference, evaluate_all, per_seed, summary
-from .sanity import LARGE, LARGE_STEPS, QUERIES, STEPS
-from .settings import AblationNotebook, AttackSettings, FinetuneSettings, Protocol, validate
-from .training import finetune, seconds_per_step, tuned_path
+from tgazsr_utils.core.images import ImageSet
+from tgazsr_utils.core.models import Clip
+from tgazsr_utils.core.objectives import find_objective
+from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings, Protocol
+from tgazsr_utils.durable.finetuning import finetune, tuned_path
+from tgazsr_utils.measuring.bench import Bench
+from tgazsr_utils.measuring.records import Record
+from tgazsr_utils.measuring.tables import difference, per_seed, summary
 
 UNTUNED = "CLIP"
+
+
+class AblationSettings(Interface):
+    """What variants are made from, as notebook 03 takes it (``parameters.AblationNotebook``)."""
+
+    seed: int
+    seeds: list[int] | None
+    methods: list[str]
+    ablations: str | list[str]  # "cut", "all", or names
+    protocol: Protocol
+    test_eps: float  # 1/255, as in all below
+    test_stepsize: float
+    test_numsteps: int
+    Alpha_list: list[float]
+    Beta_list: list[float]
+    train_eps_list: list[float]
+    test_eps_list: list[float]
+    train_numsteps_list: list[int]
+    test_numsteps_list: list[int]
+    last_num_ft_list: list[int]
+
+    def finetuning(self, method: str) -> FinetuneSettings: ...
+
+    def only(self, model: type[AttackSettings], **changes: Any) -> AttackSettings: ...
 
 
 @dataclass(frozen=True)
@@ -42,13 +64,13 @@ class Variant:
     in_cut: bool = True  # part of the quick look
 
 
-def base_training(s: AblationNotebook) -> FinetuneSettings:
+def base_training(s: AblationSettings) -> FinetuneSettings:
     """The settings of TGA-ZSR, which variants start from whatever their method, so that one thing varies."""
     return find_objective("TGA-ZSR").with_preset(s.finetuning("TGA-ZSR"))
 
 
 def variant(
-    s: AblationNotebook,
+    s: AblationSettings,
     label: Mapping[str, Any],
     method: str = "TGA-ZSR",
     *,
@@ -61,7 +83,7 @@ def variant(
     **changes: Any,
 ) -> Variant:
     """A variant trained with ``base_training`` (or ``training``) but for ``changes``."""
-    trained = validate(FinetuneSettings, (training or base_training(s)).model_dump() | changes)
+    trained = FinetuneSettings(**(training or base_training(s)).model_dump() | changes)
     return Variant(
         label,
         method,
@@ -74,7 +96,7 @@ def variant(
     )
 
 
-def loss_parts(s: AblationNotebook) -> Iterator[Variant]:
+def loss_parts(s: AblationSettings) -> Iterator[Variant]:
     """Which of the two attention terms does what?"""
     yield variant(s, {"loss": "CE"}, "TeCoA")
     yield variant(s, {"loss": "CE + L_AR"}, Beta=0.0)
@@ -82,13 +104,13 @@ def loss_parts(s: AblationNotebook) -> Iterator[Variant]:
     yield variant(s, {"loss": "CE + L_AR + L_AMC"})
 
 
-def distance(s: AblationNotebook) -> Iterator[Variant]:
+def distance(s: AblationSettings) -> Iterator[Variant]:
     """Does it matter how the distance of two maps is measured? Alpha and Beta stay what they are for l2."""
     for metric in ("l2", "l1", "cos"):
         yield variant(s, {"distance": metric}, Distance_metric=metric)
 
 
-def attention(s: AblationNotebook) -> Iterator[Variant]:
+def attention(s: AblationSettings) -> Iterator[Variant]:
     """Which attention is worth holding in place?"""
     yield variant(s, {"attention": "reference"}, attention_variant="reference")
     yield variant(s, {"attention": "cosine"}, attention_variant="cosine")
@@ -98,27 +120,36 @@ def attention(s: AblationNotebook) -> Iterator[Variant]:
     yield variant(s, {"attention": "none (TeCoA)"}, "TeCoA")
 
 
-def alpha_beta(s: AblationNotebook) -> Iterator[Variant]:
+def alpha_beta(s: AblationSettings) -> Iterator[Variant]:
     """How much of each term?"""
     base = base_training(s)
     quick = {*product((0.0, base.Alpha), (0.0, base.Beta)), (max(s.Alpha_list), max(s.Beta_list))}
     grid = product(sorted({*s.Alpha_list, base.Alpha}), sorted({*s.Beta_list, base.Beta}))
     for a, b in _first((base.Alpha, base.Beta), grid):
         # Without both terms it is TeCoA, under whose name other ablations have trained it.
-        yield variant(s, {"Alpha": a, "Beta": b}, "TeCoA" if a == b == 0 else "TGA-ZSR",
-                      **({} if a == b == 0 else {"Alpha": a, "Beta": b}), in_cut=(a, b) in quick)  # fmt: skip
+        yield variant(
+            s,
+            {"Alpha": a, "Beta": b},
+            "TeCoA" if a == b == 0 else "TGA-ZSR",
+            **({} if a == b == 0 else {"Alpha": a, "Beta": b}),
+            in_cut=(a, b) in quick,
+        )
 
 
-def epsilon(s: AblationNotebook) -> Iterator[Variant]:
+def epsilon(s: AblationSettings) -> Iterator[Variant]:
     """How do the budgets and steps of training and of testing act together?"""
     base = base_training(s)
     stride = base.train_stepsize / base.train_eps if base.train_eps else 1.0
-    for train_eps, test_eps in product([*_first(base.train_eps, s.train_eps_list), UNTUNED], _first(s.test_eps, s.test_eps_list)):
+    for train_eps, test_eps in product(
+        [*_first(base.train_eps, s.train_eps_list), UNTUNED], _first(s.test_eps, s.test_eps_list)
+    ):
         same = train_eps in (UNTUNED, base.train_eps)  # stride * eps would be off by a rounding
         changes = {} if same else {"train_eps": train_eps, "train_stepsize": stride * train_eps}
         in_cut = train_eps in (base.train_eps, max(s.train_eps_list), UNTUNED)
         yield _trained_and_tested(s, train_eps, base.train_numsteps, test_eps, s.test_numsteps, in_cut, changes)
-    for train_steps, test_steps in product(_first(base.train_numsteps, s.train_numsteps_list), _first(s.test_numsteps, s.test_numsteps_list)):
+    for train_steps, test_steps in product(
+        _first(base.train_numsteps, s.train_numsteps_list), _first(s.test_numsteps, s.test_numsteps_list)
+    ):
         if (train_steps, test_steps) != (base.train_numsteps, s.test_numsteps):
             changes, in_cut = {"train_numsteps": train_steps}, train_steps == base.train_numsteps
             yield _trained_and_tested(s, base.train_eps, train_steps, s.test_eps, test_steps, in_cut, changes)
@@ -134,35 +165,47 @@ def _trained_and_tested(s, train_eps, train_steps, test_eps, test_steps, in_cut,
     return variant(s, label, method, attack=attack, few_images=True, in_cut=in_cut, **changes)
 
 
-def tuned_part(s: AblationNotebook) -> Iterator[Variant]:
+def tuned_part(s: AblationSettings) -> Iterator[Variant]:
     """Must the whole image encoder be tuned? Counted in parameter tensors from its end."""
     for last in _first(0, s.last_num_ft_list):
         label = {"tuned": f"last {last} tensors" if last else "whole encoder"}
         yield variant(s, label, last_num_ft=last, in_cut=last in (0, s.last_num_ft_list[-1]))
 
 
-def attacks(s: AblationNotebook) -> Iterator[Variant]:
+def attacks(s: AblationSettings) -> Iterator[Variant]:
     """Does robustness hold against stronger attacks, and when every iterate counts?"""
     steps, strong = s.test_numsteps, [n for n in s.test_numsteps_list if n > s.test_numsteps][-1:]
     kinds = [
-        *((f"PGD-{n}, {protocol}", "pgd", n, protocol, n == steps) for n in (steps, *strong) for protocol in ("last", "worst")),
+        *(
+            (f"PGD-{n}, {protocol}", "pgd", n, protocol, n == steps)
+            for n in (steps, *strong)
+            for protocol in ("last", "worst")
+        ),
         (f"CW-{steps}, last", "cw", steps, "last", True),
         ("AutoAttack", "autoattack", 100, "worst", True),
     ]
     for method, (kind, attack, n, protocol, in_cut) in product([*s.methods, UNTUNED], kinds):
         training = None if method == UNTUNED else _own_training(s, method)
-        yield variant(s, {"method": method, "attack": kind}, method, training=training, protocol=protocol, few_images=True,
-                      attack={"attack": attack, "test_numsteps": n}, in_cut=in_cut and method != UNTUNED)  # fmt: skip
+        yield variant(
+            s,
+            {"method": method, "attack": kind},
+            method,
+            training=training,
+            protocol=protocol,
+            few_images=True,
+            attack={"attack": attack, "test_numsteps": n},
+            in_cut=in_cut and method != UNTUNED,
+        )
 
 
-def seeds(s: AblationNotebook) -> Iterator[Variant]:
+def seeds(s: AblationSettings) -> Iterator[Variant]:
     """How much is chance?"""
     several = s.seeds if s.seeds and len(s.seeds) > 1 else [s.seed, s.seed + 1, s.seed + 2]
     for method in s.methods:
         yield variant(s, {"method": method}, method, training=_own_training(s, method), seeds=several)
 
 
-def _own_training(s: AblationNotebook, method: str) -> FinetuneSettings:
+def _own_training(s: AblationSettings, method: str) -> FinetuneSettings:
     """As notebook 04 trains a method."""
     return find_objective(method).with_preset(s.finetuning(method))
 
@@ -171,12 +214,12 @@ def _first(base: Any, values: Sequence | Iterator) -> list:
     return [base, *(value for value in values if value != base)]
 
 
-ABLATIONS: dict[str, Callable[[AblationNotebook], Iterator[Variant]]] = {
+ABLATIONS: dict[str, Callable[[AblationSettings], Iterator[Variant]]] = {
     f.__name__: f for f in (loss_parts, distance, attention, alpha_beta, epsilon, tuned_part, attacks, seeds)
 }
 
 
-def plan(s: AblationNotebook) -> dict[str, list[Variant]]:
+def plan(s: AblationSettings) -> dict[str, list[Variant]]:
     """The variants of each ablation that ``s.ablations`` asks for."""
     names = list(ABLATIONS) if s.ablations in ("cut", "all") else s.ablations
     return {name: [v for v in ABLATIONS[name](s) if v.in_cut or s.ablations != "cut"] for name in names}
@@ -185,19 +228,27 @@ def plan(s: AblationNotebook) -> dict[str, list[Variant]]:
 class Sweep:
     """Trains and measures variants, each once however many ablations ask for it; what is done is only read.
 
-    ``tests``: the sets that variants are measured on, ``few`` those of variants with ``few_images``. Tuned models go to
-    ``folder/models``, records to ``folder/records``, as the other notebooks keep theirs. ``processes``: see ``finetune``; ``checks``: see
-    ``evaluate_all``, the same for all variants of a model.
+    ``tests``: the sets that variants are measured on; ``parts`` of them are for variants with ``few_images``. Tuned models go to
+    ``models``; records to the ``bench``, which measures all variants of a model alike.
     """
 
     def __init__(
-        self, original: Clip, train: ImageSet, tests: Sequence[ImageSet], few: Sequence[ImageSet], folder: Path, processes: int = 1,
-        checks: Checks | None = None,
-    ):  # fmt: skip
-        self.original, self.train, self.tests, self.few = original, train, tests, few
-        self.processes, self.checks = processes, checks
-        self.models, self.store = folder / "models", RecordStore(folder / "records")
-        self._speed: tuple[float, float] | None = None
+        self,
+        original: Clip,
+        train: ImageSet,
+        tests: Sequence[ImageSet],
+        parts: Sequence[ImageSet],
+        models: Path,
+        bench: Bench,
+    ):
+        self.original, self.train, self.tests, self.parts, self.models, self.bench = (
+            original,
+            train,
+            tests,
+            parts,
+            models,
+            bench,
+        )
         self._loaded: dict[Path, Clip] = {}
 
     def run(self, name: str, variants: Sequence[Variant]) -> list[tuple[Variant, list[Record]]]:
@@ -213,88 +264,26 @@ class Sweep:
         records = []
         for seed in v.seeds:
             clip = self.original if v.training is None else self._tuned(v, seed)
-            sets = self.few if v.few_images else self.tests
-            options = {"method": v.method, "seed": seed, "store": self.store, "processes": self.processes, "checks": self.checks}
-            records += evaluate_all(clip, sets, v.attack, v.protocol, **options)
+            records += self.bench.measure(
+                clip, self.parts if v.few_images else self.tests, v.attack, v.protocol, method=v.method, seed=seed
+            )
         return records
-
-    def _path(self, v: Variant, seed: int) -> Path:
-        training = v.training.model_copy(update={"seed": seed})
-        return tuned_path(self.models, find_objective(v.method), training, self.train, self.original)
 
     def _tuned(self, v: Variant, seed: int) -> Clip:
         """The model of a variant, trained if it is not there; the last ones used are kept."""
-        path = self._path(v, seed)
+        training = v.training.model_copy(update={"seed": seed})
+        path = tuned_path(self.models, find_objective(v.method), training, self.train, self.original)
         if path not in self._loaded:
             # "latest:METHOD" stays what was trained on purpose, not the last variant of a sweep.
             date = path.stat().st_mtime if path.exists() else 0.0
-            training = v.training.model_copy(update={"seed": seed})
-            self._loaded[path] = finetune(self.original, self.train, v.method, training, self.models, processes=self.processes).clip
+            processes = self.bench.number_of_processes
+            self._loaded[path] = finetune(
+                self.original, self.train, v.method, training, self.models, number_of_processes=processes
+            ).clip
             os.utime(path, (date, date))
             if len(self._loaded) > 4:
                 del self._loaded[next(iter(self._loaded))]
         return self._loaded[path]
-
-    def seconds_left(self, variants: Sequence[Variant]) -> tuple[int, int, float]:
-        """(models to train, measurements to make, about how many seconds that takes).
-
-        The last is NaN where several processes will do it on devices that this one does not have.
-        """
-        here = self.original.device.type == self.original.target
-        models: dict[Path, float] = {}  # seconds, as in the other two
-        measured: dict[tuple, float] = {}
-        checked: dict[Path | None, float] = {}
-        speed: dict[tuple, float] = {}
-        for v in variants:
-            for seed in v.seeds:
-                source: Path | None = None
-                clip: Clip | None = self.original
-                if v.training is not None:
-                    source = self._path(v, seed)
-                    clip = self._tuned(v, seed) if source.exists() else None
-                    if clip is None and source not in models:
-                        kind = (v.method, v.training.batch_size, v.training.train_numsteps, v.training.last_num_ft)
-                        if not here:
-                            speed[kind] = float("nan")
-                        elif kind not in speed:
-                            speed[kind] = seconds_per_step(self.original, self.train, find_objective(v.method), v.training)
-                        models[source] = speed[kind] * v.training.epochs * -(-len(self.train) // v.training.batch_size)
-                if self.checks and self.checks.sets and (clip is None or self.store.checks.get(self.checks.key(clip)) is None):
-                    checked[source] = sum(map(len, self.checks.sets)) * self._seconds_per_check() if here else float("nan")
-                for data in self.few if v.few_images else self.tests:
-                    for attack in (None, v.attack):
-                        if clip is None or self.store.get(record_key(clip, data, attack, v.protocol, v.method, seed)) is None:
-                            asked = (source, data.fingerprint(), attack and (attack.label, attack.test_eps), protocol_of(attack, v.protocol))
-                            measured[asked] = len(data) * self._seconds_per_image(attack) if here else float("nan")
-        return len(models), len(measured), sum(models.values()) + sum(measured.values()) + sum(checked.values())
-
-    def _seconds_per_check(self) -> float:
-        """Of one image: a gradient a step, and a forward a query."""
-        attack = self.checks.attack
-        own = 0 if attack.attack == "autoattack" else attack.test_numsteps
-        steps = sum(STEPS) + len(LARGE) * LARGE_STEPS + own
-        return self._seconds_per_image(attack.model_copy(update={"attack": "pgd", "test_numsteps": steps})) + QUERIES * self._seconds_per_image(None)
-
-    def _seconds_per_image(self, attack: AttackSettings | None) -> float:
-        """Of a measurement here: a forward, and for an attack a forward and a gradient each step."""
-        if self._speed is None:
-            data = self.tests[0]
-            batch = next(data.batches(min(64, len(data)), self.original.device))
-            text = self.original.encode_text(data.prompts)
-            times = []
-            for steps in (0, 0, 4):  # the first time is slower
-                started = time.perf_counter()
-                adversarial = pgd(self.original, batch.images, batch.labels, text, 0.01, 0.01, steps)
-                with torch.no_grad():
-                    self.original.logits(adversarial, text).sum().item()  # waits for the device
-                times.append((time.perf_counter() - started) / len(batch.images))
-            self._speed = times[1], (times[2] - times[1]) / 4
-        forward, step = self._speed
-        if attack is None:
-            return forward
-        # AutoAttack is two attacks; its standard version has targets and queries besides, on what withstands.
-        factor = 1 if attack.attack != "autoattack" else 2 if attack.autoattack_version == "apgd" else 30
-        return forward + factor * attack.test_numsteps * step
 
 
 # What a variant is compared with is the first one that agrees with it in these; elsewhere the first one of all.

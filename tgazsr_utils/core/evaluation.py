@@ -1,0 +1,71 @@
+"""Zero-shot predictions on clean images and on those an attack makes."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tgazsr_utils.core.attacks import ATTACKS, run_attack, starts
+from tgazsr_utils.core.images import Batch, ImageSet
+from tgazsr_utils.core.models import Clip
+from tgazsr_utils.core.settings import AttackSettings, Protocol
+
+NO_ANSWER = -1  # in place of a class, where logits are not finite
+
+
+class Predicted(NamedTuple):
+    batch: Batch
+    attacked: Tensor  # [B,3,H,W]: the images under attack, or the clean ones without
+    classes: Tensor  # [B] predicted for them; NO_ANSWER where logits are not finite
+
+
+@torch.no_grad()
+def predictions(
+    clip: Clip,
+    data: ImageSet,
+    attack: AttackSettings | None,
+    chunks: int | Sequence[Tensor],
+    protocol: Protocol = "last",
+    seed: int = 0,
+) -> Iterator[Predicted]:
+    """Zero-shot classes of each batch of ``data`` (see ``ImageSet.batches``), under ``attack`` against ``clip`` if there is one.
+
+    An image's random start depends on the set, ``seed`` and its row alone, not on its batch (but see ``Attack.batch``). Classes
+    are read in full precision whatever the attack computes in; so is, under "worst", which image is fooled.
+    """
+    reader, text = clip.in_full_precision(), clip.encode_text(data.prompts)
+    attacker = clip if protocol_of(attack, protocol) == "last" else reader
+    for batch in data.batches(chunks, clip.device):
+        attacked = batch.images
+        if attack is not None:
+            generators = starts(clip.device, batch.rows.tolist(), "evaluation", data.key, seed)
+            attacked = run_attack(attacker, batch.images, batch.labels, text, attack, protocol, generators)
+        yield Predicted(batch, attacked, answers(reader.logits(attacked, text)))
+
+
+def predict(
+    clip: Clip,
+    data: ImageSet,
+    attack: AttackSettings | None = None,
+    protocol: Protocol = "last",
+    seed: int = 0,
+    batch: int = 128,
+) -> Tensor:
+    """Classes ``[N]`` of all images of a set, as ``predictions`` gives them, ``batch`` at once; NO_ANSWER where one cannot be read."""
+    classes = torch.full((len(data),), NO_ANSWER)
+    for part in predictions(clip, data, attack, batch, protocol, seed):
+        classes[part.batch.rows] = part.classes.cpu()
+    return classes
+
+
+def answers(logits: Tensor) -> Tensor:
+    """Classes ``[B]`` of logits ``[B,C]``; NO_ANSWER where one is not finite, as argmax would take class 0 or the NaN's."""
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), NO_ANSWER)
+
+
+def protocol_of(attack: AttackSettings | None, wanted: Protocol) -> Protocol:
+    """What an accuracy is read at: clean images know no iterates, and some attacks keep the first image that fools."""
+    if attack is None:
+        return "last"
+    return "worst" if ATTACKS[attack.attack].keeps_first else wanted

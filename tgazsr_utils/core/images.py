@@ -1,0 +1,90 @@
+"""Labelled images as the method sees them: batches of pixels in [0,1], labels, and the prompts of the classes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+PLUMBING = "plumbing check, not a result"  # stands for the world wherever the original model has random weights
+
+
+class Batch(NamedTuple):
+    number: int  # of the chunk it was read from
+    rows: Tensor  # [B] in the set, those that could be read
+    images: Tensor  # [B,3,H,W] float in [0,1], on the device
+    labels: Tensor  # [B] int64, on the device
+
+
+class ImageReader(Protocol):
+    """Images that are read when they are asked for; ``datasets.loading`` has those for files."""
+
+    def read(self, chunks: Sequence[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each chunk of rows: the rows that could be read, and their images ``[n,3,H,W]`` uint8, perhaps on ``device``."""
+
+    def pick(self, rows: Tensor) -> "ImageReader":
+        """The reader of these rows alone, in this order."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Labelled images of one size, with the prompts of their classes."""
+
+    key: str
+    world: str  # "mini-world", "photographs" or PLUMBING: results of different worlds are never mixed
+    images: Tensor | ImageReader  # [N,3,H,W] uint8, or what reads them
+    labels: Tensor  # [N] int64
+    class_names: tuple[str, ...]
+    prompts: tuple[str, ...]  # one a class
+    masks: Tensor | None = None  # [N,H,W] bool: where the object is
+    mask_kind: str = "mask"  # "mask": its exact outline; "box": its bounding box
+    available: int | None = None  # images in the whole part, if this is a cut of it
+    published: bool = False  # as published: number of images and classes of the whole part, preprocessing, prompts
+    left_out: int = 0  # images that are not among these since they cannot be read
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(
+        self, chunks: int | Sequence[Tensor], device: torch.device | str = "cpu", skip: int = 0
+    ) -> Iterator[Batch]:
+        """Batches of this size in order, or of these rows; without the first ``skip`` of them.
+
+        An image that cannot be read is missing from its batch, or stops this with a ValueError that names it, as the
+        reader was asked to do.
+        """
+        if isinstance(chunks, int):
+            chunks = torch.arange(len(self)).split(chunks)
+        device, chunks = torch.device(device), chunks[skip:]
+        if isinstance(self.images, Tensor):
+            pieces = ((rows, self.images[rows.to(self.images.device)]) for rows in chunks)
+        else:
+            pieces = self.images.read(chunks, device)
+        for number, (rows, images) in enumerate(pieces, start=skip):
+            if len(rows):
+                moved = images.to(device, non_blocking=images.is_pinned()).float() / 255
+                yield Batch(number, rows, moved, self.labels[rows].to(device))
+
+    def subset(self, n: int | None, seed: int = 0) -> "ImageSet":
+        """At most ``n`` images, drawn by ``seed`` so that every class is there as often, within one, as it can be."""
+        chosen = even_subset(self.labels, n, seed)
+        return replace(
+            self,
+            images=self.images[chosen] if isinstance(self.images, Tensor) else self.images.pick(chosen),
+            labels=self.labels[chosen],
+            masks=None if self.masks is None else self.masks[chosen],
+            available=self.available or len(self),
+        )
+
+
+def even_subset(labels: Tensor, n: int | None, seed: int) -> Tensor:
+    """Sorted indices of at most ``n`` of ``labels`` ``[N]``, drawn so that classes are there as evenly as can be."""
+    if n is None or n >= len(labels):
+        return torch.arange(len(labels))
+    rank = torch.empty(len(labels), dtype=torch.long)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    for label in labels.unique():
+        members = shuffled[labels[shuffled] == label]
+        rank[members] = torch.arange(len(members))
+    return shuffled[rank[shuffled].argsort(stable=True)][:n].sort().values

@@ -1,0 +1,144 @@
+"""CLIP as the rest of the package sees it: pixels in [0,1] in, projected class and patch tokens out."""
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution, and fp32 is to mean fp32
+
+for _config in (Path(__file__).parent / "model_configs").glob("*.json"):
+    open_clip.add_model_config(_config)
+
+
+class ImageTokens(NamedTuple):
+    """One forward of the image encoder, both parts in the joint space and not normalised."""
+
+    pooled: Tensor  # [B,D], from the class token
+    patches: Tensor  # [B,P,D], row by row over the patch grid
+
+
+class Numerics(NamedTuple):
+    """How a model computes: what its numbers depend on besides its weights."""
+
+    device: str = "cpu"  # type of device that it is meant for
+    precision: str = (
+        "fp32"  # of weights ("fp32", "fp16", "bf16"); "amp_bf16": fp32 weights, bfloat16 autocast in the image encoder
+    )
+    compiled: bool = False  # the image encoder, and each step of an attack on it, through torch.compile
+
+
+class Clip(nn.Module):
+    """An open_clip ViT CLIP with its normalisation inside and its prompt embeddings kept.
+
+    ``model`` is the open_clip model; only ``model.visual``, the image encoder, is ever tuned. Its text tower and logit scale
+    stay frozen unless the workbook pre-trains it. Raises ValueError for a model without a class token beside patch tokens.
+    """
+
+    def __init__(self, model: nn.Module, arch: str, numerics: Numerics = Numerics()):
+        super().__init__()
+        visual = model.visual
+        if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.pool_type != "tok":
+            raise ValueError(
+                f"arch {arch!r} has no class token with patch tokens beside it, which text-guided attention needs; "
+                "use a ViT with a class token such as ViT-B-32-quickgelu"
+            )
+        visual.output_tokens = True
+        self.model, self.arch, self.numerics = model, arch, numerics
+        self.training_record: dict[
+            str, Any
+        ] = {}  # method, settings, data and code that made the weights, where that is known
+        self.tokenizer = open_clip.get_tokenizer(arch)
+        self.grid: tuple[int, int] = visual.grid_size
+        self.image_size: tuple[int, int] = visual.image_size
+        shown = open_clip.get_model_preprocess_cfg(model)
+        self.register_buffer("mean", torch.tensor(shown["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(shown["std"]).view(3, 1, 1))
+        self._prompts: dict[str, Tensor] = {}
+
+    mean: Tensor  # [3,1,1]
+    std: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    @property
+    def visual(self) -> VisionTransformer:
+        return self.model.visual
+
+    def encode_image(self, pixels: Tensor) -> ImageTokens:
+        """Tokens of images ``[B,3,H,W]`` in [0,1]; one forward. Raises ValueError for images of another size."""
+        return self.run(encode, pixels)
+
+    def run(self, function: Callable, *arguments: Any) -> Any:
+        """``function(self, *arguments)``, compiled if this model is, where it is meant to run."""
+        compiled = self.numerics.compiled and self.device.type == self.numerics.device
+        return (_compile(function) if compiled else function)(self, *arguments)
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Unit-norm embeddings ``[C,D]`` of prompts; each prompt is encoded once and kept."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
+        for chunk in (missing[i : i + 512] for i in range(0, len(missing), 512)):
+            embeddings = self.model.encode_text(self.tokenizer(chunk).to(self.device), normalize=True)
+            self._prompts.update(zip(chunk, embeddings))
+        return torch.stack([self._prompts[p].to(self.device) for p in prompts])
+
+    def similarity(self, pooled: Tensor, text: Tensor) -> Tensor:
+        """``exp(logit_scale) * cosine``: logits ``[B,C]`` of pooled tokens ``[B,D]`` and unit-norm text ``[C,D]``."""
+        scale = self.model.logit_scale.detach().exp().clamp(max=100.0)
+        return scale * F.normalize(pooled.float(), dim=-1) @ text.float().T
+
+    def logits(self, pixels: Tensor, text: Tensor) -> Tensor:
+        """Zero-shot logits ``[B,C]`` of images ``[B,3,H,W]`` in [0,1] against unit-norm text ``[C,D]``."""
+        return self.similarity(self.encode_image(pixels).pooled, text)
+
+    def in_full_precision(self) -> "Clip":
+        """The same model, sharing its weights, without autocast."""
+        clone = copy.copy(self)
+        if self.numerics.precision == "amp_bf16":
+            clone.numerics = self.numerics._replace(precision="fp32")
+        return clone
+
+    def frozen_copy(self) -> "Clip":
+        """The same model with an image encoder of its own, in eval mode and without gradients; the text tower is shared."""
+        clone = copy.copy(self)
+        clone._modules = dict(self._modules)
+        clone.model = copy.copy(self.model)
+        clone.model._modules = {**self.model._modules, "visual": copy.deepcopy(self.visual)}
+        clone.visual.eval().requires_grad_(False)
+        return clone
+
+
+def encode(clip: Clip, pixels: Tensor) -> ImageTokens:
+    """What ``Clip.encode_image`` runs: tokens of the weights' own type, whatever autocast computes in."""
+    if tuple(pixels.shape[-2:]) != tuple(clip.image_size):
+        sizes = ["x".join(map(str, size)) for size in (pixels.shape[-2:], clip.image_size)]
+        raise ValueError(f"images are {sizes[0]}; this {clip.arch} takes {sizes[1]}")
+    visual, dtype = clip.visual, clip.visual.proj.dtype
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=clip.numerics.precision == "amp_bf16"):
+        pooled, tokens = visual(((pixels - clip.mean) / clip.std).to(dtype))
+    tokens = tokens.to(dtype)
+    if visual.final_ln_after_pool:
+        tokens = visual.ln_post(tokens)
+    return ImageTokens(pooled.to(dtype), tokens @ visual.proj)
+
+
+@functools.cache
+def _compile(function: Callable) -> Callable:
+    """Compiled once for all models, whose weights are inputs of the graph, and soon for batches of all sizes."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(64, config.recompile_limit)  # other norms, losses, precisions are other graphs
+    if hasattr(
+        config, "trace_autograd_ops"
+    ):  # an attack's gradient is part of its graph; older versions split it there
+        config.trace_autograd_ops = True
+    return torch.compile(function)

@@ -1,0 +1,87 @@
+"""Hyper-parameters of training and of attacks: names, units, ranges. Epsilons and steps are in 1/255 here, in [0,1] inside functions."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+
+def _not_a_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("input should be a number")
+    return value
+
+
+Number = BeforeValidator(_not_a_boolean)  # YAML reads "yes" and "on" as true, and true would be 1
+Count = Annotated[int, Number, Field(ge=1, lt=2**63)]
+Natural = Annotated[int, Number, Field(ge=0, lt=2**63)]
+NonNegative = Annotated[float, Number, Field(ge=0)]
+Positive = Annotated[float, Number, Field(gt=0)]
+Fraction = Annotated[float, Number, Field(gt=0, lt=1)]
+Eps255 = Annotated[float, Number, Field(ge=0, le=255, description="1/255 of the pixel range")]
+Norm = Literal["linf", "l2"]  # of the perturbation
+Precision = Literal["auto", "fp32", "amp_bf16", "fp16", "bf16"]  # see models.load_clip
+Protocol = Literal["last", "worst"]  # robust at the attack's last iterate (as published), or at every one of them
+
+
+class Settings(BaseModel):
+    """Plain values that never change; unknown names and values out of range are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ObjectiveSettings(Settings):
+    """What the loss terms need (REFERENCE of the method: Alpha 0.08, Beta 0.05, l2 at 224)."""
+
+    Alpha: NonNegative | None  # weight of L_AR; None, here and below: what the method was published with
+    Beta: NonNegative | None  # weight of L_AMC
+    Distance_metric: Literal["l2", "l1", "cos"]
+    attention_variant: Literal["reference", "cosine"]
+    distance_size: Count = 224  # side in pixels at which maps are compared; Alpha and Beta belong to 224
+    attention_backend: Literal["auto", "triton", "torch"] = "auto"  # see attention.text_guided_attention
+
+
+class FinetuneSettings(ObjectiveSettings):
+    """One fine-tuning run, but for the method's name."""
+
+    epochs: Count
+    batch_size: Count | None
+    lr: Positive | None
+    warmup_steps: Natural
+    train_eps: Eps255 | None
+    train_stepsize: Eps255 | None
+    train_numsteps: Natural | None
+    last_num_ft: Natural = 0  # 0: the whole image encoder; k: its last k parameter tensors
+    momentum: Annotated[float, Number, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 0.0
+    seed: Natural
+
+
+class AttackSettings(Settings):
+    """The attack that robust accuracy is measured with."""
+
+    attack: Literal["pgd", "cw", "autoattack"] = "pgd"
+    norm: Norm = "linf"  # l2: epsilon and step are Euclidean lengths of the whole perturbation, still in 1/255
+    autoattack_version: Literal["apgd", "standard"] = "apgd"  # see attacks.autoattack
+    test_eps: NonNegative  # 1/255
+    test_stepsize: NonNegative  # 1/255
+    test_numsteps: Count
+
+    @field_validator("test_eps", "test_stepsize")
+    @classmethod
+    def _within_the_pixel_range(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("norm") == "linf" and value > 255:
+            raise ValueError("input should be less than or equal to 255")
+        return value
+
+    @field_validator("attack", mode="before")
+    @classmethod
+    def _in_lower_case(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value  # "CW" in the original code
+
+    @property
+    def label(self) -> str:
+        """Such as "pgd-100", with what is not usual: "pgd-10-l2", "autoattack-standard"."""
+        standard = self.attack == "autoattack" and self.autoattack_version == "standard"
+        return f"{self.attack}-{'standard' if standard else self.test_numsteps}" + (
+            "" if self.norm == "linf" else f"-{self.norm}"
+        )

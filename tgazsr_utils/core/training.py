@@ -1,0 +1,145 @@
+"""Adversarial fine-tuning of the image encoder: the algorithm, one optimiser step a turn."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tgazsr_utils.core.attacks import pgd, starts
+from tgazsr_utils.core.images import Batch, ImageSet
+from tgazsr_utils.core.models import Clip
+from tgazsr_utils.core.objectives import Kept, Objective, Step, Term
+from tgazsr_utils.core.seeds import seeded
+from tgazsr_utils.core.settings import FinetuneSettings
+
+MakeAdversarial = Callable[[Step, Objective, FinetuneSettings, int], Tensor]
+
+
+class Update(NamedTuple):
+    """What one optimiser step did."""
+
+    number: int  # of the step, from 0
+    values: dict[str, float]  # lr, loss, the unweighted terms, accuracy on the batch's attacked images, gradient norm
+    step: Step
+
+
+class NotFinite(FloatingPointError):
+    """The loss or its gradient is not a number; the weights are as they were before this step."""
+
+    def __init__(self, number: int, values: dict[str, float], step: Step):
+        super().__init__(f"not finite at step {number}")
+        self.number, self.values, self.step = number, values, step
+
+
+def steps(
+    tuned: Clip,
+    original: Clip,
+    data: ImageSet,
+    objective: Objective,
+    settings: FinetuneSettings,
+    optimizer: torch.optim.Optimizer,
+    *,
+    start: int = 0,
+    kept: Kept | None = None,
+    attack: "MakeAdversarial | None" = None,
+) -> Iterator[Update]:
+    """Tunes the image encoder of ``tuned`` on ``data`` from step ``start`` on: an optimiser step before each yield.
+
+    minimise over f   sum_i weight_i * term_i(f, f0, x, x', y),   x' = argmax over the eps-ball of the objective's attack (``pgd``)
+
+    ``settings`` without None (``Objective.with_preset``); ``kept``: see ``Step``; ``attack`` makes x' (default: ``attacked``).
+    Raises NotFinite, before the weights are touched.
+    """
+    total = steps_in_all(data, settings)
+    for number, batch in batches(data, settings, start, tuned.device):
+        lr = optimizer.param_groups[0]["lr"] = settings.lr * warmup_cosine(number, settings.warmup_steps, total)
+        step = Step(tuned, original, batch.images, batch.labels, data.prompts, rows=batch.rows, kept=kept)
+
+        step.adversarial = (attack or attacked)(step, objective, settings, number)
+        terms = objective.terms(step, settings)
+        loss = sum(term.weight * term.value for term in terms)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+
+        values = {"lr": lr} | noted(step, loss, terms, optimizer)
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            raise NotFinite(number, values, step)
+        optimizer.step()
+        yield Update(number, values, step)
+
+
+def attacked(
+    step: Step, objective: Objective, settings: FinetuneSettings, number: int, places: range | None = None
+) -> Tensor:
+    """x' ``[B,3,H,W]``: the step's images as the objective's attack makes them against the model being tuned.
+
+    An image's random start is seeded by ``number``, that of the step, and its place in the batch (one of ``places``; None: all).
+    """
+    if objective.attack is None:
+        return step.images
+    eps, step_size = settings.train_eps / 255, settings.train_stepsize / 255
+    places = range(len(step.images)) if places is None else places
+    generators = starts(step.images.device, places, "training", settings.seed, 1, number)
+    loss = objective.attack(step)
+    return pgd(
+        step.clip,
+        step.images,
+        step.labels,
+        step.text,
+        eps,
+        step_size,
+        settings.train_numsteps,
+        loss=loss,
+        generator=generators,
+    )
+
+
+@torch.no_grad()
+def noted(step: Step, loss: Tensor, terms: list[Term], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The numbers of a step after its backward, with one wait for the device."""
+    logits = step.clip.similarity(step.adversarial_tokens.pooled, step.text)
+    accuracy = (logits.argmax(1) == step.labels).float().mean()
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    names = ["loss", *(term.name for term in terms), "robust_batch_accuracy", "gradient_norm"]
+    return dict(zip(names, torch.stack([loss, *(term.value for term in terms), accuracy, norm]).tolist()))
+
+
+def trainable(visual: nn.Module, last: int) -> list[nn.Parameter]:
+    """Switches gradients on for all of an image encoder's parameter tensors, or for its last ``last`` ones.
+
+    Raises ValueError if there are not so many.
+    """
+    parameters = list(visual.parameters())
+    if last > len(parameters):
+        raise ValueError(f"last_num_ft is {last}; the image encoder has {len(parameters)} parameter tensors (0: all)")
+    parameters = parameters[-last:]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def warmup_cosine(step: int, warmup: int, total: int) -> float:
+    """Factor on the learning rate: linear from 1/warmup to 1, then cosine to 0 at ``total``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def steps_in_all(data: ImageSet, settings: FinetuneSettings) -> int:
+    return math.ceil(len(data) / settings.batch_size) * settings.epochs
+
+
+def batches(
+    data: ImageSet, settings: FinetuneSettings, start: int, device: torch.device
+) -> Iterator[tuple[int, Batch]]:
+    """Steps and their batches from step ``start`` on; the order depends on seed and epoch alone."""
+    for epoch in range(settings.epochs):
+        order = torch.randperm(len(data), generator=seeded("cpu", "training", settings.seed, 2, epoch))
+        chunks = order.split(settings.batch_size)
+        first = epoch * len(chunks)
+        skip = min(max(start - first, 0), len(chunks))
+        for batch in data.batches(chunks, device, skip):
+            yield first + batch.number, batch

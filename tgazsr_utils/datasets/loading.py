@@ -1,0 +1,291 @@
+"""Image sets: the mini-world's rendered tasks, the published sets, and class folders of your own photographs.
+
+``python -m tgazsr_utils.datasets`` lists, checks and fetches the published sets.
+"""
+
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional as TF
+
+from tgazsr_utils.core.images import ImageSet, even_subset
+from tgazsr_utils.datasets import miniworld
+from tgazsr_utils.datasets.layouts import Box, Source, Split, existing_root, list_datasets, open_source
+from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_PROMPT, Preprocess, clean_name
+from tgazsr_utils.machine import allowed_cpus
+from tgazsr_utils.progress import progress
+
+OnBadImage = Literal["stop", "leave_out"]
+KEEP_DECODED = 2**28  # bytes: a set up to this size is decoded once, a larger one anew each time it is read
+KEEP_RESIDENT = (
+    2**31
+)  # bytes: a set that is tuned on is kept at the size of its files up to this size; on CUDA up to an eighth of its memory
+CHUNKS_AHEAD = 2  # decoded while another one is worked on
+
+
+class Decoded(NamedTuple):
+    image: Tensor  # [3,S,S] uint8
+    mask: Tensor | None  # [S,S] bool
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """Reads images from files (or from what else a layout keeps them in), by threads: Pillow decodes without Python's lock."""
+
+    source: Source
+    chosen: Tensor  # [N] indices into the source
+    side: int | None  # None: as the files are
+    preprocess: Preprocess
+    on_bad_image: OnBadImage = "stop"
+    unreadable: list[str] = field(default_factory=list)  # what was left out so far, a line an image
+
+    def read(
+        self, chunks: Sequence[Tensor], device: torch.device = torch.device("cpu")
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """See ``core.images.ImageReader``."""
+        for rows, decoded in self.decode(chunks):
+            images = (
+                torch.stack([one.image for one in decoded])
+                if decoded
+                else torch.empty(0, 3, self.side or 0, self.side or 0, dtype=torch.uint8)
+            )
+            yield rows, images.pin_memory() if device.type == "cuda" else images
+
+    def pick(self, rows: Tensor) -> "Files":
+        return replace(self, chosen=self.chosen[rows])
+
+    def decode(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Decoded]]]:
+        """(rows that could be read, what was read) of each chunk. Raises ValueError for an unreadable image, unless these are left out."""
+        pool = ThreadPoolExecutor(min(16, allowed_cpus()), thread_name_prefix="decode")
+        ask = lambda chunk: [(row, pool.submit(self._decode, row)) for row in chunk.tolist()]
+        later = iter(chunks)
+        try:
+            waiting = deque(ask(chunk) for chunk in islice(later, 1 + CHUNKS_AHEAD))
+            while waiting:
+                yield self._collect(waiting.popleft())
+                waiting.extend(ask(chunk) for chunk in islice(later, 1))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _decode(self, row: int) -> Decoded:
+        i = int(self.chosen[row])
+        image = self.source.open(i).convert("RGB")
+        pixels = _to_tensor(fit(image, self.side, self.preprocess) if self.side else image)
+        boxed = self.source.boxes and self.side
+        return Decoded(
+            pixels, _box_mask(self.source.boxes[i], image.size, self.side, self.preprocess) if boxed else None
+        )
+
+    def _collect(self, asked: list[tuple[int, Future]]) -> tuple[Tensor, list[Decoded]]:
+        rows, decoded = [], []
+        for row, future in asked:
+            try:
+                decoded.append(future.result())
+                rows.append(row)
+            except Exception as error:  # PIL raises many kinds for a damaged file, h5py and pickle others
+                self._cannot_be_read(row, " ".join(str(error).split()) or type(error).__name__)
+        return torch.tensor(rows, dtype=torch.long), decoded
+
+    def _cannot_be_read(self, row: int, reason: str) -> None:
+        problem = f"image {' '.join(self.source.where[int(self.chosen[row])].split())} cannot be read: {reason}"
+        if self.on_bad_image == "stop":
+            raise ValueError(f"{problem} (on_bad_image leave_out goes on without it)") from None
+        if problem not in self.unreadable:
+            self.unreadable.append(problem)
+            print(f"left out: {problem}", file=sys.stderr, flush=True)
+
+    def identity(self) -> list[Any]:
+        """What tells these images from others without reading them: files by name and size, and how they are read."""
+        contents = [self.source.contents[i] for i in self.chosen.tolist()]
+        return [contents, [self.side, self.preprocess, self.on_bad_image]]
+
+
+@dataclass(frozen=True, eq=False)
+class KeptAtFileSize:
+    """Images in memory at the size of their files, fitted in each batch: equal to what PIL makes of them within one grey level."""
+
+    images: Tensor  # [N,3,h,w] uint8
+    files: Files
+
+    def read(
+        self, chunks: Sequence[Tensor], device: torch.device = torch.device("cpu")
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """See ``core.images.ImageReader``."""
+        for rows in chunks:
+            yield rows, fit(self.images[rows.to(self.images.device)], self.files.side, self.files.preprocess)
+
+    def pick(self, rows: Tensor) -> "KeptAtFileSize":
+        return KeptAtFileSize(self.images[rows.to(self.images.device)], self.files.pick(rows))
+
+    def identity(self) -> list[Any]:
+        return self.files.identity()
+
+
+def resident(data: ImageSet, device: torch.device) -> ImageSet:
+    """The same set with its images in the memory of ``device``, if they fit there (``KEEP_RESIDENT``); else as it is.
+
+    Images that are read as needed are kept at the size of their files, where all have one smaller than what is asked for.
+    """
+    limit = torch.cuda.get_device_properties(device).total_memory // 8 if device.type == "cuda" else KEEP_RESIDENT
+    if isinstance(data.images, Tensor):
+        return replace(data, images=data.images.to(device)) if data.images.numel() <= limit else data
+    whole = replace(data.images, side=None)
+    shape = next(whole.read([torch.tensor([0])]))[1].shape[1:] if len(data) else torch.Size((3, 0, 0))
+    if not 0 < shape[1:].numel() < data.images.side**2 or len(data) * shape.numel() > limit:
+        return data
+    images = torch.empty(len(data), *shape, dtype=torch.uint8)
+    with progress(total=len(data), desc=f"read {data.key}", leave=False, unit="image") as bar:
+        for chunk, (rows, decoded) in zip(chunks := _in_order(data), whole.decode(chunks)):
+            if len(rows) < len(chunk) or any(one.image.shape != shape for one in decoded):
+                return data
+            images[rows] = torch.stack([one.image for one in decoded])
+            bar.update(len(rows))
+    return replace(data, images=KeptAtFileSize(images.to(device), data.images))
+
+
+def decoded(data: ImageSet) -> ImageSet:
+    """The same set with all its images in memory, without those that cannot be read. Raises ValueError if none is left."""
+    if isinstance(data.images, Tensor):
+        return data
+    rows, images, masks = [], [], []
+    with progress(total=len(data), desc=f"read {data.key}", leave=False, unit="image") as bar:
+        for part, read in data.images.decode(_in_order(data)):
+            rows.append(part)
+            images += [one.image for one in read]
+            masks += [one.mask for one in read]
+            bar.update(len(part))
+    if not images:
+        raise ValueError(f"image set {data.key!r}: none of its {len(data)} images can be read")
+    kept = torch.cat(rows)
+    boxes = torch.stack(masks) if masks[0] is not None else None
+    return replace(
+        data, images=torch.stack(images), labels=data.labels[kept], masks=boxes, left_out=len(data) - len(kept)
+    )
+
+
+def _in_order(data: ImageSet, size: int = 64) -> Sequence[Tensor]:
+    return torch.arange(len(data)).split(size)
+
+
+def choose_datasets(
+    wanted: list[str] | Literal["published"] | None, root: str | Path | None, test_fraction: float | None = None
+) -> list[str]:
+    """The test sets to use: those named; all there are (None); or those of the 16 published that are there.
+
+    Unless named, a set without readable lists of test images is left out, and a line says why.
+    """
+    if isinstance(wanted, list) or root is None and wanted is None:
+        return wanted or list_datasets(root)
+    there = []
+    for key in list_datasets(root) if root is not None else ():
+        if wanted is None or key in DATASETS:
+            try:
+                open_source(key, "test", existing_root(root), test_fraction)
+                there.append(key)
+            except ValueError as error:
+                print(f"left out: {error}")
+    missing = [key for key in DATASETS if key not in there]
+    if not there:
+        raise ValueError(f"data_root {str(root)!r} has no image set to use; see python -m tgazsr_utils.datasets list")
+    if missing and wanted == "published":
+        print(f"{len(there)} of {len(DATASETS)} published sets are there; missing: {', '.join(missing)}")
+    return there
+
+
+def load_dataset(
+    key: str,
+    split: Split,
+    root: str | Path | None = None,
+    n: int | None = None,
+    image_size: int = miniworld.SIDE,
+    seed: int = 0,
+    *,
+    preprocess: Preprocess | None = None,
+    prompt: str | None = None,
+    test_fraction: float | None = None,
+    on_bad_image: OnBadImage = "stop",
+    world: str | None = None,
+    decode: bool = True,
+) -> ImageSet:
+    """The images of one set, at ``image_size`` x ``image_size``.
+
+    ``root=None``: the mini-world, ``key`` a task, ``n`` images (default 1000) rendered anew for each ``seed``. Else
+    ``key`` is one of ``DATASETS``, in its published layout below ``root``, or any folder ``<root>/<key>`` in
+    Tiny-ImageNet's layout, with ``train`` and ``test`` (or ``val``) folders of ``<class>/*``, or with just
+    ``<class>/*``, perhaps one level further down. A set without a split of its own is split for each class by ``seed``,
+    ``test_fraction`` of it for testing; None: a fifth, but all of a published set. ``n`` caps the number of images,
+    evenly over classes.
+    ``preprocess`` and ``prompt`` replace the set's own: "resize" both sides, or "crop" (resize the shorter side to
+    256/224 of ``image_size``, centre-crop); bilinear, by PIL. ``on_bad_image``: what an unreadable file does.
+    ``world`` replaces what the numbers are said to be about. Sets of more than 256 MiB, and any with ``decode`` False,
+    are read as they are needed.
+    Raises ValueError for an unknown key, a missing folder, or an unreadable image unless ``on_bad_image`` is "leave_out".
+    """
+    if root is None:
+        return _load_miniworld(key, split, 1000 if n is None else n, image_size, seed, world)
+    folder = existing_root(root)
+    spec = DATASETS.get(key)
+    source = open_source(key, split, folder, test_fraction, seed)
+    labels = torch.tensor(source.labels)
+    names = tuple(spec.class_name(raw) if spec else clean_name(raw) for raw in source.classes)
+    template = prompt or (spec.prompt if spec else DEFAULT_PROMPT)
+    own = spec.preprocess if spec and split == "test" else "crop"
+    chosen = even_subset(labels, n, seed)
+    data = ImageSet(
+        key,
+        world or "photographs",
+        Files(source, chosen, image_size, preprocess or own, on_bad_image),
+        labels[chosen],
+        names,
+        tuple(template.replace("{}", name) for name in names),
+        mask_kind="box",
+        available=len(labels),
+        published=spec is not None
+        and split == "test"
+        and (len(labels), len(names)) == (spec.images, spec.classes)
+        and (preprocess or spec.preprocess, template) == (spec.preprocess, spec.prompt),
+    )
+    return decoded(data) if decode and len(data) * 3 * image_size**2 <= KEEP_DECODED else data
+
+
+def _load_miniworld(key: str, split: Split, n: int, image_size: int, seed: int, world: str | None) -> ImageSet:
+    if key not in miniworld.TASKS:
+        raise ValueError(f"mini-world task {key!r} is unknown; there are: {', '.join(miniworld.TASKS)}")
+    task = miniworld.TASKS[key]
+    images, labels, masks = miniworld.task_images(key, n, split, seed)
+    if image_size != miniworld.SIDE:
+        images = TF.resize(images, [image_size, image_size])
+        masks = TF.resize(masks, [image_size, image_size], TF.InterpolationMode.NEAREST)
+    return ImageSet(key, world or "mini-world", images, labels, task.class_names, tuple(task.prompts), masks)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _box_mask(box: Box, size: tuple[int, int], side: int, preprocess: Preprocess) -> Tensor:
+    mask = Image.new("L", size)
+    mask.paste(255, (box[0], box[1], box[2] + 1, box[3] + 1))
+    return torch.from_numpy(np.array(fit(mask, side, preprocess, TF.InterpolationMode.NEAREST))) > 127
+
+
+Pixels = TypeVar("Pixels", Image.Image, Tensor)
+
+
+def fit(
+    image: Pixels, side: int, preprocess: Preprocess, mode: TF.InterpolationMode = TF.InterpolationMode.BILINEAR
+) -> Pixels:
+    """An image, or images ``[...,H,W]``, at ``side`` x ``side``: "resize" both sides, or "crop" the centre after the shorter side is 256/224 of it."""
+    if preprocess == "resize":
+        return TF.resize(image, [side, side], mode)
+    return TF.center_crop(TF.resize(image, round(side * 256 / 224), mode), [side, side])

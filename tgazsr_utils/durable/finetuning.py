@@ -1,0 +1,195 @@
+"""Fine-tuning that survives: ``core.training.steps`` with files, resuming to the bit, Ctrl-C, progress and several processes."""
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from tgazsr_utils.core.images import ImageSet
+from tgazsr_utils.core.models import Clip
+from tgazsr_utils.core.objectives import Objective, find_objective
+from tgazsr_utils.core.seeds import digest
+from tgazsr_utils.core.settings import FinetuneSettings
+from tgazsr_utils.core.training import NotFinite, Update, steps, steps_in_all, trainable
+from tgazsr_utils.datasets.loading import resident
+from tgazsr_utils.durable import processes
+from tgazsr_utils.durable.checkpoints import Checkpoints
+from tgazsr_utils.durable.fingerprints import code_version, fingerprint
+from tgazsr_utils.durable.original_cache import OriginalCache
+from tgazsr_utils.durable.weights import load_alike, read_metadata, save_clip
+from tgazsr_utils.progress import progress
+
+Watch = Callable[
+    [int, int, Mapping[str, float]], None
+]  # (steps done, steps in all, what the history keeps of the last one)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    clip: Clip  # tuned
+    history: pd.DataFrame  # one row a step: lr, loss, the unweighted terms, batch accuracy on attacked images, seconds
+    weights: Path
+
+
+def tuned_path(folder: Path, objective: Objective, settings: FinetuneSettings, data: ImageSet, original: Clip) -> Path:
+    """The weights file of a run; its name holds a digest of all the run depends on."""
+    # Also of functions that a notebook cell defines.
+    source = [inspect.getsource(part) for part in (objective.terms, objective.attack) if part is not None]
+    depends = [
+        settings.model_dump(),
+        fingerprint(data),
+        fingerprint(original),
+        original.numerics,
+        code_version(__name__),
+    ]
+    return folder / f"{objective.name}_seed{settings.seed}_{digest(source, *depends)}.safetensors"
+
+
+def finetune(
+    clip: Clip,
+    data: ImageSet,
+    objective: Objective | str,
+    settings: FinetuneSettings,
+    folder: Path,
+    stop: Callable[[], bool] = lambda: False,
+    number_of_processes: int = 1,
+    watch: Watch | None = None,
+) -> TrainResult:
+    """Tunes a copy of ``clip``'s image encoder on ``data`` and writes its weights to ``folder``; see ``core.training.steps``.
+
+    A checkpoint is written each epoch and on Ctrl-C, or when ``stop()`` is true after a step (both raise
+    KeyboardInterrupt); the same call then goes on from there, and a finished run is only loaded. ``clip`` itself is
+    not changed. So many processes of this machine share each batch (``processes.launch``); so do the processes that call
+    this together, as torchrun starts them: the outcome is that of one process but for rounding. ``watch`` is called after
+    each step, instead of a bar. Raises ValueError for an unknown objective, FloatingPointError for a loss, gradient or
+    outcome that is not finite.
+    """
+    if isinstance(objective, str):
+        objective = find_objective(objective)
+    settings = objective.with_preset(settings)
+    weights = tuned_path(folder, objective, settings, data, clip)
+    if number_of_processes > 1 and processes.count() == 1 and not weights.exists():
+        processes.launch(number_of_processes, _finetune_with_others, clip, data, objective, settings, folder)
+    if processes.from_main(weights.exists):
+        weights.touch()  # now the latest of its method
+        return TrainResult(load_alike(clip, weights), pd.DataFrame(read_metadata(weights)["history"]), weights)
+    return _Run(clip, data, objective, settings, weights, stop, watch).finish()
+
+
+def _finetune_with_others(
+    clip: Clip, data: ImageSet, objective: Objective, settings: FinetuneSettings, folder: Path, device: torch.device
+) -> None:
+    finetune(clip.to(device), data, objective, settings, folder)
+
+
+class _Run:
+    """One training under way: what ``core.training.steps`` needs, and where its state is kept."""
+
+    def __init__(
+        self,
+        clip: Clip,
+        data: ImageSet,
+        objective: Objective,
+        settings: FinetuneSettings,
+        weights: Path,
+        stop: Callable[[], bool],
+        watch: Watch | None,
+    ):
+        self.objective, self.settings, self.weights, self.stop, self.watch = objective, settings, weights, stop, watch
+        self.original, self.tuned = (processes.shared(clip.frozen_copy()) for _ in range(2))
+        about = {"method": objective.name, "settings": settings.model_dump(), "data": fingerprint(data)}
+        self.tuned.training_record = about | {"code": code_version(__name__)}
+        self.data = resident(data, clip.device)
+        self.hidden = watch is not None or not processes.is_main()
+        self.cache = OriginalCache(self.original, self.data, weights.parent / "unfinished" / weights.stem, self.hidden)
+        self.parameters = trainable(self.tuned.visual, settings.last_num_ft)
+        processes.average_gradients_of(self.parameters)
+        self.optimizer = torch.optim.SGD(
+            self.parameters, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+        self.checkpoints = Checkpoints(weights.with_suffix(""))
+        self.state = self.checkpoints.load(self.tuned.visual, self.optimizer)
+
+    def finish(self) -> TrainResult:
+        per_epoch, total = math.ceil(len(self.data) / self.settings.batch_size), steps_in_all(self.data, self.settings)
+        name = f"{self.objective.name} seed {self.settings.seed}"
+        bar = progress(total=total, initial=self.state["step"], desc=name, disable=self.hidden)
+        with processes.deferred_interrupt() as interrupted, bar:
+            for update, seconds in self._updates():
+                row = {"step": update.number, **update.values, "seconds": seconds}
+                self.state["history"].append(row)
+                self.state["step"] = done = update.number + 1
+                self._show(bar, row, total)
+                wanted = processes.in_any(self.stop() or interrupted(), self.tuned.device)
+                if wanted or done % per_epoch == 0:
+                    self._keep(update)
+                if wanted:
+                    raise KeyboardInterrupt(f"stopped after step {done} of {total}; the same call goes on from there")
+        if processes.is_main():
+            save_clip(self.tuned, self.weights, history=self.state["history"], **self.tuned.training_record)
+            self.checkpoints.remove()
+            self.cache.remove()
+        processes.wait()
+        return TrainResult(
+            processes.alone(self.tuned).requires_grad_(False), pd.DataFrame(self.state["history"]), self.weights
+        )
+
+    def _updates(self) -> Iterator[tuple[Update, float]]:
+        """Steps and the seconds each took; what is not finite is told with the term at fault and the last good checkpoint."""
+        started = time.perf_counter()
+        options = {"start": self.state["step"], "kept": self.cache, "attack": processes.shared_attack}
+        try:
+            for update in steps(
+                self.tuned, self.original, self.data, self.objective, self.settings, self.optimizer, **options
+            ):
+                yield update, time.perf_counter() - started
+                started = time.perf_counter()
+        except NotFinite as error:
+            problem = diagnosis(error, self.objective, self.settings, self.parameters)
+            raise FloatingPointError(
+                f"{problem}; nothing was changed by this step, {self.checkpoints.description()}"
+            ) from None
+
+    def _show(self, bar: Any, row: Mapping[str, float], total: int) -> None:
+        shown = row.keys() - {"step", "lr", "robust_batch_accuracy", "gradient_norm", "seconds"}
+        bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name in shown}, refresh=False)
+        bar.update()
+        if self.watch is not None:
+            self.watch(row["step"] + 1, total, row)
+
+    def _keep(self, update: Update) -> None:
+        """Writes a checkpoint, of a model that still works."""
+        with torch.no_grad():
+            tokens = self.tuned.encode_image(update.step.images[:8])
+        if not all(part.isfinite().all() for part in tokens):
+            raise FloatingPointError(
+                f"{self.objective.name} has diverged: its model gives no finite numbers after step {update.number}; {self.checkpoints.description()}"
+            )
+        if processes.is_main():
+            self.checkpoints.save(self.state, self.tuned.visual, self.optimizer)
+
+
+def diagnosis(
+    error: NotFinite, objective: Objective, settings: FinetuneSettings, parameters: list[nn.Parameter]
+) -> str:
+    """Which terms of a step are not finite, or whose gradients are not."""
+    step = replace(error.step)  # the graph of its tokens is used up
+    terms = objective.terms(step, settings)
+    if not math.isfinite(error.values["loss"]):
+        listed = ", ".join(f"{term.name} {error.values[term.name]:g}" for term in terms)
+        return f"loss of {objective.name} is not finite at step {error.number}: {listed}"
+    faults = []
+    for term in terms:
+        slopes = torch.autograd.grad(term.value, parameters, retain_graph=True, allow_unused=True)
+        if not all(torch.isfinite(slope).all() for slope in slopes if slope is not None):
+            faults.append(term.name)
+    return (
+        f"gradient of {objective.name} is not finite at step {error.number}: that of {', '.join(faults) or 'their sum'}"
+    )

@@ -1,0 +1,228 @@
+"""Several processes, one a device: who works on what, and how the parts of a training step come together.
+
+In training every process holds the whole batch and computes the whole loss, but its models encode only its own share of the
+images and gather the tokens of all (``SharedClip``); so an objective sees what it sees in one process, whatever it does across
+the batch. Measurements need no talk: they are shared out as jobs (``own_part``). All functions also work in one process.
+"""
+
+import contextlib
+import copy
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState, notebook_launcher
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from tgazsr_utils.core.models import Clip, ImageTokens
+from tgazsr_utils.core.objectives import Objective, Step
+from tgazsr_utils.core.settings import FinetuneSettings
+from tgazsr_utils.core.training import attacked
+
+Job = TypeVar("Job")
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def own_part(jobs: Sequence[Job]) -> Sequence[Job]:
+    """Those of the jobs that this process does."""
+    return jobs[rank() :: count()]
+
+
+# --- one training step
+
+
+def share(n: int, process: int | None = None) -> slice:
+    """The rows of ``n`` that a process (default: this one) works on: all of them, if there are fewer than processes."""
+    if n < count():
+        return slice(0, n)
+    process = rank() if process is None else process
+    return slice(n * process // count(), n * (process + 1) // count())
+
+
+class SharedClip(Clip):
+    """A model that encodes its process's share of a batch and gathers the tokens of all."""
+
+    def encode_image(self, pixels: Tensor) -> ImageTokens:
+        own = super().encode_image(pixels[share(len(pixels))])
+        return ImageTokens(*(_gather(part, len(pixels)) for part in own))
+
+
+def shared(clip: Clip) -> Clip:
+    """The same model, shared among the processes where there are several."""
+    return _as(SharedClip, clip) if count() > 1 else clip
+
+
+def alone(clip: Clip) -> Clip:
+    """The same model, of this process alone."""
+    return _as(Clip, clip) if isinstance(clip, SharedClip) else clip
+
+
+def _as(kind: type[Clip], clip: Clip) -> Clip:
+    same = copy.copy(clip)
+    same.__class__ = kind
+    return same
+
+
+def shared_attack(step: Step, objective: Objective, settings: FinetuneSettings, number: int) -> Tensor:
+    """``core.training.attacked`` in which each process attacks its share of the images."""
+    n = len(step.images)
+    if count() == 1 or objective.attack is None:
+        return attacked(step, objective, settings, number)
+    own = share(n)
+    part = replace(
+        step,
+        clip=alone(step.clip),
+        original=alone(step.original),
+        images=step.images[own],
+        labels=step.labels[own],
+        rows=None if step.rows is None else step.rows[own],
+    )
+    return _gather(attacked(part, objective, settings, number, range(n)[own]), n)
+
+
+def average_gradients_of(parameters: Iterable[nn.Parameter]) -> None:
+    """From now on each gradient is its mean over processes, as soon as a backward has it."""
+    if count() > 1:
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(_average)
+
+
+def _average(parameter: Tensor) -> None:
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= count()
+
+
+def _gather(part: Tensor, n: int) -> Tensor:
+    """All ``n`` rows, in order, from each process's ``share(n)`` of them. Differentiable, if every process computes the same with them."""
+    return part if n < count() or count() == 1 else _Gather.apply(part, n)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, part: Tensor, n: int) -> Tensor:
+        context.n = n
+        rows = [share(n, process) for process in range(count())]
+        longest = max(own.stop - own.start for own in rows)
+        padded = torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in rows]
+        dist.all_gather(parts, padded)
+        return torch.cat([whole[: own.stop - own.start] for whole, own in zip(parts, rows)])
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # Each process has the same loss and passes on its own share's part of the gradient: the mean over processes, which
+        # is right for what all of them compute, wants that part as often as there are processes.
+        return gradient[share(context.n)] * count(), None
+
+
+# --- agreement
+
+
+def in_any(flag: bool, device: torch.device) -> bool:
+    """Is ``flag`` true in one of the processes? ``device`` is where they can talk."""
+    if count() == 1:
+        return flag
+    box = torch.tensor(int(flag), device=device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return bool(box)
+
+
+def from_main(compute: Callable[[], Any]) -> Any:
+    """What ``compute`` gives in the main process: what is on the disk, they must all see alike."""
+    box = [compute() if is_main() else None]
+    if count() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if count() > 1:
+        dist.barrier()
+
+
+# --- start and stop
+
+
+def launch(number: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Calls ``function(*arguments, device)`` in ``number`` processes of this machine, each with a device of its own.
+
+    Functions that a notebook defines are known there, since processes are forked (by accelerate's notebook_launcher); so
+    CUDA must not be in use yet. Raises RuntimeError with the first error of any of them, KeyboardInterrupt on Ctrl-C.
+    """
+    if torch.cuda.is_initialized():
+        raise RuntimeError(
+            f"processes = {number}: CUDA is in use in this process, which therefore cannot be forked; "
+            "restart the kernel and load models with load_clip(..., waiting=True), which leaves them on the CPU until then"
+        )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        notebook_launcher(_work, (function, arguments), num_processes=number, use_port=str(port))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        reason = failure.message.get("message", "") if isinstance(failure.message, dict) else failure.message
+        raise RuntimeError(f"one of {number} processes failed: {reason}") from error
+    except SignalException:
+        raise KeyboardInterrupt(f"{number} processes were stopped; the same call goes on from there") from None
+    finally:
+        for number, handler in handlers.items():  # the launcher leaves its own behind
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+
+
+def _work(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)  # the threads of the process that was forked are not here, and waiting for them never ends
+    with joined() as device:
+        function(*arguments, device)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[torch.device]:
+    """Within, this is one of the processes that torchrun or ``launch`` started; yields its device."""
+    state = PartialState(timeout=timedelta(days=7))  # one may have much more to do than another
+    try:
+        yield state.device
+    finally:
+        state.destroy_process_group()
+        PartialState._reset_state()  # private: accelerate keeps the first state for ever; a second launch needs another
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within, Ctrl-C (SIGINT) only sets a flag, so that a step is never left half done; yields the flag's reader.
+
+    With several processes so does SIGTERM, which is how they are told to stop.
+    """
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    numbers = [signal.SIGINT] if count() == 1 else [signal.SIGINT, signal.SIGTERM]
+    previous = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in numbers}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Numbers one can trust: records, tables, checks of the attack, ablations."""

@@ -1,0 +1,136 @@
+"""Measures models on sets, keeps what was measured, and measures nothing twice."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tgazsr_utils.core.images import PLUMBING, ImageSet
+from tgazsr_utils.core.models import Clip
+from tgazsr_utils.core.settings import AttackSettings, Protocol
+from tgazsr_utils.durable import processes
+from tgazsr_utils.durable.files import load_tensors
+from tgazsr_utils.measuring.measure import NOT_YET, Answers, Measurement, answer, record_of
+from tgazsr_utils.measuring.records import AttackCheck, Record, RecordStore
+from tgazsr_utils.measuring.trust import check_attack, check_key, sets_to_check
+from tgazsr_utils.progress import progress
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where records are kept, how many processes of this machine measure, and how the attack is checked once a model."""
+
+    store: RecordStore
+    number_of_processes: int = 1
+    checked_with: AttackSettings | None = None
+    checked_on: Sequence[ImageSet] = ()  # none: nothing is checked
+    checks: dict[tuple[str, int], AttackCheck] = field(default_factory=dict)  # what was found, by method and seed
+
+    @classmethod
+    def checking(
+        cls,
+        store: RecordStore,
+        attack: AttackSettings,
+        sets: Sequence[ImageSet],
+        images: int,
+        number_of_processes: int = 1,
+    ) -> "Bench":
+        """With a check on about so many images of ``sets``; on none where random weights or an epsilon of zero leave nothing to check."""
+        nothing = not images or not attack.test_eps or sets[0].world == PLUMBING
+        return cls(store, number_of_processes, attack, () if nothing else sets_to_check(sets, images))
+
+    def measure(
+        self,
+        clip: Clip,
+        sets: Sequence[ImageSet],
+        attack: AttackSettings,
+        protocol: Protocol = "last",
+        *,
+        method: str,
+        seed: int = 0,
+    ) -> list[Record]:
+        """Two records a set, clean and attacked, each stored when done; what the store has is not measured again.
+
+        Processes that call this together, as torchrun starts them, share the work too. The attack is checked first, once a
+        model, and what was found is noted in ``checks``; where it fails, that is said, and attacked records, though stored,
+        are not returned.
+        """
+        wanted = [Measurement(clip, data, kind, protocol, method, seed) for data in sets for kind in (None, attack)]
+        missing, unchecked = processes.from_main(lambda: (self._missing(wanted), self._unchecked(clip)))
+        if (missing or unchecked) and self.number_of_processes > 1 and processes.count() == 1:
+            processes.launch(self.number_of_processes, _measure_with_others, self, clip, wanted)
+        elif missing or unchecked:
+            self._work(clip, [m for m in wanted if m.key in missing], unchecked)
+            processes.wait()
+        records = processes.from_main(lambda: [self.store.get(m.key) for m in wanted])
+        if None in records:
+            raise RuntimeError(f"{records.count(None)} measurements of {method} were made by no process")
+        return self._trusted(records, clip, method, seed)
+
+    def _missing(self, wanted: Sequence[Measurement]) -> set[str]:
+        return {m.key for m in wanted if self.store.get(m.key) is None}
+
+    def _unchecked(self, clip: Clip) -> bool:
+        return (
+            bool(self.checked_on) and self.store.checks.get(check_key(clip, self.checked_on, self.checked_with)) is None
+        )
+
+    def _trusted(self, records: list[Record], clip: Clip, method: str, seed: int) -> list[Record]:
+        """Without the attacked ones, if the check of the attack says so."""
+        if not self.checked_on:
+            return records
+        check = processes.from_main(lambda: self.store.checks.get(check_key(clip, self.checked_on, self.checked_with)))
+        self.checks[method, seed] = check
+        if not check.problems:
+            return records
+        if processes.is_main():
+            print(
+                f"robust accuracy of {method} (seed {seed}) is not counted, as the attack cannot be trusted: {'; '.join(check.problems)}",
+                flush=True,
+            )
+        return [record for record in records if record.attack == "none"]
+
+    def _work(self, clip: Clip, missing: Sequence[Measurement], unchecked: bool) -> None:
+        """Does this process's part of the jobs: the check, and slices of measurements."""
+        jobs: list[Callable[[Any], None]] = []
+        if unchecked:
+            jobs.append(lambda bar: self.store.checks.add(check_attack(clip, self.checked_on, self.checked_with)))
+        jobs += [lambda bar, m=m, rows=rows: self._answer(m, rows, bar) for m in missing for rows in m.slices]
+        own = list(processes.own_part(jobs))
+        total = sum(len(m.data) for m in missing)
+        name = f"evaluate {missing[0].method} seed {missing[0].seed}" if missing else ""
+        with progress(total=total, desc=name, unit="image", disable=not missing or not processes.is_main()) as bar:
+            for job in own:
+                job(bar)
+
+    def _answer(self, m: Measurement, rows: range, bar: Any) -> None:
+        """One slice; who does the last one of a measurement writes its record."""
+        bar.set_postfix(set=m.data.key, refresh=False)
+        answer(m, rows, self._path(m, rows), bar)
+        parts = [_whole(self._path(m, other)) for other in m.slices]
+        if all(parts):
+            answers, seconds = zip(*parts)
+            self.store.add(record_of(m, answers, sum(seconds)))
+            for other in m.slices:
+                self._path(m, other).unlink(missing_ok=True)
+
+    def _path(self, m: Measurement, rows: range) -> Path:
+        return self.store.folder / "unfinished" / f"{m.key}_{rows.start}.safetensors"
+
+
+def _whole(path: Path) -> tuple[Answers, float] | None:
+    """A slice that is done, by whichever process."""
+    try:
+        tensors, about = load_tensors(path, run=path.stem)
+    except (OSError, ValueError):  # not there yet
+        return None
+    answers = Answers(**tensors)
+    return None if (answers.states == NOT_YET).any() else (answers, about["seconds"])
+
+
+def _measure_with_others(bench: Bench, clip: Clip, wanted: Sequence[Measurement], device: torch.device) -> None:
+    clip = clip.to(device)
+    missing, unchecked = processes.from_main(lambda: (bench._missing(wanted), bench._unchecked(clip)))
+    bench._work(clip, [m for m in wanted if m.key in missing], unchecked)

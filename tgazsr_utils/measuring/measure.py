@@ -1,0 +1,230 @@
+"""Zero-shot accuracy, clean and under attack, as Records: in jobs of some images each, which resume and need no talk between processes."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor
+
+from tgazsr_utils.core.attacks import ATTACKS
+from tgazsr_utils.core.evaluation import NO_ANSWER, predictions, protocol_of
+from tgazsr_utils.core.images import ImageSet
+from tgazsr_utils.core.models import Clip
+from tgazsr_utils.core.seeds import digest, seeded
+from tgazsr_utils.core.settings import AttackSettings, Protocol
+from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
+from tgazsr_utils.durable.fingerprints import code_version, fingerprint
+from tgazsr_utils.measuring import autoattack  # noqa: F401  (adds itself to ATTACKS)
+from tgazsr_utils.measuring.records import Record
+
+LARGEST_BATCH = {"cuda": 1024, "cpu": 128}  # images attacked at once
+ACTIVATIONS = (
+    32  # numbers that the image encoder keeps for each token, channel and block, when its input is differentiated
+)
+SLICE = 4096  # images of one job; a multiple of any ``Attack.batch``
+SAVE_EVERY = 20.0  # seconds of work that a killed measurement may lose
+NOT_YET, READ, UNREADABLE = 0, 1, 2  # states of an image
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """What one record is of: a model on one set, on clean images (``attack`` None) or under an attack."""
+
+    clip: Clip
+    data: ImageSet
+    attack: AttackSettings | None
+    protocol: Protocol = "last"
+    method: str = "CLIP"
+    seed: int = 0
+
+    @cached_property
+    def key(self) -> str:
+        """Names all that the outcome depends on."""
+        how = [self.settings, protocol_of(self.attack, self.protocol), self.seed, code_version(__name__)]
+        return digest(self.method, fingerprint(self.clip), self.clip.numerics, fingerprint(self.data), *how)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {} if self.attack is None else self.attack.model_dump()
+
+    @property
+    def slices(self) -> list[range]:
+        """The rows of its jobs."""
+        n = len(self.data)
+        return [range(start, min(start + SLICE, n)) for start in range(0, n, SLICE)]
+
+    @property
+    def fixed_batch(self) -> int | None:
+        return None if self.attack is None else ATTACKS[self.attack.attack].batch
+
+
+class Answers(NamedTuple):
+    """Of some rows of a set, one entry an image."""
+
+    classes: Tensor  # int64, predicted; NO_ANSWER where logits are not finite
+    states: Tensor  # uint8: NOT_YET, READ or UNREADABLE
+    sums: Tensor  # int64, ``pixel_sums``
+
+    @classmethod
+    def none(cls, n: int) -> "Answers":
+        return cls(
+            torch.full((n,), NO_ANSWER), torch.full((n,), NOT_YET, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)
+        )
+
+
+def answer(m: Measurement, rows: range, kept: Path | None = None, bar: Any = None) -> tuple[Answers, float]:
+    """What ``m`` says of these rows, and the seconds it took.
+
+    ``kept`` names a file that holds what is done every few seconds; if it is there, this goes on from it, with the same outcome.
+    Where memory runs out the batch is halved.
+    """
+    answers, seconds = _kept(kept, len(rows))
+    started = saved = time.monotonic()
+    size = m.fixed_batch or batch_that_fits(m.clip)
+    if bar is not None:
+        bar.update(int((answers.states != NOT_YET).sum()))
+    while (answers.states == NOT_YET).any():
+        try:
+            for batch, _, classes in predictions(
+                m.clip, m.data, m.attack, _left(answers, rows, size, m.fixed_batch), m.protocol, m.seed
+            ):
+                places = batch.rows - rows.start
+                for tensor, values in zip(answers, (classes.cpu(), READ, pixel_sums(batch.images))):
+                    tensor[places] = values
+                if bar is not None:
+                    bar.update(len(places))
+                if kept is not None and time.monotonic() - saved > SAVE_EVERY:
+                    saved = time.monotonic()
+                    _keep(kept, answers, seconds + saved - started)
+            answers.states[answers.states == NOT_YET] = UNREADABLE
+        except RuntimeError as error:
+            if m.fixed_batch or size == 1 or not should_reduce_batch_size(error):
+                raise
+            size //= 2
+            reduced = True
+        else:
+            reduced = False
+        if reduced:  # outside of the handler, which holds on to what filled the memory
+            clear_device_cache()
+            print(f"memory ran out; going on with {size} images at once", flush=True)
+    seconds += time.monotonic() - started
+    if kept is not None:
+        _keep(kept, answers, seconds)
+    return answers, seconds
+
+
+def _left(answers: Answers, rows: range, size: int, fixed: int | None) -> list[Tensor]:
+    """Batches of what is still to do, as rows of the set; with a fixed batch always of the same ones."""
+    left = answers.states == NOT_YET
+    if not fixed:
+        return list((left.nonzero().flatten() + rows.start).split(size))
+    return [part + rows.start for part in torch.arange(len(rows)).split(size) if left[part].any()]
+
+
+def _keep(path: Path, answers: Answers, seconds: float) -> None:
+    save_tensors(path, answers._asdict(), run=path.stem, seconds=seconds)
+
+
+def _kept(path: Path | None, n: int) -> tuple[Answers, float]:
+    """What an earlier run has left; nothing, and it is said, where that is damaged."""
+    if path is not None and path.exists():
+        try:
+            tensors, about = load_tensors(path, run=path.stem)
+            return Answers(**tensors), about["seconds"]
+        except DamagedFile as error:
+            print(f"{error}; what it held is measured anew", flush=True)
+        except FileNotFoundError:  # another process has finished this measurement
+            pass
+    return Answers.none(n), 0.0
+
+
+def record_of(m: Measurement, parts: Sequence[Answers], seconds: float) -> Record:
+    """The record of a measurement from the answers of all its slices. Raises ValueError if no image could be read."""
+    classes, states, sums = (torch.cat(part) for part in zip(*parts))
+    read = states == READ
+    if not read.any():
+        raise ValueError(f"image set {m.data.key!r}: none of its {len(m.data)} images can be read")
+    if without := int((classes[read] == NO_ANSWER).sum()):
+        print(
+            f"logits are not finite for {without} of {len(m.data)} images of {m.data.key}, which count as not recognised",
+            flush=True,
+        )
+    hits = (classes == m.data.labels)[read].numpy()
+    return Record(
+        key=m.key,
+        method=m.method,
+        model=fingerprint(m.clip),
+        precision=m.clip.numerics.precision,
+        arch=m.clip.arch,
+        world=m.data.world,
+        dataset=m.data.key,
+        data=fingerprint(m.data),
+        pixels=digest(sums[read]),
+        attack="none" if m.attack is None else m.attack.label,
+        eps_255=0.0 if m.attack is None else m.attack.test_eps,
+        protocol=protocol_of(m.attack, m.protocol),
+        seed=m.seed,
+        n=len(hits),
+        available=m.data.available,
+        left_out=m.data.left_out + len(m.data) - len(hits),
+        published=m.data.published,
+        correct=int(hits.sum()),
+        hits=np.packbits(hits).tobytes().hex(),
+        settings=m.settings,
+        training=m.clip.training_record,
+        code=code_version(__name__),
+        device=m.clip.numerics.device,
+        seconds=round(seconds, 3),
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def evaluate(
+    clip: Clip,
+    data: ImageSet,
+    attack: AttackSettings | None = None,
+    protocol: Protocol = "last",
+    *,
+    method: str = "CLIP",
+    seed: int = 0,
+) -> Record:
+    """Top-1 zero-shot accuracy of ``clip`` on one set; ``attack=None`` for clean images.
+
+    ``protocol`` "last": accuracy at the attack's last iterate, as published; "worst": on images that withstand every
+    iterate (see ``attacks.pgd``), the stricter one. Images that cannot be read are not counted.
+    """
+    m = Measurement(clip, data, attack, protocol, method, seed)
+    answers, seconds = zip(*(answer(m, rows) for rows in m.slices))
+    return record_of(m, answers, sum(seconds))
+
+
+def batch_that_fits(clip: Clip) -> int:
+    """How many images to attack at once: a power of two whose activations should take a third of the free memory, at most LARGEST_BATCH."""
+    visual, device = clip.visual, clip.device
+    if device.type == "cuda":
+        free = (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    else:
+        free = psutil.virtual_memory().available
+    tokens = 1 + clip.grid[0] * clip.grid[1]
+    one = 4 * ACTIVATIONS * tokens * visual.conv1.out_channels * len(visual.transformer.resblocks)
+    return 2 ** int(math.log2(max(1, min(LARGEST_BATCH.get(device.type, 128), free / 3 / one))))
+
+
+def pixel_sums(images: Tensor) -> Tensor:
+    """A number ``[B]`` for each of images ``[B,3,H,W]`` in [0,1] that changes with any of its 8-bit pixels; on the CPU."""
+    levels = (255 * images).round().long().flatten(1)
+    odd = 2 * torch.randint(2**62, levels.shape[1:], generator=seeded("cpu", "pixel sums")) + 1
+    return (levels * odd.to(levels.device)).sum(1).cpu()  # modulo 2^64
