@@ -4,6 +4,7 @@ Each measurement runs in a process of its own, one after the other. Writes ``ben
 table. ViT-B/32 at 224 with random weights: nothing is downloaded, and neither operations nor time depend on the weights.
 """
 
+import tgazsr_utils  # noqa: F401, I001  (before PyTorch: it says how threads wait)
 import argparse
 import gc
 import multiprocessing

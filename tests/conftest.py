@@ -1,17 +1,16 @@
 import os
 import random
 
+import tgazsr_utils  # noqa: F401, I001  (before PyTorch and open_clip: it says how threads wait, and mends torchvision's import)
 import pytest
 import torch
+from open_clip.transformer import VisionTransformer
 from PIL import Image
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 
-from open_clip.transformer import VisionTransformer
-
-from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable.weights import load_clip
+from tgazsr_utils import load_clip, load_dataset  # noqa: E402
 
 
 @pytest.fixture(scope="session")
