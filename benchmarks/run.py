@@ -4,7 +4,9 @@ Each measurement runs in a process of its own, one after the other. Writes ``ben
 table. ViT-B/32 at 224 with random weights: nothing is downloaded, and neither operations nor time depend on the weights.
 """
 
-import tgazsr_utils  # noqa: F401, I001  (before PyTorch: it says how threads wait)
+import tgazsr_utils  # noqa: F401  (before PyTorch: it says how threads wait)
+
+# isort: split
 import argparse
 import gc
 import multiprocessing
@@ -39,7 +41,7 @@ from tgazsr_utils.durable.fingerprints import code_version
 from tgazsr_utils.durable.weights import SHIPPED, load_clip, pick_device
 from tgazsr_utils.measuring.measure import evaluate
 from tgazsr_utils.parameters import ExplorerNotebook, validate
-from tgazsr_utils.runner import default_parameters
+from tgazsr_utils.profiles import default_parameters
 
 TGA = find_objective("TGA-ZSR")
 SETTINGS = TGA.with_preset(

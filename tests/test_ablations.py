@@ -13,7 +13,7 @@ from tgazsr_utils.measuring.ablations import ABLATIONS, Sweep, base_training, by
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.parameters import AblationName, AblationNotebook, SettingsError, validate
-from tgazsr_utils.runner import default_parameters, load_profile, parameters_of
+from tgazsr_utils.profiles import default_parameters, load_profile, parameters_of
 
 
 def settings(**changes):

@@ -13,7 +13,7 @@ from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.durable.finetuning import finetune
 from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.parameters import TrainNotebook, validate
-from tgazsr_utils.runner import default_parameters
+from tgazsr_utils.profiles import default_parameters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(3, 49, 512), (2, 7, 33), (2, 50, 100), (1, 1024, 96), (1, 256, 1280), (2, 3, 5), (64, 49, 24)]

@@ -30,7 +30,8 @@ from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.measuring.tables import leaderboard
 from tgazsr_utils.parameters import SettingsError
 from tgazsr_utils.paths import ROOT
-from tgazsr_utils.runner import load_manifest, load_profile
+from tgazsr_utils.profiles import load_profile
+from tgazsr_utils.runner import load_manifest
 
 SETTINGS = FinetuneSettings(
     Alpha=0.08,

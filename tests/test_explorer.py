@@ -14,7 +14,7 @@ from tgazsr_utils.display import explorer as ex
 from tgazsr_utils.durable.weights import SHIPPED, load_clip
 from tgazsr_utils.parameters import ExplorerNotebook, validate
 from tgazsr_utils.progress import HEADLESS
-from tgazsr_utils.runner import default_parameters
+from tgazsr_utils.profiles import default_parameters
 
 
 @pytest.fixture(scope="module")

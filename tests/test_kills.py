@@ -27,7 +27,7 @@ from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.parameters import AblationNotebook, validate
 from tgazsr_utils.paths import ROOT
-from tgazsr_utils.runner import default_parameters
+from tgazsr_utils.profiles import default_parameters
 
 SETTINGS = FinetuneSettings(
     Alpha=0.08,

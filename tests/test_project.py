@@ -2,18 +2,23 @@
 
 import ast
 import json
+import os
 import re
+import subprocess
+import sys
 
 import nbformat
 import pandas as pd
 import pytest
 import yaml
 
+import tgazsr_utils
+from tgazsr_utils.durable import fingerprints
 from tgazsr_utils.measuring.records import Record
 from tgazsr_utils.measuring.tables import leaderboard, published, readable
 from tgazsr_utils.parameters import NOTEBOOKS
 from tgazsr_utils.paths import ROOT
-from tgazsr_utils.runner import PROFILES, check_names, default_parameters, load_profile, parameters_of
+from tgazsr_utils.profiles import PROFILES, check_names, default_parameters, load_profile, parameters_of
 
 try:
     import tomllib
@@ -46,7 +51,7 @@ def test_a_notebook_is_as_agreed(book):
     for cell in code:
         for node in ast.walk(ast.parse(cell.source)):
             assert not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.end_lineno - node.lineno < 10
-    assert "from_notebook(" in code[1].source
+    assert f'open_workbook("{book.stem}", globals())' in code[1].source
 
 
 def test_shared_parameters_have_the_same_defaults_everywhere():
@@ -120,7 +125,8 @@ def test_the_readmes_photo_table_is_that_of_the_kept_tables():
 def test_the_readmes_step_is_that_of_the_kept_benchmark():
     found = json.loads((ROOT / "data" / "reference" / "benchmarks" / "cpu.json").read_text())
     operations, step, released = found["operations"], found["step"], found["released"]
-    ours = f"| {operations['ours_forwards']:.1f} | {operations['ours_forwards_after_the_first_epoch']:.1f} | {step['seconds']:.1f}"
+    ours = f"| {operations['ours_forwards']:.1f} | {operations['ours_forwards_after_the_first_epoch']:.1f} | "
+    ours += f"{step['seconds']:.1f}"
     theirs = 2 * f"| {operations['released_forwards']:.1f} " + f"| {released['seconds']:.1f} | "
     assert {
         f"| released {theirs}| {released['peak_memory_gib']:.1f} GiB |",
@@ -128,13 +134,136 @@ def test_the_readmes_step_is_that_of_the_kept_benchmark():
     } <= readme_rows()
     text = (ROOT / "README.md").read_text()
     moves = found["explorer"]["seconds_of_an_alpha_move"], found["explorer"]["seconds_of_an_epsilon_move"]
-    kept = f"measured, clean and attacked, keep {found['evaluation']['mib_kept']:.2f} MiB, 200 slider moves {found['explorer']['mib_kept_by_200_moves']:.2f} MiB"
+    kept = f"measured, clean and attacked, keep {found['evaluation']['mib_kept']:.2f} MiB, "
+    kept += f"200 slider moves {found['explorer']['mib_kept_by_200_moves']:.2f} MiB"
     assert f"{found['evaluation']['images']:,} image files {kept}" in text
     assert f"redraws in {1000 * moves[0]:.0f} ms, one of epsilon in {moves[1]:.2f} s" in text
     assert (
         f"That is {found['speed_up']:.0f} times faster" in text
         and f"attacks {found['attack']['images_a_second']:.2f} images" in text
     )
+
+
+PACKAGE = ROOT / "tgazsr_utils"
+MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+LEAVES = {"paths", "progress", "machine"}  # small modules that any room but core may import
+ROOMS = {
+    "core": {"core"},
+    "datasets": {"core", "datasets"},
+    "durable": {"core", "datasets", "durable"},
+    "measuring": {"core", "datasets", "durable", "measuring"},
+    "display": {"core", "datasets", "durable", "measuring", "display"},
+}
+
+
+def imported(path):
+    """Modules of the package that one imports, anywhere in it, as "room/module"."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            parts = (node.module or "").split(".")
+            if parts[0] == "tgazsr_utils":
+                for name in ["/".join(parts[1:]), *("/".join([*parts[1:], alias.name]) for alias in node.names)]:
+                    if name in MODULES:
+                        yield name
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("tgazsr_utils.") for alias in node.names), path
+
+
+def room(module):
+    return module.split("/")[0] if "/" in module else None
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room(name)])
+def test_arrows_point_down(module):
+    """core imports nothing of the package but itself; the other rooms what DESIGN's table allows, and leaves."""
+    for other in imported(MODULES[module]):
+        if room(other) is None:
+            assert other in LEAVES and room(module) != "core", f"{module} imports {other}"
+        else:
+            assert room(other) in ROOMS[room(module)], f"{module} imports {other}"
+
+
+def test_leaves_import_nothing_and_there_is_no_circle():
+    arrows = {name: set(imported(path)) - {"__init__"} for name, path in MODULES.items()}
+    assert all(not arrows[name] for name in LEAVES)
+    waiting = dict(arrows)
+    while waiting:
+        free = [name for name, others in waiting.items() if not others & waiting.keys()]
+        assert free, f"a circle among {sorted(waiting)}"
+        for name in free:
+            del waiting[name]
+
+
+def test_the_linter_and_the_formatter_find_nothing():
+    """120 columns among it; see pyproject.toml."""
+    for command in (["check", "--quiet"], ["format", "--quiet", "--check"]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_types_of_the_core():
+    command = [sys.executable, "-m", "mypy", "--no-incremental"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_functions_fit_a_screen():
+    """Those that do not say why in a comment on their first line."""
+    long = []
+    for name, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 40:
+                if "# long:" not in lines[node.lineno - 1]:
+                    long.append(f"{name}: {node.name}, {node.end_lineno - node.lineno + 1} lines")
+    assert not long, long
+
+
+def test_the_whole_package_is_thin():
+    """About 1,500 lines are the method; none of its files is longer than one reads at a sitting."""
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    assert sum(count for name, count in lines.items() if room(name) == "core") < 1600
+    assert max(lines.values()) <= 450, max(lines, key=lines.get)
+
+
+ASKING = [
+    "tgazsr_utils.measuring.measure",
+    "tgazsr_utils.measuring.trust",
+    "tgazsr_utils.durable.finetuning",
+    "tgazsr_utils.pretraining",
+]
+
+
+@pytest.mark.parametrize("asking", ASKING)
+def test_what_a_result_depends_on_is_found(asking, monkeypatch):
+    """A line more in any module of core or datasets names other records and weights; one in a figure's does not."""
+    before = fingerprints.code_version(asking)
+    for path, source in dict(fingerprints.SOURCES).items():
+        with monkeypatch.context() as patch:
+            patch.setitem(fingerprints.SOURCES, path, source + "# another line\n")
+            changed = fingerprints.code_version(asking) != before
+        if path.startswith(("core/", "datasets/")) or path == asking.split(".", 1)[1].replace(".", "/") + ".py":
+            assert changed, path
+        if path.startswith("display/") or path in ("runner.py", "measuring/tables.py"):
+            assert not changed, path
+    with monkeypatch.context() as patch:
+        patch.setitem(fingerprints.SOURCES, "core/new/deep.py", "x = 1\n")
+        assert fingerprints.code_version(asking) != before
+    assert fingerprints.code_version(asking) == before
+
+
+def test_public_names_are_there_and_quick():
+    """Those of README, notebooks and examples come from the package itself, each once."""
+    for name in tgazsr_utils.__all__:
+        assert getattr(tgazsr_utils, name).__module__.startswith("tgazsr_utils."), name
+    code = "import sys, tgazsr_utils; print('torch' in sys.modules, 'PASSIVE' == __import__('os').environ['OMP_WAIT_POLICY'])"
+    plain = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain)
+    assert done.stdout.split() == ["False", "True"], (
+        done.stderr
+    )  # PyTorch comes with the first name, after the variables
 
 
 def test_no_path_of_a_machine_and_no_output_is_committed():

@@ -10,7 +10,8 @@ import pytest
 
 from tgazsr_utils import runner
 from tgazsr_utils.paths import ROOT
-from tgazsr_utils.runner import fingerprint, given_value, load_profile, main, parameters_of
+from tgazsr_utils.profiles import given_value, load_profile, parameters_of
+from tgazsr_utils.runner import fingerprint, main
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from pydantic import ValidationError
 
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.parameters import AttentionShiftNotebook, SettingsError, TrainNotebook, from_notebook, validate
-from tgazsr_utils.runner import default_parameters
+from tgazsr_utils.profiles import default_parameters
 
 GOOD = {"test_eps": 1.0, "test_stepsize": 1.0, "test_numsteps": 10}
 
@@ -61,38 +61,31 @@ def test_settings_are_frozen():
 
 
 def notebook(*cells):
-    """The namespace of a notebook that has run these cells and is now in one more."""
-    namespace = {"unrelated": 5}
+    """The namespace of a notebook that has run these cells."""
+    namespace = {"unrelated": 5, "In": list(cells), "Out": {}}
     for cell in cells:
         exec(cell, namespace)
-    return namespace | {"In": ["", *cells, "from_notebook(...)"]}
+    return namespace
+
+
+GOOD_CELL = "test_eps = 1.0\ntest_stepsize = 1.0\ntest_numsteps = 10"
 
 
 def test_a_notebooks_parameters_are_read_and_injected_ones_win():
-    cells = "test_eps = 1.0\ntest_stepsize = 1.0\ntest_numsteps = 10", "# Parameters\ntest_eps = 4"
-    assert from_notebook(AttackSettings, notebook(*cells)).test_eps == 4.0
+    assert from_notebook(AttackSettings, notebook(GOOD_CELL, "# Parameters\ntest_eps = 4")).test_eps == 4.0
 
 
-def test_an_unknown_name_in_the_parameter_cells_is_refused():
-    cells = "test_eps = 1.0\ntest_stepsize = 1.0\ntest_numsteps = 10", "# Parameters\ntest_epz = 4"
-    with pytest.raises(SettingsError, match="test_epz"):
-        from_notebook(AttackSettings, notebook(*cells))
-
-
-def test_a_cell_between_does_not_hide_the_parameters():
-    """One that defines a method, say; what was run before an earlier call of from_notebook is not looked at again."""
-    good = "test_eps = 1.0\ntest_stepsize = 1.0\ntest_numsteps = 10"
-    method = "def anchored(step, settings):\n    return []"
-    with pytest.raises(SettingsError, match="test_epz"):
-        from_notebook(AttackSettings, notebook(good + "\ntest_epz = 4", method))
-    assert from_notebook(AttackSettings, notebook(good, method)).test_eps == 1.0
-    called = "import re  # from_notebook(...)"
-    assert from_notebook(AttackSettings, notebook(good, "scratch = 3", called, "x = len('a')")).test_eps == 1.0
+@pytest.mark.parametrize("slip", ["test_epz", "test_step_size", "Norm"])
+@pytest.mark.parametrize("method", ["", "def anchored(step, settings):\n    return []"])
+def test_a_name_that_is_nearly_a_parameters_is_refused_wherever_it_is_set(slip, method):
+    for cells in ((GOOD_CELL, f"# Parameters\n{slip} = 4", method), (GOOD_CELL, method, f"{slip} = 'l2'")):
+        with pytest.raises(SettingsError, match=f"unknown parameter '{slip}': did you mean"):
+            from_notebook(AttackSettings, notebook(*cells))
 
 
 def test_other_cells_may_define_what_they_like():
-    cells = "x = print()", "test_eps = 1.0\ntest_stepsize = 1.0\ntest_numsteps = 10"
-    assert from_notebook(AttackSettings, notebook("test_epz = 1", *cells)).test_numsteps == 10
+    cells = "x = print()", "import re\nscratch = 3\nweights = [1.0]", GOOD_CELL, "def test_epz():\n    pass"
+    assert from_notebook(AttackSettings, notebook(*cells)).test_numsteps == 10
 
 
 @pytest.mark.parametrize("methods, message", [([], "at least 1 item"), (["A", "A"], "twice")])

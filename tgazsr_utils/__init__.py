@@ -10,21 +10,20 @@ from typing import Any
 from tgazsr_utils.machine import set_threads
 
 set_threads()  # before PyTorch, which reads once how its threads are to wait
-# The driver is asked for devices without starting CUDA here, which would keep a notebook from forking (see durable.processes).
+# The driver is asked for devices without starting CUDA here, which would keep a notebook from forking (see
+# durable.processes).
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-
-from tgazsr_utils import _torchvision  # noqa: E402, F401  (before open_clip, which imports torchvision)
 
 _PUBLIC = {
     "core.attacks": "cw pgd",
+    "core.evaluation": "predict predictions",
     "core.attention": "attention_distance complementary_attention grad_cam text_guided_attention",
     "core.images": "ImageSet",
     "core.models": "Clip",
-    "core.objectives": "Step Term find_objective objective",
+    "core.objectives": "Step Term find_objective objective weighted_sum",
     "core.settings": "AttackSettings FinetuneSettings",
     "core.training": "steps trainable",
     "datasets.loading": "choose_datasets list_datasets load_dataset",
-    "display.plots": "",
     "durable.finetuning": "finetune",
     "durable.weights": "find_weights load_clip save_clip",
     "measuring.attention_shift": "attention_under_attack",
@@ -33,6 +32,7 @@ _PUBLIC = {
     "measuring.measure": "evaluate",
     "measuring.records": "Record RecordStore",
     "measuring.tables": "leaderboard paired_difference",
+    "workbook": "open_workbook",
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 __all__ = sorted(_WHERE)

@@ -1,10 +1,8 @@
 """What each notebook takes: names, units, ranges. Whatever papermill injects is checked here first."""
 
-import ast
 import difflib
 import reprlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
@@ -62,7 +60,7 @@ class WorkbookSettings(Parameters):
     prompt: str | None = None  # template such as "A photo of a {}."; None: each set's own
     test_fraction: Fraction | None = None  # of sets without a split; None: see load_dataset
     on_bad_image: Literal["stop", "leave_out"] = "stop"  # what to do about a file that cannot be read
-    output: str  # folder for models, records, figures and tables
+    output: str | None  # folder of the run; None: one below runs/, named after what differs from the defaults
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
     seed: Natural
 
@@ -93,10 +91,6 @@ class WorkbookSettings(Parameters):
             "test_fraction": self.test_fraction,
             "on_bad_image": self.on_bad_image,
         }
-
-    @property
-    def output_path(self) -> Path:
-        return resolve(self.output)
 
 
 class ModelSettings(WorkbookSettings):
@@ -159,7 +153,7 @@ class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
     methods: Distinct[str]
     overrides: dict[str, dict[str, Any]] = {}  # method -> parameters of fine-tuning that differ for it
     processes: Count = 1  # that train and measure together, each on a device of its own
-    check_images: Natural = 16  # about so many check the attack once a model (sanity.check_attack); 0: none
+    check_images: Natural = 16  # about so many check the attack once a model (measuring.trust); 0: none
 
     @property
     def model_options(self) -> dict[str, Any]:
@@ -288,28 +282,13 @@ def unknown_parameter(name: Any, known: Mapping[str, Any]) -> str:
 
 
 def from_notebook(model: type[AnySettings], namespace: Mapping[str, Any]) -> AnySettings:
-    """Settings from a notebook's parameters cell, and papermill's injected one below it; call it in the next cell.
+    """Settings from what a notebook's parameters cell, and papermill's injected one below it, have set.
 
-    ``namespace`` is the notebook's ``globals()``. Also finds names that those cells set and no setting has; other cells may
-    stand between, such as one that defines a method.
+    ``namespace`` is the notebook's ``globals()``. A plain value whose name is nearly a parameter's is taken for a slip.
     """
     values = {name: namespace[name] for name in model.model_fields if name in namespace}
-    found = False
-    for source in reversed(namespace.get("In", [])[:-1]):
-        names = _assigned_constants(source)
-        if "from_notebook(" in source or (names is None and found):
-            break
-        found = found or bool(names)
-        values.update({name: namespace[name] for name in names or []})
+    for name, value in namespace.items():
+        plain = value is None or isinstance(value, (bool, int, float, str, list, dict))
+        if plain and name not in values and difflib.get_close_matches(name, model.model_fields, cutoff=0.75):
+            raise SettingsError(unknown_parameter(name, model.model_fields))
     return validate(model, values)
-
-
-def _assigned_constants(source: str) -> list[str] | None:
-    """Names a parameters cell sets; None if the cell is anything but ``name = constant`` lines."""
-    try:
-        body = ast.parse(source).body
-        for statement in body:
-            ast.literal_eval(statement.value)
-        return [target.id for statement in body for target in statement.targets]
-    except (SyntaxError, ValueError, AttributeError):
-        return None

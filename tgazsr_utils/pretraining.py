@@ -151,7 +151,8 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not (loss.isfinite() and norm.isfinite()):
                 raise FloatingPointError(
-                    f"pre-training is not finite at step {step}: contrastive loss {loss.item():g}, norm of its gradient {norm.item():g}; "
+                    f"pre-training is not finite at step {step}: contrastive loss {loss.item():g}, "
+                    f"norm of its gradient {norm.item():g}; "
                     f"nothing was changed by this step, {checkpoints.description()}"
                 )
             optimizer.step()
@@ -168,7 +169,8 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
                     after = loss_of(batch)
                 if not after.isfinite():
                     raise FloatingPointError(
-                        f"pre-training has diverged: its loss is not finite after step {step}; {checkpoints.description()}"
+                        f"pre-training has diverged: its loss is not finite after step {step}; "
+                        f"{checkpoints.description()}"
                     )
                 checkpoints.save(state, model, optimizer)
             if interrupted():

@@ -21,7 +21,7 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def cw_margin(logits: Tensor, labels: Tensor, confidence: float = 50.0) -> Tensor:
-    """``-sum relu(correct - best wrong + confidence)`` (Carlini & Wagner 2017), zero once wrong leads by ``confidence``."""
+    """``-sum relu(correct - best wrong + confidence)`` (Carlini & Wagner 2017); zero once wrong leads by that much."""
     true = F.one_hot(labels, logits.shape[1]).bool()
     correct, wrong = logits[true], logits.masked_fill(true, -torch.inf).amax(1)
     return -F.relu(correct - wrong + confidence).sum()
@@ -46,10 +46,11 @@ def pgd(
     """Projected gradient ascent (Madry et al. 2018): adversarial images ``[B,3,H,W]``.
 
     ``images`` ``[B,3,H,W]`` in [0,1]; ``labels`` ``[B]``; ``text`` ``[C,D]`` unit norm; ``eps`` and ``step_size`` in
-    [0,1] pixel units (``norm`` "l2": of the whole image's Euclidean norm). Starts uniformly in the ball (``generator`` seeds
-    it; with one for each image, a start does not depend on the rest of the batch), then repeats ``x' = project(x' + step_size * direction)``, with direction sign(gradient), or
-    gradient / ||gradient||_2 for l2, of ``logit_loss``, or of ``loss(tokens)`` if given. Only the pixels' gradient is
-    taken. The result lies within ``eps`` of ``images`` (exactly for linf, up to rounding for l2) and inside [0,1].
+    [0,1] pixel units (``norm`` "l2": of the whole image's Euclidean norm). Starts uniformly in the ball (``generator``
+    seeds it; with one for each image, a start does not depend on the rest of the batch), then repeats ``x' =
+    project(x' + step_size * direction)``, with direction sign(gradient), or gradient / ||gradient||_2 for l2, of
+    ``logit_loss``, or of ``loss(tokens)`` if given. Only the pixels' gradient is taken. The result lies within ``eps``
+    of ``images`` (exactly for linf, up to rounding for l2) and inside [0,1].
 
     ``protocol`` "last" returns the last iterate. "worst" returns the first image of the clean one, the start and all
     iterates that is misclassified, and the last iterate where none is; what is fooled leaves the batch.
@@ -98,8 +99,7 @@ def _step(
     loss: AttackLoss | None,
     logit_loss: LogitLoss,
 ) -> tuple[Tensor, Tensor]:
-    """One step of ``pgd`` from ``current``, which requires a gradient: images one step on, and which ``[B]`` of ``current`` are
-    classified right."""
+    """One step of ``pgd`` from ``current``, which requires a gradient: the next images, and which were right."""
     with torch.enable_grad():
         tokens = encode(clip, current)
         logits = clip.similarity(tokens.pooled, text)
@@ -108,7 +108,7 @@ def _step(
     if norm == "linf":
         moved = torch.clamp(current + step_size * gradient.sign(), *bounds)
     else:
-        moved = _project_l2(current + step_size * _unit(gradient), *bounds, eps)
+        moved = _project_l2(current + step_size * _unit(gradient), bounds[0], eps)
     return moved, logits.argmax(1) == labels
 
 
@@ -125,7 +125,7 @@ class Attack(NamedTuple):
     run: Callable[..., Tensor]  # with the arguments of ``pgd``
     keeps_first: bool = False  # it keeps the first image that fools: it knows no other protocol than "worst"
     batch: int | None = (
-        None  # images it always has at once, since its random draws are for a batch; None: any number, each with draws of its own
+        None  # images it always has at once, where its random draws are for a batch and not for an image
     )
 
 
@@ -141,8 +141,8 @@ def run_attack(
     protocol: Protocol,
     generator: Generators,
 ) -> Tensor:
-    """Adversarial images ``[B,3,H,W]`` by the attack that ``settings`` name, with their epsilon, norm, step size and steps."""
-    options = {"version": settings.autoattack_version} if settings.attack == "autoattack" else {}
+    """Adversarial images ``[B,3,H,W]`` by the attack that ``settings`` name, with all that they say of it."""
+    options: dict[str, Any] = {"version": settings.autoattack_version} if settings.attack == "autoattack" else {}
     eps, step_size = settings.test_eps / 255, settings.test_stepsize / 255
     options |= {"norm": settings.norm, "protocol": protocol, "generator": generator}
     return ATTACKS[settings.attack].run(clip, images, labels, text, eps, step_size, settings.test_numsteps, **options)
@@ -192,13 +192,13 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _project_l2(x: Tensor, images: Tensor, eps: float) -> Tensor:
-    """Into the l2 ball, then into [0,1]: that moves each pixel towards the clean one, so the image stays in the ball."""
+    """Into the l2 ball, then into [0,1], which moves each pixel towards the clean one: the image stays in the ball."""
     delta = x - images
     return (images + delta * (eps / _length(delta)).clamp(max=1)).clamp(0, 1)
 
 
 def ball(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Tightest representable pixel bounds of the eps-ball cut with [0,1]: rounding must not let a pixel out by an ulp."""
+    """Tightest representable bounds of the eps-ball cut with [0,1]: rounding must not let a pixel out by an ulp."""
     low, high = (images.double() - eps).clamp(0, 1), (images.double() + eps).clamp(0, 1)
     inner_low, inner_high = low.to(images.dtype), high.to(images.dtype)
     inner_low = torch.where(inner_low.double() < low, torch.nextafter(inner_low, images), inner_low)

@@ -28,11 +28,11 @@ def text_guided_attention(
     ``tokens``: pooled ``[B,D]`` and patches ``[B,P,D]``; ``text``: unit-norm embeddings ``[B,D]``, or ``[D]`` for all.
     ``variant``: how tokens are normalised first. ``reference`` divides each channel by its l2 norm over the 1+P tokens
     (class token included), as the released code does; ``cosine`` divides each token by its norm over the D channels,
-    as the paper's formula reads. ``size``: bilinear resize (align_corners=False) to this side or (height, width);
-    None keeps the patch grid. ``grid``: (rows, columns) of patches, needed only if it is not square.
-    A constant map gives zeros, with finite gradients. ``backend``: "triton" (one fused pass, ``attention_kernel``; needs a
-    CUDA device, or TRITON_INTERPRET=1), "torch" (the same in PyTorch, the reference), or "auto": the kernel where
-    the tokens are on a CUDA device and it takes them. Raises ValueError for an unknown variant or a non-square grid.
+    as the paper's formula reads. ``size``: bilinear resize (align_corners=False) to this side or (height, width); None
+    keeps the patch grid. ``grid``: (rows, columns) of patches, needed only if it is not square. A constant map gives
+    zeros, with finite gradients. ``backend``: "triton" (one fused pass, ``attention_kernel``; needs a CUDA device, or
+    TRITON_INTERPRET=1), "torch" (the same in PyTorch, the reference), or "auto": the kernel where the tokens are on a
+    CUDA device and it takes them. Raises ValueError for an unknown variant or a non-square grid.
     """
     (maps,) = _maps(tokens, [text], variant, grid, backend)
     return maps if size is None else resize(maps, size)
@@ -135,8 +135,8 @@ def min_max(scores: Tensor) -> Tensor:
 
 def resize(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Bilinear resize (align_corners=False) of maps ``[B,h,w]`` to a side or (height, width)."""
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    sides = (size, size) if isinstance(size, int) else size
+    return F.interpolate(maps[:, None], size=sides, mode="bilinear", align_corners=False)[:, 0]
 
 
 def attention_distance(a: Tensor, b: Tensor, metric: Metric = "l2", size: int | None = 224) -> Tensor:
@@ -191,7 +191,7 @@ def attention_shift(clean: Tensor, adv: Tensor, mask: Tensor | None = None) -> d
         "centre_move": torch.linalg.vector_norm(centre_of_mass(clean) - centre_of_mass(adv), dim=1),
     }
     if mask is not None:
-        share = F.adaptive_avg_pool2d(mask[:, None].to(clean.dtype), clean.shape[-2:])[:, 0]
+        share = F.adaptive_avg_pool2d(mask[:, None].to(clean.dtype), (clean.shape[-2], clean.shape[-1]))[:, 0]
         measures["energy_clean"] = energy_inside(clean, share)
         measures["energy_adv"] = energy_inside(adv, share)
         measures["energy_uniform"] = share.mean((1, 2))

@@ -1,10 +1,10 @@
 """Text-guided attention in one pass over the tokens: Triton kernels, forward and backward, behind ``attention``.
 
-One program an image walks through the channels in blocks, each block with all patches at once: the norm of a channel over
-the tokens (``reference``) is then known at once, that of a token (``cosine``) adds up, and scaling to [0,1] needs only the
-scores, which stay in registers. A second text (complementary attention) shares the pass. Sums are in fp32 whatever the
-tokens' type. The operator is ``tgazsr::attention``, one node to autograd, autocast and torch.compile. With
-TRITON_INTERPRET=1 the same kernels run on the CPU.
+One program an image walks through the channels in blocks, each block with all patches at once: the norm of a channel
+over the tokens (``reference``) is then known at once, that of a token (``cosine``) adds up, and scaling to [0,1] needs
+only the scores, which stay in registers. A second text (complementary attention) shares the pass. Sums are in fp32
+whatever the tokens' type. The operator is ``tgazsr::attention``, one node to autograd, autocast and torch.compile.
+With TRITON_INTERPRET=1 the same kernels run on the CPU.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -160,10 +160,11 @@ def _on(x: Tensor) -> AbstractContextManager:
 
 @torch.library.custom_op("tgazsr::attention", mutates_args=())
 def attention(pooled: Tensor, patches: Tensor, text: Tensor, variant: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps ``[B,T,P]`` in [0,1], fp32, of T = 1 or 2 texts; and the scores ``[B,T,P]`` and norms that the backward needs.
+    """Maps ``[B,T,P]`` in [0,1], fp32, of T = 1 or 2 texts; and the scores ``[B,T,P]`` and norms that the backward
+    needs.
 
-    ``pooled`` ``[B,D]``, ``patches`` ``[B,P,D]``, ``text`` ``[B,T,D]``, each in fp32, fp16 or bf16; P up to 1024, D up to
-    1280. ``variant``: "reference" or "cosine", see ``attention.text_guided_attention``.
+    ``pooled`` ``[B,D]``, ``patches`` ``[B,P,D]``, ``text`` ``[B,T,D]``, each in fp32, fp16 or bf16; P up to 1024, D up
+    to 1280. ``variant``: "reference" or "cosine", see ``attention.text_guided_attention``.
     """
     B, P, D = patches.shape
     if P > MAX_PATCHES or D > MAX_CHANNELS or text.shape[1] not in (1, 2):
@@ -191,7 +192,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of pooled, patches and text from ``slopes`` ``[B,T,P]``, those of the maps."""
     inputs = [x.contiguous() for x in (pooled, patches, text, scores, norms, slopes)]
-    outputs = tuple(torch.empty_like(x) for x in inputs[:3])
+    outputs = torch.empty_like(inputs[0]), torch.empty_like(inputs[1]), torch.empty_like(inputs[2])
     if len(patches):
         meta = _meta(patches, text, variant)
         with _on(patches):

@@ -29,10 +29,12 @@ def predictions(
     protocol: Protocol = "last",
     seed: int = 0,
 ) -> Iterator[Predicted]:
-    """Zero-shot classes of each batch of ``data`` (see ``ImageSet.batches``), under ``attack`` against ``clip`` if there is one.
+    """Zero-shot classes of each batch of ``data`` (see ``ImageSet.batches``), under ``attack`` against ``clip`` if
+    there is one.
 
-    An image's random start depends on the set, ``seed`` and its row alone, not on its batch (but see ``Attack.batch``). Classes
-    are read in full precision whatever the attack computes in; so is, under "worst", which image is fooled.
+    An image's random start depends on the set, ``seed`` and its row alone, not on its batch (but see
+    ``Attack.batch``). Classes are read in full precision whatever the attack computes in; so is, under "worst", which
+    image is fooled.
     """
     reader, text = clip.in_full_precision(), clip.encode_text(data.prompts)
     attacker = clip if protocol_of(attack, protocol) == "last" else reader
@@ -52,7 +54,9 @@ def predict(
     seed: int = 0,
     batch: int = 128,
 ) -> Tensor:
-    """Classes ``[N]`` of all images of a set, as ``predictions`` gives them, ``batch`` at once; NO_ANSWER where one cannot be read."""
+    """Classes ``[N]`` of all images of a set, as ``predictions`` gives them, ``batch`` at once; NO_ANSWER where one
+    cannot be read.
+    """
     classes = torch.full((len(data),), NO_ANSWER)
     for part in predictions(clip, data, attack, batch, protocol, seed):
         classes[part.batch.rows] = part.classes.cpu()
@@ -60,7 +64,9 @@ def predict(
 
 
 def answers(logits: Tensor) -> Tensor:
-    """Classes ``[B]`` of logits ``[B,C]``; NO_ANSWER where one is not finite, as argmax would take class 0 or the NaN's."""
+    """Classes ``[B]`` of logits ``[B,C]``; NO_ANSWER where one is not finite, as argmax would take class 0 or the
+    NaN's.
+    """
     return torch.where(logits.isfinite().all(1), logits.argmax(1), NO_ANSWER)
 
 

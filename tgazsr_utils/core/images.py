@@ -21,7 +21,7 @@ class ImageReader(Protocol):
     """Images that are read when they are asked for; ``datasets.loading`` has those for files."""
 
     def read(self, chunks: Sequence[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each chunk of rows: the rows that could be read, and their images ``[n,3,H,W]`` uint8, perhaps on ``device``."""
+        """For each chunk: the rows that could be read, their images ``[n,3,H,W]`` uint8, perhaps on ``device``."""
 
     def pick(self, rows: Tensor) -> "ImageReader":
         """The reader of these rows alone, in this order."""
@@ -55,12 +55,9 @@ class ImageSet:
         reader was asked to do.
         """
         if isinstance(chunks, int):
-            chunks = torch.arange(len(self)).split(chunks)
-        device, chunks = torch.device(device), chunks[skip:]
-        if isinstance(self.images, Tensor):
-            pieces = ((rows, self.images[rows.to(self.images.device)]) for rows in chunks)
-        else:
-            pieces = self.images.read(chunks, device)
+            chunks = list(torch.arange(len(self)).split(chunks))
+        device, left = torch.device(device), chunks[skip:]
+        pieces = _rows_of(self.images, left) if isinstance(self.images, Tensor) else self.images.read(left, device)
         for number, (rows, images) in enumerate(pieces, start=skip):
             if len(rows):
                 moved = images.to(device, non_blocking=images.is_pinned()).float() / 255
@@ -76,6 +73,11 @@ class ImageSet:
             masks=None if self.masks is None else self.masks[chosen],
             available=self.available or len(self),
         )
+
+
+def _rows_of(images: Tensor, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    for rows in chunks:
+        yield rows, images[rows.to(images.device)]
 
 
 def even_subset(labels: Tensor, n: int | None, seed: int) -> Tensor:

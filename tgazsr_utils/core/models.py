@@ -6,11 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
+
+from tgazsr_utils.core import _torchvision  # noqa: F401  (before open_clip, which imports torchvision)
+
+# isort: split
+import open_clip
+from open_clip.transformer import VisionTransformer
 
 torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution, and fp32 is to mean fp32
 
@@ -38,8 +42,9 @@ class Numerics(NamedTuple):
 class Clip(nn.Module):
     """An open_clip ViT CLIP with its normalisation inside and its prompt embeddings kept.
 
-    ``model`` is the open_clip model; only ``model.visual``, the image encoder, is ever tuned. Its text tower and logit scale
-    stay frozen unless the workbook pre-trains it. Raises ValueError for a model without a class token beside patch tokens.
+    ``model`` is the open_clip model; only ``model.visual``, the image encoder, is ever tuned. Its text tower and logit
+    scale stay frozen unless the workbook pre-trains it. Raises ValueError for a model without a class token beside
+    patch tokens.
     """
 
     def __init__(self, model: nn.Module, arch: str, numerics: Numerics = Numerics()):
@@ -51,7 +56,8 @@ class Clip(nn.Module):
                 "use a ViT with a class token such as ViT-B-32-quickgelu"
             )
         visual.output_tokens = True
-        self.model, self.arch, self.numerics = model, arch, numerics
+        self.model: Any = model  # open_clip's own class, whose parts are called by name
+        self.arch, self.numerics = arch, numerics
         self.training_record: dict[
             str, Any
         ] = {}  # method, settings, data and code that made the weights, where that is known
@@ -109,7 +115,9 @@ class Clip(nn.Module):
         return clone
 
     def frozen_copy(self) -> "Clip":
-        """The same model with an image encoder of its own, in eval mode and without gradients; the text tower is shared."""
+        """The same model with an image encoder of its own, in eval mode and without gradients; the text tower is
+        shared.
+        """
         clone = copy.copy(self)
         clone._modules = dict(self._modules)
         clone.model = copy.copy(self.model)

@@ -26,6 +26,11 @@ class Term(NamedTuple):
     value: Tensor  # scalar
 
 
+def weighted_sum(terms: list[Term]) -> Tensor:
+    """The loss: the weighted sum of its terms."""
+    return sum((term.weight * term.value for term in terms), torch.zeros(()))
+
+
 @dataclass
 class Step:
     """One batch as an objective sees it. Tokens are computed when first asked for and only once."""
@@ -88,7 +93,9 @@ class Step:
             self.adversarial_tokens, self.clean_tokens = (ImageTokens(*half) for half in halves)
 
     def of_original(self, name: str, compute: "Compute") -> Tensor:
-        """``compute(step)``, which must depend on f0, clean images and labels alone; only once an image where it is kept."""
+        """``compute(step)``, which must depend on f0, clean images and labels alone; only once an image where it is
+        kept.
+        """
         with torch.no_grad():
             return compute(self) if self.kept is None else self.kept(name, compute, self.rows)
 
@@ -225,7 +232,9 @@ def fare(step: Step, settings: ObjectiveSettings) -> list[Term]:
 
 @objective("Vision-based")
 def vision_based(step: Step, settings: ObjectiveSettings) -> list[Term]:
-    """TGA-ZSR with Grad-CAM maps in place of text-guided ones, as released: no gradient reaches the weights through them."""
+    """TGA-ZSR with Grad-CAM maps in place of text-guided ones, as released: no gradient reaches the weights through
+    them.
+    """
     return _held_in_place(step, settings, "grad-cam", lambda step, side: _grad_cam(step, side, differentiable=False))
 
 

@@ -15,7 +15,7 @@ def digest(*parts: Any) -> str:
     for part in parts:
         if isinstance(part, Tensor):
             sha.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            sha.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            sha.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(part, Path):
             sha.update(part.read_bytes())
         else:

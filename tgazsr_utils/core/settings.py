@@ -1,4 +1,6 @@
-"""Hyper-parameters of training and of attacks: names, units, ranges. Epsilons and steps are in 1/255 here, in [0,1] inside functions."""
+"""Hyper-parameters of training and of attacks: names, units, ranges. Epsilons and steps are in 1/255 here, in [0,1]
+inside functions.
+"""
 
 from typing import Annotated, Any, Literal
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tgazsr_utils.core.attacks import pgd, starts
 from tgazsr_utils.core.images import Batch, ImageSet
 from tgazsr_utils.core.models import Clip
-from tgazsr_utils.core.objectives import Kept, Objective, Step, Term
+from tgazsr_utils.core.objectives import Kept, Objective, Step, Term, weighted_sum
 from tgazsr_utils.core.seeds import seeded
 from tgazsr_utils.core.settings import FinetuneSettings
 
@@ -47,10 +47,11 @@ def steps(
 ) -> Iterator[Update]:
     """Tunes the image encoder of ``tuned`` on ``data`` from step ``start`` on: an optimiser step before each yield.
 
-    minimise over f   sum_i weight_i * term_i(f, f0, x, x', y),   x' = argmax over the eps-ball of the objective's attack (``pgd``)
+    minimise over f   sum_i weight_i * term_i(f, f0, x, x', y),   x' = argmax over the eps-ball of the objective's
+    attack (``pgd``)
 
-    ``settings`` without None (``Objective.with_preset``); ``kept``: see ``Step``; ``attack`` makes x' (default: ``attacked``).
-    Raises NotFinite, before the weights are touched.
+    ``settings`` without None (``Objective.with_preset``); ``kept``: see ``Step``; ``attack`` makes x' (default:
+    ``attacked``). Raises NotFinite, before the weights are touched.
     """
     total = steps_in_all(data, settings)
     for number, batch in batches(data, settings, start, tuned.device):
@@ -59,7 +60,7 @@ def steps(
 
         step.adversarial = (attack or attacked)(step, objective, settings, number)
         terms = objective.terms(step, settings)
-        loss = sum(term.weight * term.value for term in terms)
+        loss = weighted_sum(terms)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
 
@@ -75,7 +76,8 @@ def attacked(
 ) -> Tensor:
     """x' ``[B,3,H,W]``: the step's images as the objective's attack makes them against the model being tuned.
 
-    An image's random start is seeded by ``number``, that of the step, and its place in the batch (one of ``places``; None: all).
+    An image's random start is seeded by ``number``, that of the step, and its place in the batch (one of ``places``;
+    None: all).
     """
     if objective.attack is None:
         return step.images

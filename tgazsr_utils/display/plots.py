@@ -507,3 +507,13 @@ def budgets(table: pd.DataFrame, title: str) -> Figure:
         axis.legend(fontsize=9)
     figure.suptitle(_wrapped(title, figure))
     return figure
+
+
+def of_ablation(name: str, table: pd.DataFrame, seeds: pd.DataFrame, title: str) -> Figure:
+    """The figure of an ablation: a map over Alpha and Beta, curves over budgets, or a line a variant."""
+    if name == "alpha_beta":
+        return alpha_beta(table, title)
+    title = f"{title[:-1]}; 95 % intervals over {' or '.join(table.interval.unique())})"
+    if name == "epsilon":
+        return budgets(table, title)
+    return ablation(table, seeds, title, ("robust",) if name == "attacks" else ("robust", "clean", "average"))

@@ -1,1 +1,1 @@
-"""Runs that survive: weights, checkpoints, whole files, several processes, and the names of what a result depends on."""
+"""Runs that survive: weights, checkpoints, whole files, several processes, names of what a result depends on."""

@@ -34,7 +34,7 @@ class Checkpoints:
         return f"the last good checkpoint is {self.newest()}" if self.newest() else "there is no checkpoint yet"
 
     def save(self, state: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Keeps ``state`` ("step" and what else JSON can hold), weights and optimiser; forgets the last but KEPT - 1."""
+        """Keeps ``state`` ("step" and what else JSON can hold), weights and optimiser; of these the last KEPT."""
         own = optimizer.state_dict()
         tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
         tensors |= {

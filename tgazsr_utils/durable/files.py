@@ -62,13 +62,14 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **about: Any) -> Path:
 def load_tensors(path: Path, **expected: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, values about them) of ``save_tensors``; what is ``expected`` of the latter is not among them.
 
-    Raises DamagedFile if the file is not as it was written, or is about other things than expected; OSError if it cannot be read.
+    Raises DamagedFile if the file is not as it was written, or is about other things than expected; OSError if it
+    cannot be read.
     """
     open(path, "rb").close()  # safetensors calls a file missing that it may not read
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         if header.pop("digest", None) != _digest_of_file(tensors, header):
             raise ValueError("its content is not what was written")
         about = {name: json.loads(value) for name, value in header.items()}

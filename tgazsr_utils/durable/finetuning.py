@@ -1,4 +1,6 @@
-"""Fine-tuning that survives: ``core.training.steps`` with files, resuming to the bit, Ctrl-C, progress and several processes."""
+"""Fine-tuning that survives: ``core.training.steps`` with files, resuming to the bit, Ctrl-C, progress and several
+processes.
+"""
 
 import inspect
 import math
@@ -62,14 +64,15 @@ def finetune(
     number_of_processes: int = 1,
     watch: Watch | None = None,
 ) -> TrainResult:
-    """Tunes a copy of ``clip``'s image encoder on ``data`` and writes its weights to ``folder``; see ``core.training.steps``.
+    """Tunes a copy of ``clip``'s image encoder on ``data`` and writes its weights to ``folder``; see
+    ``core.training.steps``.
 
     A checkpoint is written each epoch and on Ctrl-C, or when ``stop()`` is true after a step (both raise
     KeyboardInterrupt); the same call then goes on from there, and a finished run is only loaded. ``clip`` itself is
-    not changed. So many processes of this machine share each batch (``processes.launch``); so do the processes that call
-    this together, as torchrun starts them: the outcome is that of one process but for rounding. ``watch`` is called after
-    each step, instead of a bar. Raises ValueError for an unknown objective, FloatingPointError for a loss, gradient or
-    outcome that is not finite.
+    not changed. So many processes of this machine share each batch (``processes.launch``); so do the processes that
+    call this together, as torchrun starts them: the outcome is that of one process but for rounding. ``watch`` is
+    called after each step, instead of a bar. Raises ValueError for an unknown objective, FloatingPointError for a
+    loss, gradient or outcome that is not finite.
     """
     if isinstance(objective, str):
         objective = find_objective(objective)
@@ -142,7 +145,9 @@ class _Run:
         )
 
     def _updates(self) -> Iterator[tuple[Update, float]]:
-        """Steps and the seconds each took; what is not finite is told with the term at fault and the last good checkpoint."""
+        """Steps and the seconds each took; what is not finite is told with the term at fault and the last good
+        checkpoint.
+        """
         started = time.perf_counter()
         options = {"start": self.state["step"], "kept": self.cache, "attack": processes.shared_attack}
         try:
@@ -170,7 +175,8 @@ class _Run:
             tokens = self.tuned.encode_image(update.step.images[:8])
         if not all(part.isfinite().all() for part in tokens):
             raise FloatingPointError(
-                f"{self.objective.name} has diverged: its model gives no finite numbers after step {update.number}; {self.checkpoints.description()}"
+                f"{self.objective.name} has diverged: its model gives no finite numbers after step {update.number}; "
+                f"{self.checkpoints.description()}"
             )
         if processes.is_main():
             self.checkpoints.save(self.state, self.tuned.visual, self.optimizer)

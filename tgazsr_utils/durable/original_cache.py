@@ -20,8 +20,8 @@ BATCH = 128  # a fixed partition, so that values do not depend on the order of t
 class OriginalCache:
     """Values of each image of ``data`` under ``original``, one file ``<run>_<name>.safetensors`` for each quantity.
 
-    ``run`` names all that training depends on (``training.tuned_path``), so a stale file is never taken; a damaged one is
-    made anew.
+    ``run`` names all that training depends on (``training.tuned_path``), so a stale file is never taken; a damaged one
+    is made anew.
     """
 
     def __init__(self, original: Clip, data: ImageSet, run: Path, quiet: bool = False):
@@ -37,7 +37,7 @@ class OriginalCache:
         return self.run.parent / f"{self.run.name}_{name}.safetensors"
 
     def __call__(self, name: str, compute: Callable[[Step], Tensor], rows: Tensor) -> Tensor:
-        """Values ``[len(rows), ...]`` on the model's device; ``compute`` gives those of a Step without attacked images."""
+        """Values ``[len(rows), ...]`` on the model's device; ``compute`` gives those of a Step that is not attacked."""
         if name not in self._kept:
             values = self._read(name)
             if processes.in_any(values is None, self.original.device):

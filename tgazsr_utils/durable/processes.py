@@ -1,8 +1,9 @@
 """Several processes, one a device: who works on what, and how the parts of a training step come together.
 
-In training every process holds the whole batch and computes the whole loss, but its models encode only its own share of the
-images and gather the tokens of all (``SharedClip``); so an objective sees what it sees in one process, whatever it does across
-the batch. Measurements need no talk: they are shared out as jobs (``own_part``). All functions also work in one process.
+In training every process holds the whole batch and computes the whole loss, but its models encode only its own share
+of the images and gather the tokens of all (``SharedClip``); so an objective sees what it sees in one process, whatever
+it does across the batch. Measurements need no talk: they are shared out as jobs (``own_part``). All functions also
+work in one process.
 """
 
 import contextlib
@@ -17,10 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState, notebook_launcher
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tgazsr_utils.core.models import Clip, ImageTokens
 from tgazsr_utils.core.objectives import Objective, Step
@@ -112,7 +110,9 @@ def _average(parameter: Tensor) -> None:
 
 
 def _gather(part: Tensor, n: int) -> Tensor:
-    """All ``n`` rows, in order, from each process's ``share(n)`` of them. Differentiable, if every process computes the same with them."""
+    """All ``n`` rows, in order, from each process's ``share(n)`` of them. Differentiable, if every process computes
+    the same with them.
+    """
     return part if n < count() or count() == 1 else _Gather.apply(part, n)
 
 
@@ -129,7 +129,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # Each process has the same loss and passes on its own share's part of the gradient: the mean over processes, which
+        # Each process has the same loss and passes on its own share's part of the gradient: the mean over processes,
+        # which
         # is right for what all of them compute, wants that part as often as there are processes.
         return gradient[share(context.n)] * count(), None
 
@@ -166,14 +167,19 @@ def wait() -> None:
 def launch(number: int, function: Callable[..., Any], *arguments: Any) -> None:
     """Calls ``function(*arguments, device)`` in ``number`` processes of this machine, each with a device of its own.
 
-    Functions that a notebook defines are known there, since processes are forked (by accelerate's notebook_launcher); so
-    CUDA must not be in use yet. Raises RuntimeError with the first error of any of them, KeyboardInterrupt on Ctrl-C.
+    Functions that a notebook defines are known there, since processes are forked (by accelerate's notebook_launcher);
+    so CUDA must not be in use yet. Raises RuntimeError with the first error of any of them, KeyboardInterrupt on
+    Ctrl-C.
     """
     if torch.cuda.is_initialized():
         raise RuntimeError(
             f"processes = {number}: CUDA is in use in this process, which therefore cannot be forked; "
-            "restart the kernel and load models with load_clip(..., waiting=True), which leaves them on the CPU until then"
+            "restart the kernel and load models with load_clip(..., waiting=True), which leaves them on the CPU"
         )
+    from accelerate import notebook_launcher  # slow to import, and rarely needed
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -201,6 +207,8 @@ def _work(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
 @contextlib.contextmanager
 def joined() -> Iterator[torch.device]:
     """Within, this is one of the processes that torchrun or ``launch`` started; yields its device."""
+    from accelerate import PartialState  # slow to import, and rarely needed
+
     state = PartialState(timeout=timedelta(days=7))  # one may have much more to do than another
     try:
         yield state.device

@@ -1,4 +1,6 @@
-"""Weights: where they are found, what a file holds, and how they get into a model. Nothing a file brings along is ever run."""
+"""Weights: where they are found, what a file holds, and how they get into a model. Nothing a file brings along is ever
+run.
+"""
 
 import contextlib
 import glob
@@ -32,7 +34,8 @@ _DIGESTS = {
 }  # they were written without one in them
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SCHEMAS = ("hf-hub:", "local-dir:")
-# Released checkpoints keep an accuracy beside the weights as a NumPy scalar, under this or that name by NumPy's version.
+# Released checkpoints keep an accuracy beside the weights as a NumPy scalar, under this or that name by NumPy's
+# version.
 _scalar = np.float64(0).__reduce__()[0]
 _NUMPY_SCALARS = [
     np.dtype,
@@ -57,11 +60,11 @@ def load_clip(
     "laion2b_s34b_b79k", ...) or "hf-hub:OWNER/NAME", both downloaded when first used; "local-dir:FOLDER"; a weights
     file; a checkpoint released with TGA-ZSR or TeCoA, which holds an image encoder only (the rest then comes from
     "openai"); "mini" or "mini-tga-zsr" (shipped, for "mini-clip"); or None for random weights (by ``seed``).
-    ``precision``: see ``core.models.Numerics``; "auto": "amp_bf16" on CUDA, else "fp32". ``image_size``: side in pixels,
-    other than the architecture's own; position embeddings are interpolated. ``compiled``: through torch.compile; None: on
-    CUDA. ``waiting``: it stays on the CPU for processes that will each have a device of their own (``processes.launch``).
-    Raises ValueError, one line, for an unknown name, or a file that is unreadable, of another architecture, or needs
-    pickled code to be read.
+    ``precision``: see ``core.models.Numerics``; "auto": "amp_bf16" on CUDA, else "fp32". ``image_size``: side in
+    pixels, other than the architecture's own; position embeddings are interpolated. ``compiled``: through
+    torch.compile; None: on CUDA. ``waiting``: it stays on the CPU for processes that will each have a device of their
+    own (``processes.launch``). Raises ValueError, one line, for an unknown name, or a file that is unreadable, of
+    another architecture, or needs pickled code to be read.
     """
     if arch not in open_clip.list_models():
         raise ValueError(f"arch {arch!r} is unknown to open_clip; the workbook's own is {MINI_ARCH!r}")
@@ -132,7 +135,9 @@ def _with_weights_of(path: Path, arch: str, seed: int, options: dict[str, Any]) 
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a weights file holds. Raises ValueError for one that would run code, DamagedFile for one that is not as it was written."""
+    """What a weights file holds. Raises ValueError for one that would run code, DamagedFile for one that is not as it
+    was written.
+    """
     open(path, "rb").close()  # safetensors calls a file missing that it may not read
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
@@ -171,7 +176,7 @@ def _quiet() -> Iterator[None]:
 
 
 def locate_weights(arch: str, pretrained: str | Path | None) -> str | Path | None:
-    """A weights file that is there, or a name that open_clip knows for ``arch``. Raises ValueError for anything else."""
+    """A weights file that is there, or a name that open_clip knows for ``arch``. Raises ValueError for other things."""
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if pretrained is None or pretrained in tags or str(pretrained).startswith(_SCHEMAS):
         return pretrained
@@ -183,7 +188,7 @@ def locate_weights(arch: str, pretrained: str | Path | None) -> str | Path | Non
 
 
 def find_weights(name: str | None, models: Path) -> str | None:
-    """What to load for a notebook's model parameter: "latest:NAME" is the newest ``NAME_*`` in the folder ``models``."""
+    """What to load for a notebook's model parameter; "latest:NAME" is the newest ``NAME_*`` in ``models``."""
     if name is None or not name.startswith("latest:"):
         return name
     stem = name.removeprefix("latest:")
@@ -223,7 +228,9 @@ def save_clip(clip: Clip, path: Path, precision: str = "fp32", **metadata: Any) 
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What ``save_clip`` wrote beside the weights; nothing for a file of somebody else's. Raises ValueError for a damaged one."""
+    """What ``save_clip`` wrote beside the weights; nothing for a file of somebody else's. Raises ValueError for a
+    damaged one.
+    """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -219,6 +219,11 @@ ABLATIONS: dict[str, Callable[[AblationSettings], Iterator[Variant]]] = {
 }
 
 
+def question(name: str) -> str:
+    """What an ablation asks."""
+    return ABLATIONS[name].__doc__.splitlines()[0]
+
+
 def plan(s: AblationSettings) -> dict[str, list[Variant]]:
     """The variants of each ablation that ``s.ablations`` asks for."""
     names = list(ABLATIONS) if s.ablations in ("cut", "all") else s.ablations
@@ -228,8 +233,8 @@ def plan(s: AblationSettings) -> dict[str, list[Variant]]:
 class Sweep:
     """Trains and measures variants, each once however many ablations ask for it; what is done is only read.
 
-    ``tests``: the sets that variants are measured on; ``parts`` of them are for variants with ``few_images``. Tuned models go to
-    ``models``; records to the ``bench``, which measures all variants of a model alike.
+    ``tests``: the sets that variants are measured on; ``parts`` of them are for variants with ``few_images``. Tuned
+    models go to ``models``; records to the ``bench``, which measures all variants of a model alike.
     """
 
     def __init__(
@@ -293,8 +298,8 @@ COMPARED_WITHIN = {"attacks": ("method",), "epsilon": ("test_eps", "test_numstep
 def table(name: str, done: Sequence[tuple[Variant, list[Record]]]) -> pd.DataFrame:
     """One row a variant of an ablation: its summary, and how far robust and clean accuracy are from the first one's.
 
-    ``robust_minus_first`` and ``clean_minus_first`` are paired differences with their 95 % intervals over images, NaN for
-    a first one itself; first is meant within ``COMPARED_WITHIN``.
+    ``robust_minus_first`` and ``clean_minus_first`` are paired differences with their 95 % intervals over images, NaN
+    for a first one itself; first is meant within ``COMPARED_WITHIN``.
     """
     rows, firsts = [], {}
     for v, records in done:

@@ -42,10 +42,11 @@ def autoattack(
     """AutoAttack (Croce & Hein 2020) by pyautoattack: adversarial images ``[B,3,H,W]``, the clean one where none fools.
 
     ``version`` "apgd", as published for this method: APGD-CE, then APGD-DLR on what withstood it (with two classes
-    APGD-CE alone, since DLR needs three), each of ``steps`` iterations from one random start; "standard": the authors' full
-    ensemble APGD-CE, targeted APGD-DLR, targeted FAB and Square (5000 queries), each with as many target classes
+    APGD-CE alone, since DLR needs three), each of ``steps`` iterations from one random start; "standard": the authors'
+    full ensemble APGD-CE, targeted APGD-DLR, targeted FAB and Square (5000 queries), each with as many target classes
     as there are, at most 9. It chooses its own step sizes and keeps the first image that fools: ``step_size`` and
-    ``protocol`` are not used. Raises ValueError for bad pixels, ``eps`` or ``steps``, and for "standard" with fewer than four classes.
+    ``protocol`` are not used. Raises ValueError for bad pixels, ``eps`` or ``steps``, and for "standard" with fewer
+    than four classes.
     """
     check_arguments(images, norm, eps=eps, steps=steps)
     classes = len(text)

@@ -20,7 +20,7 @@ from tgazsr_utils.progress import progress
 
 @dataclass(frozen=True)
 class Bench:
-    """Where records are kept, how many processes of this machine measure, and how the attack is checked once a model."""
+    """Where records are kept, how many processes of this machine measure, how the attack is checked once a model."""
 
     store: RecordStore
     number_of_processes: int = 1
@@ -37,7 +37,9 @@ class Bench:
         images: int,
         number_of_processes: int = 1,
     ) -> "Bench":
-        """With a check on about so many images of ``sets``; on none where random weights or an epsilon of zero leave nothing to check."""
+        """With a check on about so many images of ``sets``; on none where random weights or an epsilon of zero leave
+        nothing to check.
+        """
         nothing = not images or not attack.test_eps or sets[0].world == PLUMBING
         return cls(store, number_of_processes, attack, () if nothing else sets_to_check(sets, images))
 
@@ -53,9 +55,9 @@ class Bench:
     ) -> list[Record]:
         """Two records a set, clean and attacked, each stored when done; what the store has is not measured again.
 
-        Processes that call this together, as torchrun starts them, share the work too. The attack is checked first, once a
-        model, and what was found is noted in ``checks``; where it fails, that is said, and attacked records, though stored,
-        are not returned.
+        Processes that call this together, as torchrun starts them, share the work too. The attack is checked first,
+        once a model, and what was found is noted in ``checks``; where it fails, that is said, and attacked records,
+        though stored, are not returned.
         """
         wanted = [Measurement(clip, data, kind, protocol, method, seed) for data in sets for kind in (None, attack)]
         missing, unchecked = processes.from_main(lambda: (self._missing(wanted), self._unchecked(clip)))
@@ -87,7 +89,8 @@ class Bench:
             return records
         if processes.is_main():
             print(
-                f"robust accuracy of {method} (seed {seed}) is not counted, as the attack cannot be trusted: {'; '.join(check.problems)}",
+                f"robust accuracy of {method} (seed {seed}) is not counted, as the attack cannot be trusted: "
+                + "; ".join(check.problems),
                 flush=True,
             )
         return [record for record in records if record.attack == "none"]

@@ -1,4 +1,6 @@
-"""Zero-shot accuracy, clean and under attack, as Records: in jobs of some images each, which resume and need no talk between processes."""
+"""Zero-shot accuracy, clean and under attack, as Records: in jobs of some images each, which resume and need no talk
+between processes.
+"""
 
 import math
 import time
@@ -12,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from tgazsr_utils.core.attacks import ATTACKS
@@ -84,8 +85,8 @@ class Answers(NamedTuple):
 def answer(m: Measurement, rows: range, kept: Path | None = None, bar: Any = None) -> tuple[Answers, float]:
     """What ``m`` says of these rows, and the seconds it took.
 
-    ``kept`` names a file that holds what is done every few seconds; if it is there, this goes on from it, with the same outcome.
-    Where memory runs out the batch is halved.
+    ``kept`` names a file that holds what is done every few seconds; if it is there, this goes on from it, with the
+    same outcome. Where memory runs out the batch is halved.
     """
     answers, seconds = _kept(kept, len(rows))
     started = saved = time.monotonic()
@@ -107,6 +108,8 @@ def answer(m: Measurement, rows: range, kept: Path | None = None, bar: Any = Non
                     _keep(kept, answers, seconds + saved - started)
             answers.states[answers.states == NOT_YET] = UNREADABLE
         except RuntimeError as error:
+            from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # slow to import
+
             if m.fixed_batch or size == 1 or not should_reduce_batch_size(error):
                 raise
             size //= 2
@@ -155,7 +158,8 @@ def record_of(m: Measurement, parts: Sequence[Answers], seconds: float) -> Recor
         raise ValueError(f"image set {m.data.key!r}: none of its {len(m.data)} images can be read")
     if without := int((classes[read] == NO_ANSWER).sum()):
         print(
-            f"logits are not finite for {without} of {len(m.data)} images of {m.data.key}, which count as not recognised",
+            f"logits are not finite for {without} of {len(m.data)} images of {m.data.key}, "
+            "which count as not recognised",
             flush=True,
         )
     hits = (classes == m.data.labels)[read].numpy()
@@ -208,7 +212,9 @@ def evaluate(
 
 
 def batch_that_fits(clip: Clip) -> int:
-    """How many images to attack at once: a power of two whose activations should take a third of the free memory, at most LARGEST_BATCH."""
+    """How many images to attack at once: a power of two whose activations should take a third of the free memory, at
+    most LARGEST_BATCH.
+    """
     visual, device = clip.visual, clip.device
     if device.type == "cuda":
         free = (
@@ -224,7 +230,7 @@ def batch_that_fits(clip: Clip) -> int:
 
 
 def pixel_sums(images: Tensor) -> Tensor:
-    """A number ``[B]`` for each of images ``[B,3,H,W]`` in [0,1] that changes with any of its 8-bit pixels; on the CPU."""
+    """A number ``[B]`` of each of images ``[B,3,H,W]`` in [0,1] that tells any of its 8-bit pixels; on the CPU."""
     levels = (255 * images).round().long().flatten(1)
     odd = 2 * torch.randint(2**62, levels.shape[1:], generator=seeded("cpu", "pixel sums")) + 1
     return (levels * odd.to(levels.device)).sum(1).cpu()  # modulo 2^64

@@ -1,4 +1,6 @@
-"""What was measured: Records and checks of the attack, and the folder that keeps each in a file of its own, never edited."""
+"""What was measured: Records and checks of the attack, and the folder that keeps each in a file of its own, never
+edited.
+"""
 
 import json
 from pathlib import Path

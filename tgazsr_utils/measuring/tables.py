@@ -85,7 +85,7 @@ def summary(records: Sequence[Record]) -> dict[str, float | str]:
 
 
 def _half_interval(sets: Sequence[np.ndarray], ddof: int, z: float = 1.96) -> float:
-    """Half the 95 % interval of a mean over sets of means over images; NaN without any, or for sets of a single image."""
+    """Half the 95 % interval of a mean over sets of means over images; NaN without any, or for a single image."""
     if not sets or min(map(len, sets)) <= ddof:
         return float("nan")
     return float(z * np.sqrt(np.sum([values.var(ddof=ddof) / len(values) for values in sets])) / len(sets))
@@ -94,8 +94,9 @@ def _half_interval(sets: Sequence[np.ndarray], ddof: int, z: float = 1.96) -> fl
 def leaderboard(records: Sequence[Record]) -> pd.DataFrame:
     """One row a method, best average first: its ``summary``, and what it was measured on.
 
-    ``sets`` says "n of 16" when some are missing. Raises ValueError for records of several worlds, attacks, protocols or
-    versions of the code, methods measured on different images, or two models of one method and seed: no one table may mix them.
+    ``sets`` says "n of 16" when some are missing. Raises ValueError for records of several worlds, attacks, protocols
+    or versions of the code, methods measured on different images, or two models of one method and seed: no one table
+    may mix them.
     """
     frame = to_frame(records)
     _refuse_mixture(frame)
@@ -140,7 +141,8 @@ def _refuse_mixture(frame: pd.DataFrame) -> None:
         name = other[other].index[0]
         sides = [", ".join(part.method.unique()) for _, part in frame[frame.dataset == name].groupby("data")]
         raise ValueError(
-            f"records of {name} are of different images, labels or prompts: those of {' and of '.join(sides)}; one table holds one set of each name"
+            f"records of {name} are of different images, labels or prompts: those of {' and of '.join(sides)}; "
+            "one table holds one set of each name"
         )
     changed = frame.groupby(["dataset", "data"]).pixels.nunique() > 1
     if changed.any():
@@ -156,7 +158,8 @@ def _refuse_mixture(frame: pd.DataFrame) -> None:
         first = twice.iloc[0]
         models = ", ".join(twice[(twice[one] == first[one]).all(axis=1)].model)
         raise ValueError(
-            f"{first.method}, seed {first.seed}, has several {first.kind} records on {first.dataset} (of models {models}); one table holds one"
+            f"{first.method}, seed {first.seed}, has several {first.kind} records on {first.dataset} "
+            f"(of models {models}); one table holds one"
         )
     sets = frame.groupby(["method", "seed", "kind"])["dataset"].agg(frozenset)
     if sets.nunique() > 1:
@@ -207,8 +210,8 @@ def _difference_from_published(record: Record) -> str | None:
 def paired_difference(a: Sequence[Record], b: Sequence[Record]) -> tuple[float, float, float]:
     """Mean over sets of accuracy(a) - accuracy(b) in percentage points, with its 95 % interval, on the same images.
 
-    The interval is over images, not over trainings. Raises ValueError if the two were not measured on the same images and
-    seeds, each both clean or both under an attack.
+    The interval is over images, not over trainings. Raises ValueError if the two were not measured on the same images
+    and seeds, each both clean or both under an attack.
     """
     key = lambda r: (r.data, r.attack == "none", r.seed)
     match = {key(r): r for r in b}
@@ -227,8 +230,8 @@ def paired_difference(a: Sequence[Record], b: Sequence[Record]) -> tuple[float, 
 def differences(records: Sequence[Record]) -> pd.DataFrame:
     """Every pair of methods: ``paired_difference`` of robust and of clean accuracy, best average first.
 
-    Columns ``kind``, ``method``, ``other``, ``difference`` (method - other), ``low``, ``high``. A method with one seed, as
-    the untuned model has, stands for itself beside each seed of the other.
+    Columns ``kind``, ``method``, ``other``, ``difference`` (method - other), ``low``, ``high``. A method with one
+    seed, as the untuned model has, stands for itself beside each seed of the other.
     """
     rows = []
     for method, other in product(leaderboard(records).index, repeat=2):
@@ -237,8 +240,30 @@ def differences(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["kind", "method", "other", "difference", "low", "high"])
 
 
+def compare(a: Sequence[Record], b: Sequence[Record]) -> pd.DataFrame:
+    """Of two runs: a row a method that both have, and columns "robust" and "clean" that say ``a`` minus ``b`` on the
+    same images.
+    """
+    rows = {}
+    for method in dict.fromkeys(r.method for r in a):
+        pair = [[r for r in records if r.method == method] for records in (a, b)]
+        if pair[1]:
+            rows[method] = {kind: _said(kind, *pair) for kind in ("robust", "clean")}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _said(kind: str, a: Sequence[Record], b: Sequence[Record]) -> str:
+    try:
+        mean, low, high = difference(kind, a, b)
+    except ValueError as error:
+        return f"not comparable: {error}"
+    return "not counted" if np.isnan(mean) else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
 def difference(kind: str, a: Sequence[Record], b: Sequence[Record]) -> tuple[float, float, float]:
-    """``paired_difference`` of "robust" or of "clean" accuracy, with ``_beside_each_seed``; NaN where it is not counted in all seeds."""
+    """``paired_difference`` of "robust" or of "clean" accuracy, with ``_beside_each_seed``; NaN where it is not
+    counted in all seeds.
+    """
     picked = [[r for r in records if (r.attack == "none") == (kind == "clean")] for records in (a, b)]
     if any({r.seed for r in part} != {r.seed for r in whole} for part, whole in zip(picked, (a, b))):
         return float("nan"), float("nan"), float("nan")
@@ -259,7 +284,7 @@ def _bits(record: Record) -> np.ndarray:
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of summaries to look at: "48.6 ± 0.3" for a mean with its interval, "+3.1 [2.0, 4.3]" for a difference."""
+    """A table of summaries to look at: "48.6 ± 0.3" for a mean and interval, "+3.1 [2.0, 4.3]" for a difference."""
     shown = table.copy()
     for kind in ("robust", "clean", "average"):
         halves = shown.pop(f"{kind}_ci")

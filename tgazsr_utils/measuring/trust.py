@@ -1,7 +1,7 @@
 """Can what withstands an attack be called robust? Checks of the attack, once a model.
 
-A model may withstand gradient attacks only because its gradients are of no use (Athalye et al. 2018; Carlini et al. 2019), which
-other attacks then do without. Such robustness is reported, not counted (``Bench.measure``).
+A model may withstand gradient attacks only because its gradients are of no use (Athalye et al. 2018; Carlini et al.
+2019), which other attacks then do without. Such robustness is reported, not counted (``Bench.measure``).
 """
 
 import math
@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
 from scipy.stats import t as student_t
+from torch import Tensor
 
 from tgazsr_utils.core.attacks import pgd, run_attack, starts, summed_cross_entropy
 from tgazsr_utils.core.evaluation import answers
-from tgazsr_utils.core.images import ImageSet
+from tgazsr_utils.core.images import Batch, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import AttackSettings
@@ -39,7 +40,8 @@ LARGE_EPS, LARGE_STEPS = (16.0, 64.0), 20  # 1/255; hardly an image should stay 
 LARGE = tuple(f"PGD-{LARGE_STEPS}, {name}" for name in ("large", "larger"))
 FEW = 0.05  # that share may stay so, may have no gradient, and may be where PGD does not raise the loss over noise
 QUERIES = 100  # of Square, for each image
-MEASURED = "as measured"  # the attack that robust accuracy is measured with, unless that is AutoAttack, which chooses its own steps
+# the attack that robust accuracy is measured with, unless that is AutoAttack, which chooses its own steps
+MEASURED = "as measured"
 WEAK = 0.25  # that part at least of what PGD raises the loss by over noise, the attack that is measured must reach
 
 
@@ -59,10 +61,11 @@ def check_key(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> s
 
 
 def check_attack(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> AttackCheck:
-    """Attacks all images of ``sets`` with noise, PGD, Square and ``attack``, and says what does not fit together (``problems``).
+    """Attacks all images of ``sets`` with noise, PGD, Square and ``attack``, and says what does not fit together
+    (``problems``).
 
-    All have its epsilon and norm. PGD has steps of a quarter of epsilon, on cross-entropy, from the same noise whatever their
-    number. Raises ValueError if none of the images can be read.
+    All have its epsilon and norm. PGD has steps of a quarter of epsilon, on cross-entropy, from the same noise
+    whatever their number. Raises ValueError if none of the images can be read.
     """
     started = time.perf_counter()
     with progress(sets, desc="check of the attack", unit="set", leave=False) as bar:
@@ -105,10 +108,9 @@ def large_eps(attack: AttackSettings) -> tuple[float, ...]:
 def problems(right: pd.DataFrame, loss: pd.DataFrame, zero: int, large: Sequence[float]) -> Iterator[str]:
     """What speaks against the attack, beyond chance (``CONFIDENCE``, ``P``).
 
-    ``right`` and ``loss``: a row an image, a column an attack: "clean", "noise", "PGD-n" by rising n, "Square", LARGE, perhaps
-    MEASURED.
-    ``zero``: images without a gradient. ``large``: epsilons of LARGE, in 1/255. A model tuned at a large epsilon may truly
-    withstand the first of them, but not the second.
+    ``right`` and ``loss``: a row an image, a column an attack: "clean", "noise", "PGD-n" by rising n, "Square", LARGE,
+    perhaps MEASURED. ``zero``: images without a gradient. ``large``: epsilons of LARGE, in 1/255. A model tuned at a
+    large epsilon may truly withstand the first of them, but not the second.
     """
     n, by_steps = len(right), [name for name in right if name.startswith("PGD-") and name not in LARGE]
     last = by_steps[-1]
@@ -117,10 +119,12 @@ def problems(right: pd.DataFrame, loss: pd.DataFrame, zero: int, large: Sequence
         yield f"the gradient is zero for {zero} of {n} images"
     raised = int((loss[last] > loss.noise).sum())
     if more_than_few(n - raised):
-        yield f"{last} raises the loss of {raised} of {n} images over random noise ({loss[last].mean():.2f} against {loss.noise.mean():.2f} on average)"
+        means = f"{loss[last].mean():.2f} against {loss.noise.mean():.2f} on average"
+        yield f"{last} raises the loss of {raised} of {n} images over random noise ({means})"
     if MEASURED in right and _chance_of_falling(loss[MEASURED] - loss.noise - WEAK * (loss[last] - loss.noise)) < P:
         yield (
-            f"the attack itself hardly raises the loss over random noise ({loss[MEASURED].mean():.2f} against {loss.noise.mean():.2f}), "
+            f"the attack itself hardly raises the loss over random noise ({loss[MEASURED].mean():.2f} against "
+            f"{loss.noise.mean():.2f}), "
             f"and {last} does ({loss[last].mean():.2f}): give it more or larger steps"
         )
     for fewer, more in pairwise(["noise", *by_steps]):
@@ -129,10 +133,14 @@ def problems(right: pd.DataFrame, loss: pd.DataFrame, zero: int, large: Sequence
     for weak, strong in [*pairwise(by_steps), ("Square", last)]:
         only_weak, only_strong = int((right[strong] & ~right[weak]).sum()), int((right[weak] & ~right[strong]).sum())
         if only_weak and binomtest(only_weak, only_weak + only_strong, alternative="greater").pvalue < P:
-            yield f"{weak} fools {only_weak} of {n} images that {strong} does not, and {strong} {only_strong} that {weak} does not"
+            yield (
+                f"{weak} fools {only_weak} of {n} images that {strong} does not, "
+                f"and {strong} {only_strong} that {weak} does not"
+            )
     left = [int(right[name].sum()) for name in LARGE]
     if all(map(more_than_few, left)):
-        yield f"{left[0]} of {n} images are still recognised at epsilon {large[0]:g}/255, and {left[1]} at {large[1]:g}/255"
+        larger = f"{left[1]} at {large[1]:g}/255"
+        yield f"{left[0]} of {n} images are still recognised at epsilon {large[0]:g}/255, and {larger}"
 
 
 def _surely(count: int, n: int) -> float:
@@ -141,27 +149,21 @@ def _surely(count: int, n: int) -> float:
 
 
 def _chance_of_falling(rise: pd.Series) -> float:
-    """That the mean is so far below zero, if in truth it is not (one-sided t test); NaN for a single value, or none but zeros."""
+    """That the mean is so far below zero, if in truth it is not (one-sided t test); NaN for a single value, or none
+    but zeros.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(student_t.cdf(rise.mean() / (rise.std() / np.sqrt(len(rise))), len(rise) - 1))
 
 
 @torch.no_grad()  # but for the gradients of the pixels
 def _attacked(clip: Clip, data: ImageSet, attack: AttackSettings) -> Iterator[tuple[pd.DataFrame, pd.DataFrame, int]]:
-    """Of each batch: which images are recognised and their cross-entropy, a column an attack, and how many have no gradient."""
+    """Of each batch: which images are recognised and their cross-entropy, a column an attack, and how many lack a
+    gradient.
+    """
     reader, text = clip.in_full_precision(), clip.encode_text(data.prompts)
-    eps = attack.test_eps / 255
     for batch in data.batches(batch_that_fits(clip), clip.device):
-        noise = lambda: starts(clip.device, batch.rows.tolist(), "sanity", data.key)
-        run = lambda eps, steps: pgd(
-            clip, batch.images, batch.labels, text, eps, eps / 4, steps, norm=attack.norm, generator=noise()
-        )
-        images = {"clean": batch.images, "noise": run(eps, 0)}
-        if attack.attack != "autoattack":
-            images[MEASURED] = run_attack(clip, batch.images, batch.labels, text, attack, "last", noise())
-        images |= {f"PGD-{steps}": run(eps, steps) for steps in STEPS}
-        images["Square"] = square(reader, batch.images, batch.labels, text, eps, QUERIES, attack.norm)
-        images |= {name: run(large / 255, LARGE_STEPS) for name, large in zip(LARGE, large_eps(attack))}
+        images = _attacks(clip, data.key, batch, text, attack)
         logits = {name: reader.logits(pixels, text) for name, pixels in images.items()}
         right = {name: (answers(values) == batch.labels).cpu().numpy() for name, values in logits.items()}
         loss = {
@@ -173,6 +175,19 @@ def _attacked(clip: Clip, data: ImageSet, attack: AttackSettings) -> Iterator[tu
             (slope,) = torch.autograd.grad(summed_cross_entropy(clip.logits(pixels, text), batch.labels), pixels)
         length = slope.flatten(1).abs().amax(1)
         yield pd.DataFrame(right), pd.DataFrame(loss), int(((length == 0) | ~length.isfinite()).sum())
+
+
+def _attacks(clip: Clip, key: str, batch: Batch, text: Tensor, attack: AttackSettings) -> dict[str, Tensor]:
+    """The batch's images under each attack of a check, by name."""
+    x, y, eps = batch.images, batch.labels, attack.test_eps / 255
+    noise = lambda: starts(clip.device, batch.rows.tolist(), "sanity", key)
+    run = lambda eps, steps: pgd(clip, x, y, text, eps, eps / 4, steps, norm=attack.norm, generator=noise())
+    images = {"clean": x, "noise": run(eps, 0)}
+    if attack.attack != "autoattack":
+        images[MEASURED] = run_attack(clip, x, y, text, attack, "last", noise())
+    images |= {f"PGD-{steps}": run(eps, steps) for steps in STEPS}
+    images["Square"] = square(clip.in_full_precision(), x, y, text, eps, QUERIES, attack.norm)
+    return images | {name: run(large / 255, LARGE_STEPS) for name, large in zip(LARGE, large_eps(attack))}
 
 
 def table(found: Mapping[tuple[str, int], AttackCheck]) -> pd.DataFrame:

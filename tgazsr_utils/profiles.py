@@ -1,0 +1,163 @@
+"""Profiles: YAML files that say which notebooks a run is made of, and their parameters where these differ from the
+notebooks' own.
+"""
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import nbformat
+import yaml
+
+from tgazsr_utils.core.objectives import find_objective
+from tgazsr_utils.core.seeds import digest
+from tgazsr_utils.core.settings import Settings
+from tgazsr_utils.datasets.layouts import list_datasets
+from tgazsr_utils.durable.weights import image_size_of, locate_weights
+from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, unknown_parameter, validate
+from tgazsr_utils.paths import ROOT, resolve
+
+FOLDER = ROOT / "notebooks"
+PROFILES = FOLDER / "profiles"
+_UNNAMED = {"output", "device", "processes"}  # parameters that a folder is not named after
+
+
+class Profile(Settings):
+    """A whole run."""
+
+    description: str
+    notebooks: list[str]
+    parameters: dict[str, Any] = {}  # for every notebook that knows the name
+    by_notebook: dict[str, dict[str, Any]] = {}
+
+
+def load_profile(name: str) -> Profile:
+    """A file of notebooks/profiles. Raises SettingsError for one that is not there, or not as it should be."""
+    path = PROFILES / f"{name}.yaml"
+    if not path.exists():
+        there = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
+        raise SettingsError(f"profile {name!r} is unknown; there are: {there}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a number or date that is none; of deep nesting
+        raise SettingsError(f"profile {path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"profile {path} must hold names and values")
+    try:
+        profile = validate(Profile, values)
+    except SettingsError as error:
+        raise SettingsError(f"profile {name!r}: {error}") from None
+    for notebook in (*profile.notebooks, *profile.by_notebook):
+        if notebook not in NOTEBOOKS:
+            raise SettingsError(
+                f"profile {name!r}: notebook {notebook!r} is unknown; there are: {', '.join(NOTEBOOKS)}"
+            )
+    return profile
+
+
+def select(profile: Profile, numbers: Sequence[str]) -> list[str]:
+    """Names of the notebooks to run: the profile's own, or those with the given numbers."""
+    if not numbers:
+        return profile.notebooks
+    by_number = {name[:2]: name for name in NOTEBOOKS}
+    for number in numbers:
+        if number.zfill(2) not in by_number:
+            raise SettingsError(f"notebook {number!r} is unknown; there are: {', '.join(by_number)}")
+    return [by_number[number.zfill(2)] for number in numbers]
+
+
+def code_cells(notebook: str) -> list[Any]:
+    book = nbformat.read(FOLDER / f"{notebook}.ipynb", as_version=4)
+    return [cell for cell in book.cells if cell.cell_type == "code"]
+
+
+def default_parameters(notebook: str) -> dict[str, Any]:
+    """What a notebook's cell tagged ``parameters`` assigns."""
+    (cell,) = [c for c in code_cells(notebook) if "parameters" in c.metadata.get("tags", [])]
+    return {s.targets[0].id: ast.literal_eval(s.value) for s in ast.parse(cell.source).body}
+
+
+def cells_digest(notebook: str) -> str:
+    """Names what a notebook runs and says: its cells' sources and tags, not outputs or what an editor adds."""
+    book = nbformat.read(FOLDER / f"{notebook}.ipynb", as_version=4)
+    return digest([[cell.cell_type, cell.source, cell.metadata.get("tags", [])] for cell in book.cells])
+
+
+def registered_in(notebook: str) -> set[str]:
+    """Methods that a notebook's own cells add, with ``@objective("NAME", ...)``."""
+    calls = (
+        node for cell in code_cells(notebook) for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)
+    )
+    named = [call.args[0] for call in calls if call.args and ast.unparse(call.func).split(".")[-1] == "objective"]
+    return {name.value for name in named if isinstance(name, ast.Constant)}
+
+
+def parameters_of(notebook: str, profile: Profile, output: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked parameters of one notebook: its own defaults, then the profile's, then those given."""
+    known = NOTEBOOKS[notebook].model_fields
+    values = default_parameters(notebook) | {"output": output}
+    for layer in (profile.parameters, profile.by_notebook.get(notebook, {}), given):
+        values |= {name: value for name, value in layer.items() if name in known}
+    try:
+        return validate(NOTEBOOKS[notebook], values).model_dump(include=set(values))
+    except SettingsError as error:
+        raise SettingsError(f"{notebook}: {error}") from None
+
+
+def check_choices(notebook: str, values: Mapping[str, Any]) -> None:
+    """Sets, methods and models that parameters name must be there before anything runs, not hours later."""
+    root, testdata = values.get("data_root"), values.get("testdata")
+    keys = [values.get("dataset"), *(values.get("sets") or []), *(testdata if isinstance(testdata, list) else [])]
+    try:
+        image_size_of(values["arch"])
+        for name in ("pretrained", "tuned"):
+            if not str(values.get(name)).startswith("latest:"):  # made by a notebook before
+                locate_weights(values["arch"], values.get(name))
+        there = list_datasets(root)
+        for key in filter(None, keys):
+            if key not in there and not (root and (resolve(root) / key).is_dir()):
+                raise ValueError(f"image set {key!r} is not there; there are: {', '.join(there) or 'none'}")
+        own = registered_in(notebook)
+        for method in [*values.get("methods", []), *values.get("overrides", {})]:
+            if method not in own:
+                find_objective(method)
+    except ValueError as error:
+        raise SettingsError(f"{notebook}: {error}") from None
+
+
+def check_names(profile: Profile, given: Mapping[str, Any], notebooks: Sequence[str]) -> None:
+    """Every parameter must be known to a notebook that will run; in a profile, to any notebook."""
+    everywhere = {name: None for model in NOTEBOOKS.values() for name in model.model_fields}
+    here = {name: None for notebook in notebooks for name in NOTEBOOKS[notebook].model_fields}
+    for names, known in ((profile.parameters, everywhere), (given, here)):
+        for name in names:
+            if name not in known:
+                owners = [notebook for notebook, model in NOTEBOOKS.items() if name in model.model_fields]
+                if owners:
+                    raise SettingsError(f"parameter {name!r} is one of {', '.join(owners)}, not of what is to run")
+                raise SettingsError(unknown_parameter(name, known))
+    for notebook, values in profile.by_notebook.items():
+        for name in values:
+            if name not in NOTEBOOKS[notebook].model_fields:
+                raise SettingsError(f"{notebook}: {unknown_parameter(name, NOTEBOOKS[notebook].model_fields)}")
+
+
+def given_value(name: str, text: str) -> Any:
+    """What ``-p name text`` sets: YAML, but for parameters that are text the text as it is, or None for "null"."""
+    kinds = [model.model_fields[name].annotation for model in NOTEBOOKS.values() if name in model.model_fields]
+    if kinds and kinds[0] in (str, str | None):
+        return None if text in ("null", "None", "") and kinds[0] is not str else text
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SettingsError(f"parameter {name} = {text[:200]!r} is not valid YAML: {error}") from None
+
+
+def folder_name(profile: str, changes: Mapping[str, Any]) -> str:
+    """The folder below runs/ of a profile with these parameters changed: "mini", "mini-Alpha-0.1"."""
+    named = {name: value for name, value in sorted(changes.items()) if name not in _UNNAMED}
+    name = "-".join(
+        [profile, *(f"{key}-{re.sub(r'[^A-Za-z0-9._]+', '_', str(value)).strip('_')}" for key, value in named.items())]
+    )
+    return name if len(name) <= 80 else f"{name[:72]}-{digest(named)[:6]}"

@@ -1,0 +1,126 @@
+"""What the notebooks set up alike, in one call: checked parameters, the run's folder, models, image sets, the bench."""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from tgazsr_utils.core.images import ImageSet
+from tgazsr_utils.core.models import Clip
+from tgazsr_utils.core.objectives import Objective, find_objective
+from tgazsr_utils.core.settings import AttackSettings
+from tgazsr_utils.datasets.loading import choose_datasets, load_dataset
+from tgazsr_utils.display import plots
+from tgazsr_utils.durable.files import write_atomic
+from tgazsr_utils.durable.finetuning import TrainResult, finetune
+from tgazsr_utils.durable.runs import Run
+from tgazsr_utils.durable.weights import find_weights, load_clip
+from tgazsr_utils.measuring.bench import Bench
+from tgazsr_utils.measuring.records import Record, RecordStore
+from tgazsr_utils.measuring.tables import save_table
+from tgazsr_utils.parameters import NOTEBOOKS, WorkbookSettings, from_notebook, validate
+from tgazsr_utils.paths import ROOT, resolve
+from tgazsr_utils.profiles import default_parameters, folder_name
+
+
+def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":
+    """Checks the parameters that a notebook's cells have set (``namespace``: its ``globals()``) and says where results
+    go.
+
+    Raises SettingsError, one line, for a bad one; ValueError for a method that is not there.
+    """
+    settings = from_notebook(NOTEBOOKS[notebook], namespace)
+    for method in [*getattr(settings, "methods", []), *getattr(settings, "overrides", {})]:
+        find_objective(method)
+    folder = (
+        resolve(settings.output)
+        if settings.output
+        else ROOT / "runs" / folder_name("mini", changes(notebook, settings))
+    )
+    shown = os.path.relpath(folder, ROOT) if folder.is_relative_to(ROOT) else folder
+    print(f"results go to {shown}", flush=True)
+    return Workbook(notebook, settings, Run(folder))
+
+
+def changes(notebook: str, settings: WorkbookSettings) -> dict[str, Any]:
+    """The parameters that are not as the notebook's own cell has them."""
+    defaults = default_parameters(notebook)
+    usual = validate(type(settings), defaults)
+    return {name: getattr(settings, name) for name in defaults if getattr(settings, name) != getattr(usual, name)}
+
+
+class Workbook:
+    """A notebook at work. Models and image sets are loaded when they are first asked for."""
+
+    def __init__(self, notebook: str, settings: Any, run: Run):
+        self.notebook, self.settings, self.run = notebook, settings, run
+
+    def weights(self, name: str | None) -> str | None:
+        """What to load for a model parameter; "latest:METHOD" is of this run."""
+        return find_weights(name, self.run.models)
+
+    def model(self, name: str | None) -> Clip:
+        return load_clip(self.settings.arch, self.weights(name), **self.settings.model_options)
+
+    @cached_property
+    def original(self) -> Clip:
+        return self.model(self.settings.pretrained)
+
+    def images(self, key: str, split: str, n: int | None) -> ImageSet:
+        """A set at the size the original model takes."""
+        return load_dataset(key, split, n=n, image_size=self.original.image_size[0], **self.settings.data_options)
+
+    @cached_property
+    def train(self) -> ImageSet:
+        """The part to tune on."""
+        return self.images(self.settings.dataset, "train", self.settings.train_images)
+
+    @cached_property
+    def test(self) -> ImageSet:
+        """Held-out images of the set that is tuned on."""
+        return self.images(self.settings.dataset, "test", self.settings.test_images)
+
+    def tests(self, n: int | None) -> list[ImageSet]:
+        """At most ``n`` images of each test set."""
+        s = self.settings
+        return [self.images(key, "test", n) for key in choose_datasets(s.testdata, s.data_root, s.test_fraction)]
+
+    @cached_property
+    def attack(self) -> AttackSettings:
+        return self.settings.only(AttackSettings)
+
+    def bench(self, sets: Sequence[ImageSet]) -> Bench:
+        """Measures into the run's store, and checks the attack on some images of ``sets``."""
+        s, store = self.settings, RecordStore(self.run.stored_records)
+        return Bench.checking(store, self.attack, sets, s.check_images, s.processes)
+
+    def tune(self, method: str | Objective, seed: int | None = None) -> TrainResult:
+        """The original model fine-tuned by a method; the latest of this run then."""
+        name = method if isinstance(method, str) else method.name
+        settings = self.settings.finetuning(name, **({} if seed is None else {"seed": seed}))
+        tuned = finetune(
+            self.original,
+            self.train,
+            method,
+            settings,
+            self.run.stored_models,
+            number_of_processes=self.settings.processes,
+        )
+        self.run.show(tuned.weights)
+        return tuned
+
+    def save(self, what: Figure | pd.DataFrame | Sequence[Record], name: str) -> Any:
+        """Keeps a figure, a table or records in the run's folder, for people; gives it back for display."""
+        if isinstance(what, Figure):
+            return plots.save(what, self.run.folder, name)
+        if isinstance(what, pd.DataFrame):
+            save_table(what, self.run.folder, name)
+        else:
+            lines = "".join(record.model_dump_json() + "\n" for record in what)
+            path = self.run.folder / "records" / f"{name}.jsonl"
+            write_atomic(path, lambda temporary: Path(temporary).write_text(lines, encoding="utf-8"))
+        return what
