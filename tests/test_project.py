@@ -209,15 +209,14 @@ def test_types_of_the_core():
 
 
 def test_functions_fit_a_screen():
-    """Those that do not say why in a comment on their first line."""
+    """Forty lines besides the docstring."""
     long = []
     for name, path in MODULES.items():
-        text = path.read_text(encoding="utf-8")
-        lines = text.splitlines()
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 40:
-                if "# long:" not in lines[node.lineno - 1]:
-                    long.append(f"{name}: {node.name}, {node.end_lineno - node.lineno + 1} lines")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                said = len((ast.get_docstring(node) or "").splitlines())
+                if (lines := node.end_lineno - node.lineno + 1 - said) > 40:
+                    long.append(f"{name}: {node.name}, {lines} lines")
     assert not long, long
 
 
@@ -258,7 +257,7 @@ def test_public_names_are_there_and_quick():
     """Those of README, notebooks and examples come from the package itself, each once."""
     for name in tgazsr_utils.__all__:
         assert getattr(tgazsr_utils, name).__module__.startswith("tgazsr_utils."), name
-    code = "import sys, tgazsr_utils; print('torch' in sys.modules, 'PASSIVE' == __import__('os').environ['OMP_WAIT_POLICY'])"
+    code = "import os, sys, tgazsr_utils; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
     plain = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain)
     assert done.stdout.split() == ["False", "True"], (

@@ -126,54 +126,62 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
     key = digest(relevant, pairs.fingerprint, open_clip.get_model_config(settings.arch), code_version(__name__))
     checkpoints = Checkpoints(folder / f"pretrain_{settings.arch}_{key}")
     clip = load_clip(settings.arch, None, settings.device, seed=settings.seed).requires_grad_(True)
-    model, device = clip.model, clip.device
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6)
-    state = checkpoints.load(model, optimizer)
-
-    def loss_of(batch: Pairs) -> Tensor:
-        texts = model.encode_text(clip.tokenizer(batch.captions).to(device), normalize=True)
-        images = F.normalize(clip.encode_image(batch.images.to(device).float() / 255).pooled, dim=-1)
-        return contrastive_loss(images, texts, batch.fits.to(device), model.logit_scale.exp())
-
+    optimizer = _optimizer(clip.model, settings.weight_decay)
+    state = checkpoints.load(clip.model, optimizer)
     bar = progress(total=settings.steps, initial=state["step"], desc=f"pre-train {settings.arch}")
     with deferred_interrupt() as interrupted, bar:
         for step in range(state["step"], settings.steps):
-            lr = settings.lr * warmup_cosine(step, settings.warmup_steps, settings.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             batch = pairs.batch(step)
-            loss = loss_of(batch)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            if not (loss.isfinite() and norm.isfinite()):
-                raise FloatingPointError(
-                    f"pre-training is not finite at step {step}: contrastive loss {loss.item():g}, "
-                    f"norm of its gradient {norm.item():g}; "
-                    f"nothing was changed by this step, {checkpoints.description()}"
-                )
-            optimizer.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, math.log(100))
-
-            scale = model.logit_scale.exp().item()
-            state["history"].append({"step": step, "lr": lr, "loss": loss.item(), "logit_scale": scale})
+            lr = settings.lr * warmup_cosine(step, settings.warmup_steps, settings.steps)
+            loss = _step(clip, batch, optimizer, lr, step, checkpoints)
+            scale = clip.model.logit_scale.exp().item()
+            state["history"].append({"step": step, "lr": lr, "loss": loss, "logit_scale": scale})
             state["step"] = step + 1
-            bar.set_postfix(loss=f"{loss.item():.3f}", scale=f"{scale:.1f}", refresh=False)
+            bar.set_postfix(loss=f"{loss:.3f}", scale=f"{scale:.1f}", refresh=False)
             bar.update()
             if interrupted() or state["step"] % 200 == 0 or state["step"] == settings.steps:
                 with torch.no_grad():
-                    after = loss_of(batch)
+                    after = _loss(clip, batch)
                 if not after.isfinite():
-                    raise FloatingPointError(
-                        f"pre-training has diverged: its loss is not finite after step {step}; "
-                        f"{checkpoints.description()}"
-                    )
-                checkpoints.save(state, model, optimizer)
+                    problem = f"pre-training has diverged: its loss is not finite after step {step}"
+                    raise FloatingPointError(f"{problem}; {checkpoints.description()}")
+                checkpoints.save(state, clip.model, optimizer)
             if interrupted():
                 raise KeyboardInterrupt(f"stopped after step {state['step']} of {settings.steps}; run again to go on")
     clip.eval().requires_grad_(False)
     return PretrainResult(clip, pd.DataFrame(state["history"]))
+
+
+def _optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """Without decay of biases, gains and the logit scale."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6)
+
+
+def _loss(clip: Clip, batch: Pairs) -> Tensor:
+    texts = clip.model.encode_text(clip.tokenizer(batch.captions).to(clip.device), normalize=True)
+    images = F.normalize(clip.encode_image(batch.images.to(clip.device).float() / 255).pooled, dim=-1)
+    return contrastive_loss(images, texts, batch.fits.to(clip.device), clip.model.logit_scale.exp())
+
+
+def _step(
+    clip: Clip, batch: Pairs, optimizer: torch.optim.Optimizer, lr: float, step: int, checkpoints: Checkpoints
+) -> float:
+    """One optimiser step; the loss before it. Raises FloatingPointError, and changes nothing, if that is not finite."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss = _loss(clip, batch)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(clip.model.parameters(), 1.0)
+    if not (loss.isfinite() and norm.isfinite()):
+        raise FloatingPointError(
+            f"pre-training is not finite at step {step}: contrastive loss {loss.item():g}, norm of its gradient "
+            f"{norm.item():g}; nothing was changed by this step, {checkpoints.description()}"
+        )
+    optimizer.step()
+    with torch.no_grad():
+        clip.model.logit_scale.clamp_(0, math.log(100))
+    return loss.item()

@@ -45,12 +45,13 @@ def pgd(
 ) -> Tensor:
     """Projected gradient ascent (Madry et al. 2018): adversarial images ``[B,3,H,W]``.
 
-    ``images`` ``[B,3,H,W]`` in [0,1]; ``labels`` ``[B]``; ``text`` ``[C,D]`` unit norm; ``eps`` and ``step_size`` in
-    [0,1] pixel units (``norm`` "l2": of the whole image's Euclidean norm). Starts uniformly in the ball (``generator``
-    seeds it; with one for each image, a start does not depend on the rest of the batch), then repeats ``x' =
-    project(x' + step_size * direction)``, with direction sign(gradient), or gradient / ||gradient||_2 for l2, of
-    ``logit_loss``, or of ``loss(tokens)`` if given. Only the pixels' gradient is taken. The result lies within ``eps``
-    of ``images`` (exactly for linf, up to rounding for l2) and inside [0,1].
+        x'_0 uniform in the eps-ball around x,   x'_(k+1) = project(x'_k + step_size * direction(gradient of the loss))
+
+    ``direction`` is the sign for ``norm`` "linf" and gradient / ||gradient||_2 for "l2"; the loss is ``logit_loss``,
+    or ``loss(tokens)`` if given. ``images`` x ``[B,3,H,W]`` in [0,1]; ``labels`` ``[B]``; ``text`` ``[C,D]`` unit
+    norm; ``eps`` and ``step_size`` in [0,1] pixel units (l2: lengths of the whole perturbation). ``generator`` seeds
+    the start; with one for each image it does not depend on the rest of the batch. Only the pixels' gradient is taken.
+    The result lies within ``eps`` of ``images`` (exactly for linf, up to rounding for l2) and inside [0,1].
 
     ``protocol`` "last" returns the last iterate. "worst" returns the first image of the clean one, the start and all
     iterates that is misclassified, and the last iterate where none is; what is fooled leaves the batch.
@@ -61,27 +62,38 @@ def pgd(
     check_arguments(images, norm, eps=eps, step_size=step_size, steps=steps)
     if protocol not in get_args(Protocol):
         raise ValueError(f"protocol {protocol!r} is unknown; choose 'last' or 'worst'")
-    if loss is not None and protocol == "worst":
-        raise ValueError(
-            "protocol 'worst' takes no loss of one's own: fooled images leave the batch that it is made for"
-        )
     if not len(images):
         return images
     adversarial = _random_start(images, eps, norm, generator)
     bounds = ball(images, eps) if norm == "linf" else (images,)
-    active = torch.arange(len(images), device=images.device)
-    if protocol == "worst":
-        fooled = clip.logits(images, text).argmax(1) != labels
-        adversarial[fooled] = images[fooled]
-        active = active[~fooled]
+    fixed = text, eps, step_size, norm, loss, logit_loss
+    if protocol == "last":
+        for _ in range(steps):
+            adversarial, _ = clip.run(_step, adversarial.requires_grad_(True), bounds, labels, *fixed)
+        return adversarial
+    if loss is not None:
+        raise ValueError("protocol 'worst' takes no loss of one's own: fooled images leave the batch it is made for")
+    return _until_fooled(clip, images, adversarial, bounds, labels, text, steps, fixed)
+
+
+def _until_fooled(
+    clip: Clip,
+    images: Tensor,
+    adversarial: Tensor,
+    bounds: tuple[Tensor, ...],
+    labels: Tensor,
+    text: Tensor,
+    steps: int,
+    fixed: tuple,
+) -> Tensor:
+    """``pgd`` under protocol "worst", from a random start ``adversarial``."""
+    fooled = clip.logits(images, text).argmax(1) != labels
+    adversarial[fooled] = images[fooled]
+    active = (~fooled).nonzero().flatten()
     for _ in range(steps):
-        if protocol == "last":
-            adversarial, _ = clip.run(
-                _step, adversarial.requires_grad_(True), bounds, labels, text, eps, step_size, norm, loss, logit_loss
-            )
-        elif len(active):
+        if len(active):
             rows = adversarial[active].requires_grad_(True), tuple(bound[active] for bound in bounds), labels[active]
-            moved, right = clip.run(_step, *rows, text, eps, step_size, norm, loss, logit_loss)
+            moved, right = clip.run(_step, *rows, *fixed)
             active = active[right]
             adversarial[active] = moved[right]
     return adversarial

@@ -43,12 +43,11 @@ def steps(
     *,
     start: int = 0,
     kept: Kept | None = None,
-    attack: "MakeAdversarial | None" = None,
+    attack: MakeAdversarial | None = None,
 ) -> Iterator[Update]:
     """Tunes the image encoder of ``tuned`` on ``data`` from step ``start`` on: an optimiser step before each yield.
 
-    minimise over f   sum_i weight_i * term_i(f, f0, x, x', y),   x' = argmax over the eps-ball of the objective's
-    attack (``pgd``)
+        minimise over f  sum_i weight_i * term_i(f, f0, x, x', y), x' = argmax in the eps-ball of the objective's attack
 
     ``settings`` without None (``Objective.with_preset``); ``kept``: see ``Step``; ``attack`` makes x' (default:
     ``attacked``). Raises NotFinite, before the weights are touched.
