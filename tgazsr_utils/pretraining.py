@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import open_clip
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from tgazsr_utils.datasets.loading import decoded
 from tgazsr_utils.durable.checkpoints import Checkpoints
 from tgazsr_utils.durable.fingerprints import code_version, fingerprint
 from tgazsr_utils.durable.processes import deferred_interrupt
-from tgazsr_utils.durable.weights import load_clip
+from tgazsr_utils.durable.weights import load_clip, model_config
 from tgazsr_utils.parameters import PretrainNotebook
 from tgazsr_utils.progress import progress
 
@@ -123,7 +122,7 @@ def pretrain(pairs: PairSource, settings: PretrainNotebook, folder: Path) -> Pre
     raises KeyboardInterrupt) and at the end; the same call goes on from there.
     """
     relevant = settings.model_dump(include=_RELEVANT)
-    key = digest(relevant, pairs.fingerprint, open_clip.get_model_config(settings.arch), code_version(__name__))
+    key = digest(relevant, pairs.fingerprint, model_config(settings.arch), code_version(__name__))
     checkpoints = Checkpoints(folder / f"pretrain_{settings.arch}_{key}")
     clip = load_clip(settings.arch, None, settings.device, seed=settings.seed).requires_grad_(True)
     optimizer = _optimizer(clip.model, settings.weight_decay)

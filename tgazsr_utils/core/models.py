@@ -6,15 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import open_clip
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from tgazsr_utils.core import _torchvision  # noqa: F401  (before open_clip, which imports torchvision)
-
-# isort: split
-import open_clip
 from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
 
 torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution, and fp32 is to mean fp32
 

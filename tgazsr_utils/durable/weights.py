@@ -210,12 +210,17 @@ def pick_device(device: str) -> torch.device:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def image_size_of(arch: str) -> int:
-    """Side in pixels of the images an open_clip architecture takes. Raises ValueError for an unknown one."""
+def model_config(arch: str) -> dict[str, Any]:
+    """open_clip's description of an architecture. Raises ValueError for an unknown one."""
     config = open_clip.get_model_config(arch)
     if config is None:
         raise ValueError(f"arch {arch!r} is unknown to open_clip; the workbook's own is {MINI_ARCH!r}")
-    return config["vision_cfg"]["image_size"]
+    return config
+
+
+def image_size_of(arch: str) -> int:
+    """Side in pixels of the images an open_clip architecture takes. Raises ValueError for an unknown one."""
+    return model_config(arch)["vision_cfg"]["image_size"]
 
 
 def save_clip(clip: Clip, path: Path, precision: str = "fp32", **metadata: Any) -> Path:
