@@ -63,7 +63,7 @@ class ImageSet:
             pieces = self.images.read(chunks, device)
         for number, (rows, images) in enumerate(pieces, start=skip):
             if len(rows):
-                moved = images.to(device, non_blocking=images.is_pinned()).float() / 255
+                moved = images.to(device, non_blocking=images.is_pinned()).float().div_(255)
                 yield Batch(number, rows, moved, self.labels[rows].to(device))
 
     def subset(self, n: int | None, seed: int = 0) -> "ImageSet":

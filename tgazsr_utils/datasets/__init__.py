@@ -1,1 +1,1 @@
-"""Where images come from: the mini-world, the published sets, class folders. ``python -m tgazsr_utils.datasets`` lists, checks and fetches."""
+"""Where images come from: the mini-world, the published sets (``python -m tgazsr_utils.datasets``), class folders."""
