@@ -152,7 +152,7 @@ def dtd(root: Path) -> None:
 def eurosat(root: Path) -> None:
     from tgazsr_utils.datasets.published_sets import DATASETS
 
-    folders(root / "eurosat" / "2750", sorted(DATASETS["EuroSAT"].name), "Image_{}.jpg")
+    folders(root / "eurosat" / "2750", sorted(DATASETS["EuroSAT"].names), "Image_{}.jpg")
 
 
 def aircraft(root: Path) -> None:

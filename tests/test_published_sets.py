@@ -15,7 +15,7 @@ import torchvision.datasets
 from miniatures import WRITERS, red, without_checksums, write_all
 from PIL import Image
 
-from tgazsr_utils.datasets import layouts
+from tgazsr_utils.datasets import torchvision_sets
 from tgazsr_utils.datasets import loading as datasets
 from tgazsr_utils.datasets.__main__ import main
 from tgazsr_utils.datasets.layouts import list_datasets
@@ -151,7 +151,7 @@ EXPECTED = {
 @pytest.fixture
 def root(tmp_path_factory, monkeypatch):
     without_checksums(monkeypatch.setattr)
-    layouts._reader.cache_clear()
+    torchvision_sets.reader.cache_clear()
     return write_all(tmp_path_factory.mktemp("sets"))
 
 

@@ -60,7 +60,7 @@ class ImageSet:
         pieces = _rows_of(self.images, left) if isinstance(self.images, Tensor) else self.images.read(left, device)
         for number, (rows, images) in enumerate(pieces, start=skip):
             if len(rows):
-                moved = images.to(device, non_blocking=images.is_pinned()).float() / 255
+                moved = images.to(device, non_blocking=images.is_pinned()).float().div_(255)
                 yield Batch(number, rows, moved, self.labels[rows].to(device))
 
     def subset(self, n: int | None, seed: int = 0) -> "ImageSet":

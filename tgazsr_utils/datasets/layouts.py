@@ -11,16 +11,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import h5py
 import torch
-import torchvision.datasets
 from PIL import Image
 from timm.data import ImageNetInfo
-from torch.utils.data import Dataset
 
-from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.datasets import miniworld
 from tgazsr_utils.datasets.published_sets import DATASETS, DatasetSpec
+from tgazsr_utils.datasets.torchvision_sets import read_lists
 from tgazsr_utils.paths import resolve
 
 Split = Literal["train", "test"]
@@ -73,123 +70,110 @@ def is_there(key: str, root: Path) -> bool:
 
 
 def open_source(key: str, split: Split, root: Path, test_fraction: float | None = None, seed: int = 0) -> Source:
-    """Finds one part of a set below ``root`` and reads its lists; see ``load_dataset``."""
-    spec = DATASETS.get(key)
-    missing = missing_parts(key, root) if spec else []
-    folder = root / key
+    """Finds one part of a set below ``root`` and reads its lists; see ``load_dataset``.
+
+    Raises ValueError, in one line, whatever is wrong with what lies there.
+    """
     try:
-        if spec and not missing and spec.torchvision and not spec.folders:
-            source = _torchvision(key, spec, root, split)
-        elif key == "tinyImageNet" and (root / spec.folder).is_dir() and not missing:
-            folder = root / spec.folder
-            source = _tiny_imagenet(folder, split)
-        else:
-            part = spec and (spec.folders if split == "test" else spec.train_folders or spec.folders)
-            folder = root / part if part and (root / part).is_dir() else folder
-            if not folder.is_dir():
-                if missing and (root / spec.folder).is_dir():
-                    raise ValueError(f"missing: {', '.join(missing)}")
-                raise ValueError(f"it is not there; there are: {', '.join(list_datasets(root)) or 'none'}")
-            if (folder / "wnids.txt").exists():
-                source = _tiny_imagenet(folder, split)
-            else:
-                fraction = TEST_FRACTION if test_fraction is None and spec is None else test_fraction
-                whole = bool(part and spec.train_folders and (root / spec.train_folders).is_dir())
-                source = _class_folders(folder, split, fraction, seed, whole)
-        if not source.labels:
-            raise ValueError(f"no {split} images in class folders below {folder}")
-        if len(source.classes) < 2:
-            raise ValueError(f"only one class, {source.classes[0]!r}, below {folder}; are its images in class folders?")
+        return _find_source(key, split, root, test_fraction, seed)
     except Exception as error:  # torchvision lets through whatever the parser of a damaged list raises
         reason = " ".join(str(error).split()) or type(error).__name__
-        reason = reason.replace(
-            "You can use download=True to download it", f"(python -m tgazsr_utils.datasets fetch {key})"
-        )
+        fetch = f"(python -m tgazsr_utils.datasets fetch {key})"
+        reason = reason.replace("You can use download=True to download it", fetch)
         raise ValueError(f"image set {key!r} in {root} cannot be read: {reason}") from error
+
+
+def _find_source(key: str, split: Split, root: Path, test_fraction: float | None, seed: int) -> Source:
+    spec = DATASETS.get(key)
+    if spec and spec.torchvision and not spec.folders and not missing_parts(key, root):
+        folder, source = root / key, _through_torchvision(key, spec, root, split)
+    elif ((folder := _folder_of(key, split, root)) / "wnids.txt").exists():
+        source = _tiny_imagenet(folder, split)
+    else:
+        fraction = TEST_FRACTION if test_fraction is None and spec is None else test_fraction
+        whole = spec is not None and spec.train_folders is not None and (root / spec.train_folders).is_dir()
+        source = _class_folders(folder, split, fraction, seed, whole)
+    if not source.labels:
+        raise ValueError(f"no {split} images in class folders below {folder}")
+    if len(source.classes) < 2:
+        raise ValueError(f"only one class, {source.classes[0]!r}, below {folder}; are its images in class folders?")
     return source
 
 
-@lru_cache(maxsize=64)
-def _reader(name: str, root: Path, arguments: tuple[tuple[str, Any], ...]) -> Dataset:
-    return getattr(torchvision.datasets, name)(str(root), **dict(arguments))
+def _folder_of(key: str, split: Split, root: Path) -> Path:
+    """The folder that holds a set's class folders or Tiny-ImageNet's lists. Raises ValueError if there is none."""
+    spec = DATASETS.get(key)
+    missing = missing_parts(key, root) if spec else []
+    if key == "tinyImageNet" and not missing:
+        return root / spec.folder
+    part = spec and (spec.folders if split == "test" else spec.train_folders or spec.folders)
+    for folder in ([root / part] if part else []) + [root / key]:
+        if folder.is_dir():
+            return folder
+    if missing and (root / spec.folder).is_dir():
+        raise ValueError(f"missing: {', '.join(missing)}")
+    raise ValueError(f"it is not there; there are: {', '.join(list_datasets(root)) or 'none'}")
 
 
-@dataclass(frozen=True)
-class _WithReader:
-    """Opens images through a torchvision data set, which each process makes for itself."""
-
-    arguments: tuple
-
-    def __call__(self, index: int) -> Image.Image:
-        return _reader(*self.arguments)[index][0]
-
-
-def _torchvision(key: str, spec: DatasetSpec, root: Path, split: Split) -> Source:
+def _through_torchvision(key: str, spec: DatasetSpec, root: Path, split: Split) -> Source:
     """A published set through torchvision's own class; images of a folder in the order of their names."""
-    given = spec.test if split == "test" else spec.train
-    if given is None:
+    arguments = spec.test if split == "test" else spec.train
+    if arguments is None:
         raise ValueError("it has no part to train on; choose another set, or class folders of your own")
-    arguments = spec.torchvision, root, tuple(given.items())
-    data = _reader(*arguments)
-    first = lambda *names: next((getattr(data, name) for name in names if hasattr(data, name)), None)
-    labels, files = first("targets", "_labels", "labels", "_samples"), first("_image_files", "_images", "_samples")
-    if labels is None:  # PCAM keeps them in a file
-        with h5py.File(root / f"pcam/camelyonpatch_level_2_split_{given['split']}_y.h5") as file:
-            labels = file["y"][:, 0, 0, 0]
-    labels = [int(entry[1] if isinstance(entry, tuple) else entry) for entry in labels]
-    classes = list(first("classes") or sorted(spec.name))
-    if files is not None:
-        paths = [Path(entry[0] if isinstance(entry, tuple) else entry) for entry in files]
-        paths, labels = zip(*sorted(zip(paths, labels)))  # torchvision lists some in the order of the file system
-        return _from_files(paths, labels, classes, root)
-    where, pixels = [f"{key} {split} number {i}" for i in range(len(labels))], first("data")
-    contents = where if pixels is None else [digest(torch.from_numpy(row.copy())) for row in pixels]
-    return Source(labels, classes, where, _WithReader(arguments), contents)
+    lists = read_lists(spec.torchvision, root, arguments)
+    classes = lists.classes or sorted(spec.names)
+    if lists.files is not None:
+        in_order = sorted(zip(lists.files, lists.labels))  # torchvision lists some in the order of the file system
+        return _from_files([path for path, _ in in_order], [label for _, label in in_order], classes, root)
+    where = [f"{key} {split} number {i}" for i in range(len(lists.labels))]
+    return Source(lists.labels, classes, where, lists.open, lists.contents or where)
 
 
-@dataclass(frozen=True)
-class _Files:
-    paths: list[str]
-
-    def __call__(self, index: int) -> Image.Image:
-        with Image.open(self.paths[index]) as file:
-            return file.convert("RGB")
-
-
-def _contents(files: list[str], root: Path) -> list[str]:
-    return [
-        f"{os.path.relpath(path, root)} {os.stat(path).st_size if os.path.exists(path) else 'missing'}"
-        for path in files
-    ]
-
-
-def _from_files(files: Sequence[Path], labels: Sequence[int], classes: list[str], root: Path, boxes=None) -> Source:
+def _from_files(
+    files: Sequence[Path], labels: Sequence[int], classes: list[str], root: Path, boxes: list[Box] | None = None
+) -> Source:
+    """Images in files, told from others by their names below ``root`` and sizes."""
     paths = [str(path) for path in files]
-    return Source(list(labels), classes, paths, _Files(paths), _contents(paths, root), boxes)
+    sizes = [os.stat(path).st_size if os.path.exists(path) else "missing" for path in paths]
+    contents = [f"{os.path.relpath(path, root)} {size}" for path, size in zip(paths, sizes)]
+    return Source(list(labels), classes, paths, lambda index: _open_rgb(paths[index]), contents, boxes)
 
 
-def _class_folders(folder: Path, split: Split, test_fraction: float | None, seed: int, whole: bool = False) -> Source:
+def _open_rgb(path: str) -> Image.Image:
+    with Image.open(path) as file:
+        return file.convert("RGB")
+
+
+def _class_folders(folder: Path, split: Split, test_fraction: float | None, seed: int, whole: bool) -> Source:
     """Class folders below ``folder``; ``whole``: all of them are of this part, whatever ``test_fraction`` says."""
     while len(inner := _folders(folder)) == 1 and _folders(inner[0]):
         folder = inner[0]
-    parts = {p.name: p for p in inner}
-    has_split = "train" in parts and bool({"test", "val"} & set(parts))
-    if has_split:
-        inner = _folders(parts["train"] if split == "train" else next(parts[p] for p in ("test", "val") if p in parts))
-    folders = [p for p in inner if p.name != "BACKGROUND_Google" and _images(p)]
+    parts = {part.name: part for part in inner}
+    to_test = [parts[name] for name in ("test", "val") if name in parts]
+    if "train" in parts and to_test:
+        inner, whole = _folders(parts["train"] if split == "train" else to_test[0]), True
     files: list[Path] = []
     labels: list[int] = []
-    for label, directory in enumerate(folders):
+    classes: list[str] = []
+    for directory in inner:
         paths = _images(directory)
-        if not has_split and not whole:
-            order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
-            held_out = len(paths) if test_fraction is None else 0
-            if test_fraction is not None and len(paths) > 1:
-                held_out = max(1, round(test_fraction * len(paths)))
-            paths = [paths[i] for i in sorted(order[:held_out] if split == "test" else order[held_out:])]
-        files += paths
-        labels += [label] * len(paths)
-    return _from_files(files, labels, [_raw_name(p.name) for p in folders], folder)
+        if not paths or directory.name == "BACKGROUND_Google":
+            continue
+        chosen = paths if whole else _part_of_class(paths, split, test_fraction, seed)
+        files += chosen
+        labels += [len(classes)] * len(chosen)
+        classes.append(_raw_name(directory.name))
+    return _from_files(files, labels, classes, folder)
+
+
+def _part_of_class(paths: list[Path], split: Split, test_fraction: float | None, seed: int) -> list[Path]:
+    """A class's images of one part, drawn by ``seed``: at least one to test on of several; None: all to test on."""
+    if test_fraction is None:
+        held_out = len(paths)
+    else:
+        held_out = max(1, round(test_fraction * len(paths))) if len(paths) > 1 else 0
+    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [paths[i] for i in sorted(order[:held_out] if split == "test" else order[held_out:])]
 
 
 def _folders(directory: Path) -> list[Path]:
@@ -218,47 +202,47 @@ def _wordnet() -> ImageNetInfo:
 def _tiny_imagenet(folder: Path, split: Split) -> Source:
     """Tiny-ImageNet as published: train in wnid folders, val flat with val_annotations.txt, boxes for both.
 
-    Classes are those of wnids.txt whose train folder is there. Raises ValueError, with file and line, for lists that do not
-    fit each other or the images that are there.
+    Classes are those of wnids.txt whose train folder is there. Raises ValueError, with file and line, for lists that do
+    not fit each other or the images that are there.
     """
-    listed = (folder / "wnids.txt").read_text().split()
+    listed = (folder / "wnids.txt").read_text(encoding="utf-8").split()
     wnids = sorted(wnid for wnid in listed if (folder / "train" / wnid).is_dir())
     words = dict(row for row, _ in _rows(folder / "words.txt", 2, 0))
     unnamed = [wnid for wnid in wnids if wnid not in words]
     if unnamed:
         raise ValueError(f"{folder / 'words.txt'} has no name for {', '.join(unnamed[:3])}")
-    label = {wnid: i for i, wnid in enumerate(wnids)}
-    found: list[tuple[Path, int, Box]] = []
     if split == "test":
-        images, annotations = folder / "val" / "images", folder / "val" / "val_annotations.txt"
-        rows = list(_rows(annotations, 2, 4))
-        unknown = [wnid for (_, wnid), _ in rows if wnid not in listed]
-        if unknown:
-            raise ValueError(f"{annotations} has {unknown[0]!r}, which wnids.txt has not")
-        _all_listed(images, annotations, [name for (name, _), _ in rows])
-        found += [(images / name, label[wnid], box) for (name, wnid), box in rows if wnid in label]
+        found = _annotated(folder / "val" / "images", folder / "val" / "val_annotations.txt", set(listed))
     else:
-        for wnid in wnids:
-            images, boxes = folder / "train" / wnid / "images", folder / "train" / wnid / f"{wnid}_boxes.txt"
-            rows = list(_rows(boxes, 1, 4))
-            _all_listed(images, boxes, [name for (name,), _ in rows])
-            found += [(images / name, label[wnid], box) for (name,), box in rows]
-    files, labels, boxes = zip(*found) if found else ((), (), ())
-    return _from_files(files, labels, [words[wnid].split(",")[0] for wnid in wnids], folder, list(boxes))
+        base = folder / "train"
+        lists = (_annotated(base / w / "images", base / w / f"{w}_boxes.txt", {w}, wnid=w) for w in wnids)
+        found = [entry for entries in lists for entry in entries]
+    label = {wnid: i for i, wnid in enumerate(wnids)}
+    kept = [entry for entry in found if entry[1] in label]
+    files, labels, boxes = ([entry[i] for entry in kept] for i in range(3))
+    names = [words[wnid].split(",")[0] for wnid in wnids]
+    return _from_files(files, [label[wnid] for wnid in labels], names, folder, boxes)
+
+
+def _annotated(images: Path, path: Path, wnids: set[str], wnid: str | None = None) -> list[tuple[Path, str, Box]]:
+    """(file, wnid, box) of each image in the list at ``path``; ``wnid``: that of all, where the list has none."""
+    rows = list(_rows(path, 1 if wnid else 2, 4))
+    found = [(images / names[0], wnid or names[1], box) for names, box in rows]
+    unknown = [of for _, of, _ in found if of not in wnids]
+    if unknown:
+        raise ValueError(f"{path} has {unknown[0]!r}, which wnids.txt has not")
+    there, named = {image.name for image in _images(images)}, {file.name for file, _, _ in found}
+    if len(named) < len(found) or there - named:
+        raise ValueError(f"{path} lists {len(found)} images, {images} holds {len(there)}; has the list been cut?")
+    return found
 
 
 def _rows(path: Path, texts: int, numbers: int) -> Iterator[tuple[list[str], tuple[int, ...]]]:
-    """Of a list with tabs. Raises ValueError for a line of another form."""
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    """(texts, numbers) of each line of a list with tabs. Raises ValueError for a line of another form."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         parts = line.split("\t")
         if len(parts) != texts + numbers or not all(part.strip().isdecimal() for part in parts[texts:]):
             raise ValueError(
                 f"{path}, line {number}, {line[:60]!r} is not {texts} texts and {numbers} numbers with tabs between"
             )
         yield parts[:texts], tuple(map(int, parts[texts:]))
-
-
-def _all_listed(images: Path, path: Path, listed: list[str]) -> None:
-    there = {image.name for image in _images(images)}
-    if len(set(listed)) < len(listed) or there - set(listed):
-        raise ValueError(f"{path} lists {len(listed)} images, {images} holds {len(there)}; has the list been cut?")

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-from tgazsr_utils.core.images import ImageSet, even_subset
+from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.datasets import miniworld
 from tgazsr_utils.datasets.layouts import Box, Source, Split, existing_root, list_datasets, open_source
 from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_PROMPT, Preprocess, clean_name
@@ -26,10 +26,9 @@ from tgazsr_utils.machine import allowed_cpus
 from tgazsr_utils.progress import progress
 
 OnBadImage = Literal["stop", "leave_out"]
+CPU = torch.device("cpu")
 KEEP_DECODED = 2**28  # bytes: a set up to this size is decoded once, a larger one anew each time it is read
-KEEP_RESIDENT = (
-    2**31
-)  # bytes: a set that is tuned on is kept at the size of its files up to this size; on CUDA up to an eighth of its memory
+KEEP_RESIDENT = 2**31  # bytes: a set to tune on is kept up to this size, on CUDA up to an eighth of the device's memory
 CHUNKS_AHEAD = 2  # decoded while another one is worked on
 
 
@@ -40,7 +39,11 @@ class Decoded(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Reads images from files (or from what else a layout keeps them in), by threads: Pillow decodes without Python's lock."""
+    """Reads images from files, or from what else a layout keeps them in.
+
+    By threads, since Pillow and numpy work without Python's lock: as fast as worker processes, which would need shared
+    memory for their images and signals of their own.
+    """
 
     source: Source
     chosen: Tensor  # [N] indices into the source
@@ -49,25 +52,24 @@ class Files:
     on_bad_image: OnBadImage = "stop"
     unreadable: list[str] = field(default_factory=list)  # what was left out so far, a line an image
 
-    def read(
-        self, chunks: Sequence[Tensor], device: torch.device = torch.device("cpu")
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(self, chunks: Sequence[Tensor], device: torch.device = CPU) -> Iterator[tuple[Tensor, Tensor]]:
         """See ``core.images.ImageReader``."""
         for rows, decoded in self.decode(chunks):
-            images = (
-                torch.stack([one.image for one in decoded])
-                if decoded
-                else torch.empty(0, 3, self.side or 0, self.side or 0, dtype=torch.uint8)
-            )
-            yield rows, images.pin_memory() if device.type == "cuda" else images
+            images = [one.image for one in decoded] or [torch.empty(3, self.side or 0, self.side or 0).byte()]
+            joined = torch.stack(images)[: len(rows)]
+            yield rows, joined.pin_memory() if device.type == "cuda" else joined
 
     def pick(self, rows: Tensor) -> "Files":
         return replace(self, chosen=self.chosen[rows])
 
-    def decode(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Decoded]]]:
-        """(rows that could be read, what was read) of each chunk. Raises ValueError for an unreadable image, unless these are left out."""
+    def decode(self, chunks: Sequence[Tensor], masks: bool = False) -> Iterator[tuple[Tensor, list[Decoded]]]:
+        """(rows that could be read, what was read) of each chunk; ``masks``: with those of its boxes, if it has any.
+
+        At most ``1 + CHUNKS_AHEAD`` chunks are in memory; no thread outlives this, however it ends.
+        Raises ValueError for an unreadable image, unless these are left out.
+        """
         pool = ThreadPoolExecutor(min(16, allowed_cpus()), thread_name_prefix="decode")
-        ask = lambda chunk: [(row, pool.submit(self._decode, row)) for row in chunk.tolist()]
+        ask = lambda chunk: [(row, pool.submit(self._decode, row, masks)) for row in chunk.tolist()]
         later = iter(chunks)
         try:
             waiting = deque(ask(chunk) for chunk in islice(later, 1 + CHUNKS_AHEAD))
@@ -77,14 +79,14 @@ class Files:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _decode(self, row: int) -> Decoded:
+    def _decode(self, row: int, masks: bool) -> Decoded:
         i = int(self.chosen[row])
-        image = self.source.open(i).convert("RGB")
-        pixels = _to_tensor(fit(image, self.side, self.preprocess) if self.side else image)
-        boxed = self.source.boxes and self.side
-        return Decoded(
-            pixels, _box_mask(self.source.boxes[i], image.size, self.side, self.preprocess) if boxed else None
-        )
+        image = self.source.open(i)
+        fitted = fit(image, self.side, self.preprocess) if self.side else image
+        pixels = torch.from_numpy(np.ascontiguousarray(np.asarray(fitted).transpose(2, 0, 1)))
+        if not masks or not self.source.boxes:
+            return Decoded(pixels, None)
+        return Decoded(pixels, _box_mask(self.source.boxes[i], image.size, self.side, self.preprocess))
 
     def _collect(self, asked: list[tuple[int, Future]]) -> tuple[Tensor, list[Decoded]]:
         rows, decoded = [], []
@@ -112,14 +114,12 @@ class Files:
 
 @dataclass(frozen=True, eq=False)
 class KeptAtFileSize:
-    """Images in memory at the size of their files, fitted in each batch: equal to what PIL makes of them within one grey level."""
+    """Images in memory at the size of their files, fitted in each batch: as by PIL, within one grey level."""
 
     images: Tensor  # [N,3,h,w] uint8
     files: Files
 
-    def read(
-        self, chunks: Sequence[Tensor], device: torch.device = torch.device("cpu")
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(self, chunks: Sequence[Tensor], device: torch.device = CPU) -> Iterator[tuple[Tensor, Tensor]]:
         """See ``core.images.ImageReader``."""
         for rows in chunks:
             yield rows, fit(self.images[rows.to(self.images.device)], self.files.side, self.files.preprocess)
@@ -134,47 +134,50 @@ class KeptAtFileSize:
 def resident(data: ImageSet, device: torch.device) -> ImageSet:
     """The same set with its images in the memory of ``device``, if they fit there (``KEEP_RESIDENT``); else as it is.
 
-    Images that are read as needed are kept at the size of their files, where all have one smaller than what is asked for.
+    Images that are read as needed are kept at the size of their files, where all have one smaller than what is asked.
     """
     limit = torch.cuda.get_device_properties(device).total_memory // 8 if device.type == "cuda" else KEEP_RESIDENT
     if isinstance(data.images, Tensor):
         return replace(data, images=data.images.to(device)) if data.images.numel() <= limit else data
     whole = replace(data.images, side=None)
-    shape = next(whole.read([torch.tensor([0])]))[1].shape[1:] if len(data) else torch.Size((3, 0, 0))
+    shape = next(whole.read([torch.arange(len(data))[:1]]))[1].shape[1:]
     if not 0 < shape[1:].numel() < data.images.side**2 or len(data) * shape.numel() > limit:
         return data
-    images = torch.empty(len(data), *shape, dtype=torch.uint8)
-    with progress(total=len(data), desc=f"read {data.key}", leave=False, unit="image") as bar:
-        for chunk, (rows, decoded) in zip(chunks := _in_order(data), whole.decode(chunks)):
-            if len(rows) < len(chunk) or any(one.image.shape != shape for one in decoded):
-                return data
-            images[rows] = torch.stack([one.image for one in decoded])
-            bar.update(len(rows))
+    images, filled = torch.empty(len(data), *shape, dtype=torch.uint8), 0
+    for rows, read in _decode_in_order(data, whole):
+        filled += len(rows)
+        if any(one.image.shape != shape for one in read):
+            return data
+        for row, one in zip(rows, read):
+            images[row] = one.image
+    if filled < len(data):
+        return data
     return replace(data, images=KeptAtFileSize(images.to(device), data.images))
 
 
 def decoded(data: ImageSet) -> ImageSet:
-    """The same set with all its images in memory, without those that cannot be read. Raises ValueError if none is left."""
+    """The same set with all images in memory that can be read. Raises ValueError if there is none."""
     if isinstance(data.images, Tensor):
         return data
     rows, images, masks = [], [], []
-    with progress(total=len(data), desc=f"read {data.key}", leave=False, unit="image") as bar:
-        for part, read in data.images.decode(_in_order(data)):
-            rows.append(part)
-            images += [one.image for one in read]
-            masks += [one.mask for one in read]
-            bar.update(len(part))
+    for part, read in _decode_in_order(data, data.images, masks=True):
+        rows.append(part)
+        images += [one.image for one in read]
+        masks += [one.mask for one in read if one.mask is not None]
     if not images:
         raise ValueError(f"image set {data.key!r}: none of its {len(data)} images can be read")
     kept = torch.cat(rows)
-    boxes = torch.stack(masks) if masks[0] is not None else None
-    return replace(
-        data, images=torch.stack(images), labels=data.labels[kept], masks=boxes, left_out=len(data) - len(kept)
-    )
+    boxes = torch.stack(masks) if masks else None
+    lacking = len(data) - len(kept)
+    return replace(data, images=torch.stack(images), labels=data.labels[kept], masks=boxes, left_out=lacking)
 
 
-def _in_order(data: ImageSet, size: int = 64) -> Sequence[Tensor]:
-    return torch.arange(len(data)).split(size)
+def _decode_in_order(data: ImageSet, files: Files, masks: bool = False) -> Iterator[tuple[Tensor, list[Decoded]]]:
+    """All images in order, with a bar."""
+    with progress(total=len(data), desc=f"read {data.key}", leave=False, unit="image") as bar:
+        for rows, read in files.decode(torch.arange(len(data)).split(64), masks):
+            yield rows, read
+            bar.update(len(rows))
 
 
 def choose_datasets(
@@ -225,37 +228,33 @@ def load_dataset(
     ``<class>/*``, perhaps one level further down. A set without a split of its own is split for each class by ``seed``,
     ``test_fraction`` of it for testing; None: a fifth, but all of a published set. ``n`` caps the number of images,
     evenly over classes.
+
     ``preprocess`` and ``prompt`` replace the set's own: "resize" both sides, or "crop" (resize the shorter side to
     256/224 of ``image_size``, centre-crop); bilinear, by PIL. ``on_bad_image``: what an unreadable file does.
     ``world`` replaces what the numbers are said to be about. Sets of more than 256 MiB, and any with ``decode`` False,
     are read as they are needed.
-    Raises ValueError for an unknown key, a missing folder, or an unreadable image unless ``on_bad_image`` is "leave_out".
+
+    Raises ValueError for an unknown key, a missing folder, or an unreadable image unless that is to be left out.
     """
     if root is None:
         return _load_miniworld(key, split, 1000 if n is None else n, image_size, seed, world)
-    folder = existing_root(root)
-    spec = DATASETS.get(key)
-    source = open_source(key, split, folder, test_fraction, seed)
-    labels = torch.tensor(source.labels)
-    names = tuple(spec.class_name(raw) if spec else clean_name(raw) for raw in source.classes)
-    template = prompt or (spec.prompt if spec else DEFAULT_PROMPT)
+    source, spec = open_source(key, split, existing_root(root), test_fraction, seed), DATASETS.get(key)
     own = spec.preprocess if spec and split == "test" else "crop"
-    chosen = even_subset(labels, n, seed)
-    data = ImageSet(
-        key,
-        world or "photographs",
-        Files(source, chosen, image_size, preprocess or own, on_bad_image),
-        labels[chosen],
-        names,
-        tuple(template.replace("{}", name) for name in names),
-        mask_kind="box",
-        available=len(labels),
-        published=spec is not None
-        and split == "test"
-        and (len(labels), len(names)) == (spec.images, spec.classes)
-        and (preprocess or spec.preprocess, template) == (spec.preprocess, spec.prompt),
-    )
+    files = Files(source, torch.arange(len(source.labels)), image_size, preprocess or own, on_bad_image)
+    data = _labelled(key, split, files, prompt, world or "photographs").subset(n, seed)
     return decoded(data) if decode and len(data) * 3 * image_size**2 <= KEEP_DECODED else data
+
+
+def _labelled(key: str, split: Split, files: Files, prompt: str | None, world: str) -> ImageSet:
+    """All images of one part with their labels and prompts."""
+    spec, source = DATASETS.get(key), files.source
+    names = tuple((spec.class_name if spec else clean_name)(raw) for raw in source.classes)
+    template = prompt or (spec.prompt if spec else DEFAULT_PROMPT)
+    prompts = tuple(template.replace("{}", name) for name in names)
+    found = len(source.labels), len(names), files.preprocess, template
+    published = bool(spec) and split == "test" and found == (spec.images, spec.classes, spec.preprocess, spec.prompt)
+    labels = torch.tensor(source.labels)
+    return ImageSet(key, world, files, labels, names, prompts, mask_kind="box", published=published)
 
 
 def _load_miniworld(key: str, split: Split, n: int, image_size: int, seed: int, world: str | None) -> ImageSet:
@@ -267,10 +266,6 @@ def _load_miniworld(key: str, split: Split, n: int, image_size: int, seed: int, 
         images = TF.resize(images, [image_size, image_size])
         masks = TF.resize(masks, [image_size, image_size], TF.InterpolationMode.NEAREST)
     return ImageSet(key, world or "mini-world", images, labels, task.class_names, tuple(task.prompts), masks)
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _box_mask(box: Box, size: tuple[int, int], side: int, preprocess: Preprocess) -> Tensor:
@@ -285,7 +280,10 @@ Pixels = TypeVar("Pixels", Image.Image, Tensor)
 def fit(
     image: Pixels, side: int, preprocess: Preprocess, mode: TF.InterpolationMode = TF.InterpolationMode.BILINEAR
 ) -> Pixels:
-    """An image, or images ``[...,H,W]``, at ``side`` x ``side``: "resize" both sides, or "crop" the centre after the shorter side is 256/224 of it."""
+    """An image, or images ``[...,H,W]``, at ``side`` x ``side``: "resize" both sides, or "crop" the centre.
+
+    Before that crop the shorter side is brought to 256/224 of ``side``.
+    """
     if preprocess == "resize":
         return TF.resize(image, [side, side], mode)
     return TF.center_crop(TF.resize(image, round(side * 256 / 224), mode), [side, side])

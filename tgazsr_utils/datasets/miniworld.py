@@ -5,7 +5,7 @@ about it. A caption names some of the attributes, so whether a caption fits an i
 play the part of the sixteen published data sets. Whatever is computed here is a statement about the mini-world only.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -16,13 +16,30 @@ SIDE = 56
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring", "heart", "crescent", "bar")
 LETTERS = tuple(f"letter {c}" for c in "AEHKLTVXYZ")
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
+_COLOUR_RGB = {
+    "red": (0.86, 0.12, 0.12),
+    "orange": (0.96, 0.52, 0.06),
+    "yellow": (0.95, 0.88, 0.15),
+    "green": (0.12, 0.62, 0.18),
+    "blue": (0.14, 0.28, 0.88),
+    "purple": (0.55, 0.16, 0.68),
+    "white": (0.96, 0.96, 0.96),
+    "black": (0.07, 0.07, 0.07),
+}
 TEXTURES = ("plain", "striped", "dotted", "checkered", "faded")
 SIZES = ("small", "medium", "large")
 PLACES = ("centre", "top left", "top right", "bottom left", "bottom right")
 COUNTS = ("one", "two", "three", "four")
-SCENES = ("sky", "grass", "sand", "water", "rock", "night", "bricks")
-
+_SCENE_RGB = {  # the two colours that fractal noise mixes
+    "sky": ((0.42, 0.63, 0.86), (0.88, 0.92, 0.96)),
+    "grass": ((0.20, 0.38, 0.12), (0.48, 0.66, 0.26)),
+    "sand": ((0.74, 0.62, 0.42), (0.90, 0.82, 0.62)),
+    "water": ((0.06, 0.32, 0.42), (0.32, 0.64, 0.68)),
+    "rock": ((0.30, 0.28, 0.27), (0.62, 0.60, 0.57)),
+    "night": ((0.03, 0.04, 0.12), (0.16, 0.16, 0.30)),
+    "bricks": ((0.50, 0.24, 0.18), (0.68, 0.38, 0.28)),
+}
+COLOURS, SCENES = tuple(_COLOUR_RGB), tuple(_SCENE_RGB)
 ATTRIBUTES = {
     "kind": SHAPES + LETTERS,
     "colour": COLOURS,
@@ -39,30 +56,7 @@ NOT_APPLICABLE = -2  # in an image: no caption that names this attribute fits (t
 # Two shapes per colour that pre-training never shows; together every shape but two is held out with some colour.
 HELD_OUT_PAIRS = frozenset((c, (c + shift) % len(SHAPES)) for c in range(len(COLOURS)) for shift in (1, 4))
 
-_RGB = torch.tensor(
-    [
-        [0.86, 0.12, 0.12],
-        [0.96, 0.52, 0.06],
-        [0.95, 0.88, 0.15],
-        [0.12, 0.62, 0.18],
-        [0.14, 0.28, 0.88],
-        [0.55, 0.16, 0.68],
-        [0.96, 0.96, 0.96],
-        [0.07, 0.07, 0.07],
-    ]
-)
-# Per scene: the two colours that fractal noise mixes.
-_SCENE_RGB = torch.tensor(
-    [
-        [[0.42, 0.63, 0.86], [0.88, 0.92, 0.96]],
-        [[0.20, 0.38, 0.12], [0.48, 0.66, 0.26]],
-        [[0.74, 0.62, 0.42], [0.90, 0.82, 0.62]],
-        [[0.06, 0.32, 0.42], [0.32, 0.64, 0.68]],
-        [[0.30, 0.28, 0.27], [0.62, 0.60, 0.57]],
-        [[0.03, 0.04, 0.12], [0.16, 0.16, 0.30]],
-        [[0.50, 0.24, 0.18], [0.68, 0.38, 0.28]],
-    ]
-)
+_RGB, _SCENES = torch.tensor([*_COLOUR_RGB.values()]), torch.tensor([*_SCENE_RGB.values()])
 _RADIUS = torch.tensor([[8.0, 10.5], [13.0, 16.5], [20.0, 25.0]])  # pixels, by size
 _CENTRES = torch.tensor([[0.0, 0.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]])  # by place, (x, y)
 _STROKES = {  # letters as line segments (x0, y0, x1, y1), y downwards
@@ -80,7 +74,7 @@ _STROKES = {  # letters as line segments (x0, y0, x1, y1), y downwards
 
 
 @dataclass(frozen=True)
-class Look:
+class Rendering:
     """How images are rendered beyond their attributes; tasks use it for domains that pre-training never shows."""
 
     noise: tuple[float, float] = (0.0, 0.03)  # range of the sensor noise's standard deviation, in [0,1] pixel units
@@ -97,7 +91,7 @@ class Task:
     class_names: tuple[str, ...]
     prompt: str = "This is a photo of a {}"
     fixed: dict[str, int | tuple[int, ...]] = field(default_factory=dict)
-    look: Look = Look()
+    rendering: Rendering = Rendering()
 
     @property
     def prompts(self) -> list[str]:
@@ -182,22 +176,18 @@ def _segment(u: Tensor, v: Tensor, x0: float, y0: float, x1: float, y1: float) -
 def _texture(texture: Tensor, u: Tensor, v: Tensor, radius: Tensor) -> Tensor:
     """How much of the second tone is mixed in, ``[n,H,W]`` in [0,1]; the period is fixed in pixels."""
     mix = torch.zeros_like(u)
-    x, y = u * radius, v * radius
     for index, name in enumerate(TEXTURES[1:], start=1):
         rows = (texture == index).nonzero().squeeze(1)
-        if not len(rows):
-            continue
+        x, y = u[rows] * radius[rows], v[rows] * radius[rows]
         if name == "striped":
-            mix[rows] = (torch.sin(y[rows] * (2 * torch.pi / 7)) * 3 + 0.5).clamp_(0, 1)
+            tone = torch.sin(y * (2 * torch.pi / 7)) * 3 + 0.5
         elif name == "dotted":
-            waves = torch.cos(x[rows] * (2 * torch.pi / 7)) + torch.cos(y[rows] * (2 * torch.pi / 7))
-            mix[rows] = ((waves - 0.6) * 3).clamp_(0, 1)
+            tone = (torch.cos(x * (2 * torch.pi / 7)) + torch.cos(y * (2 * torch.pi / 7)) - 0.6) * 3
         elif name == "checkered":
-            mix[rows] = (torch.sin(x[rows] * (torch.pi / 5)) * torch.sin(y[rows] * (torch.pi / 5)) * 4 + 0.5).clamp_(
-                0, 1
-            )
+            tone = torch.sin(x * (torch.pi / 5)) * torch.sin(y * (torch.pi / 5)) * 4 + 0.5
         else:
-            mix[rows] = ((u[rows] + 0.9) / 1.8).clamp_(0, 1)
+            tone = (u[rows] + 0.9) / 1.8
+        mix[rows] = tone.clamp_(0, 1)
     return mix
 
 
@@ -219,7 +209,7 @@ def _background(scene: Tensor, generator: torch.Generator, flat: bool) -> Tensor
         y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
         mortar = (y % 8 == 0) | ((x + (y // 8 % 2) * 7) % 14 == 0)
         mix[rows] = mix[rows] * ~mortar
-    base, top = _SCENE_RGB[scene].unbind(1)
+    base, top = _SCENES[scene].unbind(1)
     image = torch.lerp(base[:, :, None, None], top[:, :, None, None], mix)
     rows = (scene == SCENES.index("night")).nonzero().squeeze(1)
     if len(rows):
@@ -248,13 +238,32 @@ def _objects(attributes: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
     return index, attributes[index, COLUMN["kind"]], centre, radius[index], angle
 
 
-def render(attributes: Tensor, generator: torch.Generator, look: Look = Look()) -> tuple[Tensor, Tensor]:
+def render(attributes: Tensor, generator: torch.Generator, rendering: Rendering = Rendering()) -> tuple[Tensor, Tensor]:
     """Images ``[n,3,56,56]`` (uint8) and object masks ``[n,56,56]`` (bool) of attribute vectors ``[n,7]``.
 
-    The same attributes, generator state and look give the same images.
+    The same attributes, generator state and rendering give the same images.
     """
+    image = _background(attributes[:, COLUMN["scene"]], generator, rendering.flat_background)
+    cover, mix = _cover_and_mix(attributes, generator)
     n = len(attributes)
-    image = _background(attributes[:, COLUMN["scene"]], generator, look.flat_background)
+    base = (_RGB[attributes[:, COLUMN["colour"]]] + 0.1 * (torch.rand(n, 3, generator=generator) - 0.5)).clamp_(0, 1)
+    second = torch.where(base.mean(1, keepdim=True) > 0.3, base * 0.35, base * 0.5 + 0.42)
+    paint = torch.lerp(base[:, :, None, None], second[:, :, None, None], mix[:, None])
+    image.lerp_(paint, cover[:, None])
+    del paint, mix  # thousands of images at once: memory counts
+    if rendering.blur > 1:
+        small = F.avg_pool2d(image, rendering.blur)
+        image = F.interpolate(small, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+    low, high = rendering.noise
+    sigma = low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
+    image += torch.rand(n, 3, SIDE, SIDE, generator=generator).sub_(0.5).mul_(sigma * 12**0.5)
+    image.mul_(255).add_(0.5).clamp_(0, 255)
+    return image.to(torch.uint8), cover > 0.5
+
+
+def _cover_and_mix(attributes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Of each pixel, both ``[n,56,56]`` in [0,1]: how much of it is object, and of that how much has the second tone."""
+    n = len(attributes)
     index, kind, centre, radius, angle = _objects(attributes, generator)
     axis = torch.arange(SIDE) + 0.5
     scale = radius[:, None, None]
@@ -269,21 +278,9 @@ def render(attributes: Tensor, generator: torch.Generator, look: Look = Look()) 
     cover_each = (0.5 - distance * scale).clamp_(0, 1)
     mix_each = _texture(attributes[index, COLUMN["texture"]], u, v, scale)
     cover = torch.zeros(n, SIDE, SIDE).index_add_(0, index, cover_each).clamp_(max=1)
-    mix = torch.zeros(n, SIDE, SIDE).index_add_(0, index, mix_each * cover_each) if len(index) > n else mix_each
-    del dx, dy, u, v, distance, cover_each, mix_each  # thousands of images at once: memory counts
-    base = (_RGB[attributes[:, COLUMN["colour"]]] + 0.1 * (torch.rand(n, 3, generator=generator) - 0.5)).clamp_(0, 1)
-    second = torch.where(base.mean(1, keepdim=True) > 0.3, base * 0.35, base * 0.5 + 0.42)
-    paint = torch.lerp(base[:, :, None, None], second[:, :, None, None], mix[:, None])
-    image.lerp_(paint, cover[:, None])
-    del paint
-    if look.blur > 1:
-        small = F.avg_pool2d(image, look.blur)
-        image = F.interpolate(small, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
-    low, high = look.noise
-    sigma = low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
-    image += torch.rand(n, 3, SIDE, SIDE, generator=generator).sub_(0.5).mul_(sigma * 12**0.5)
-    image.mul_(255).add_(0.5).clamp_(0, 255)
-    return image.to(torch.uint8), cover > 0.5
+    if len(index) == n:  # one object an image
+        return cover, mix_each
+    return cover, torch.zeros(n, SIDE, SIDE).index_add_(0, index, mix_each * cover_each)
 
 
 # --- captions -------------------------------------------------------------------------------------------------------
@@ -325,57 +322,49 @@ def caption_fits(demands: Tensor, attributes: Tensor) -> Tensor:
 # --- tasks ----------------------------------------------------------------------------------------------------------
 
 
-def _single(column: str, values: range, prompt: str, **kw) -> Task:
-    names = tuple(ATTRIBUTES[column][v] for v in values)
-    return Task((column,), tuple((v,) for v in values), names, prompt, **kw)
+def _single(column: str, values: range, prompt: str, **fixed: int | tuple[int, ...]) -> Task:
+    """A class for each of these values of one attribute."""
+    names = tuple(ATTRIBUTES[column][value] for value in values)
+    return Task((column,), tuple((value,) for value in values), names, prompt, fixed)
 
 
-def _product(first: str, second: str, seconds: range) -> Task:
+def _product(first: str, second: str, seconds: range, suffix: str = "") -> Task:
+    """A class for each pair of a value of ``first`` and one of ``seconds``."""
     pairs = tuple((a, b) for a in range(len(ATTRIBUTES[first])) for b in seconds)
-    names = tuple(f"{ATTRIBUTES[first][a]} {ATTRIBUTES[second][b]}" for a, b in pairs)
-    return Task((first, second), pairs, names, fixed={"count": 0, "size": (1, 2)})
+    names = tuple(f"{ATTRIBUTES[first][a]} {ATTRIBUTES[second][b]}{suffix}" for a, b in pairs)
+    return Task((first, second), pairs, names, fixed=_CLEAR)
 
 
 _SHAPE_IDS, _LETTER_IDS = range(len(SHAPES)), range(len(SHAPES), len(SHAPES) + len(LETTERS))
-_A_PHOTO = "This is a photo of a {}"
 _CLEAR = {"count": 0, "size": (1, 2)}  # one object, not small
+_SHAPES = _single("kind", _SHAPE_IDS, "This is a photo of a {}", **_CLEAR)
+_COUNTS = ("one object", "two objects", "three objects", "four objects")
 
 TASKS: dict[str, Task] = {
-    "shapes": _single("kind", _SHAPE_IDS, _A_PHOTO, fixed=_CLEAR),
-    "letters": _single("kind", _LETTER_IDS, _A_PHOTO, fixed=_CLEAR),
-    "colours": _single("colour", range(len(COLOURS)), "This is a photo of a {} object", fixed=_CLEAR),
-    "textures": _single("texture", range(len(TEXTURES)), "This is a photo of a {} object", fixed=_CLEAR),
-    "sizes": _single("size", range(len(SIZES)), "A photo of a {} object", fixed={"count": 0, "place": 0}),
-    "places": _single("place", range(len(PLACES)), "There is an object in the {}", fixed={"count": 0, "size": (0, 1)}),
-    "counts": Task(
-        ("count",),
-        tuple((i,) for i in range(4)),
-        ("one object", "two objects", "three objects", "four objects"),
-        "An image of {}",
-        {"size": 0},
-    ),
+    "shapes": _SHAPES,
+    "letters": _single("kind", _LETTER_IDS, "This is a photo of a {}", **_CLEAR),
+    "colours": _single("colour", range(len(COLOURS)), "This is a photo of a {} object", **_CLEAR),
+    "textures": _single("texture", range(len(TEXTURES)), "This is a photo of a {} object", **_CLEAR),
+    "sizes": _single("size", range(len(SIZES)), "A photo of a {} object", count=0, place=0),
+    "places": _single("place", range(len(PLACES)), "There is an object in the {}", count=0, size=(0, 1)),
+    "counts": Task(("count",), ((0,), (1,), (2,), (3,)), _COUNTS, "An image of {}", {"size": 0}),
     "scenes": _single("scene", range(len(SCENES)), "A photo of {}"),
     "colour_shapes": _product("colour", "kind", _SHAPE_IDS),
     "texture_shapes": _product("texture", "kind", _SHAPE_IDS),
     "colour_letters": _product("colour", "kind", _LETTER_IDS),
-    "texture_colours": Task(
-        ("texture", "colour"),
-        tuple((t, c) for t in range(len(TEXTURES)) for c in range(len(COLOURS))),
-        tuple(f"{t} {c} object" for t in TEXTURES for c in COLOURS),
-        fixed=_CLEAR,
-    ),
-    "shapes_small": _single("kind", _SHAPE_IDS, "An image of a small {}", fixed={"count": 0, "size": 0}),
-    "shapes_noisy": _single("kind", _SHAPE_IDS, _A_PHOTO, fixed=_CLEAR, look=Look(noise=(0.10, 0.12))),
-    "shapes_blurred": _single("kind", _SHAPE_IDS, _A_PHOTO, fixed=_CLEAR, look=Look(blur=2)),
-    "shapes_plain": _single("kind", _SHAPE_IDS, _A_PHOTO, fixed=_CLEAR, look=Look(flat_background=True)),
+    "texture_colours": _product("texture", "colour", range(len(COLOURS)), " object"),
+    "shapes_small": _single("kind", _SHAPE_IDS, "An image of a small {}", count=0, size=0),
+    "shapes_noisy": replace(_SHAPES, rendering=Rendering(noise=(0.10, 0.12))),
+    "shapes_blurred": replace(_SHAPES, rendering=Rendering(blur=2)),
+    "shapes_plain": replace(_SHAPES, rendering=Rendering(flat_background=True)),
 }
 
 
 @lru_cache(maxsize=64)
 def task_images(name: str, n: int, split: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Images ``[n,3,56,56]`` (uint8), labels ``[n]`` and masks ``[n,56,56]`` of a task; every class as often, within one.
+    """Images ``[n,3,56,56]`` (uint8), labels ``[n]`` and masks ``[n,56,56]`` (bool) of a task.
 
-    ``split`` is "train" or "test": disjoint random streams. Raises KeyError for an unknown task.
+    Every class is there as often, within one. ``split`` is "train" or "test": disjoint random streams. Raises KeyError for an unknown task.
     """
     task = TASKS[name]
     stream = {"train": 1, "test": 2}[split]
@@ -389,5 +378,5 @@ def task_images(name: str, n: int, split: str, seed: int = 0) -> tuple[Tensor, T
     wanted = torch.tensor(task.classes)[labels]
     for i, column in enumerate(task.columns):
         attributes[:, COLUMN[column]] = wanted[:, i]
-    images, masks = render(make_consistent(attributes), generator, task.look)
+    images, masks = render(make_consistent(attributes), generator, task.rendering)
     return images, labels, masks
