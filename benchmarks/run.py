@@ -244,7 +244,9 @@ def explorer(arch: str, device: torch.device) -> dict[str, Any]:
     original = load_clip("mini-clip", "mini", str(device), "auto", compiled=False)
     train, test = (load_dataset("shapes", part, n=64) for part in ("train", "test"))
     settings = validate(ExplorerNotebook, default_parameters("05_alpha_beta_explorer") | {"output": "runs/benchmarks"})
-    shown = Explorer(Models(original, SHIPPED["mini-tga-zsr"], settings.output_path / "models"), test, train, settings)
+    models = Models(original, SHIPPED["mini-tga-zsr"], settings.output_path / "models")
+    training, attack = settings.only(FinetuneSettings), settings.only(AttackSettings)
+    shown = Explorer(models, test, train, training, attack, settings.output_path)
 
     def timed(slider: Any, moves: int) -> float:
         """Median seconds of a move of a slider, until its panels are redrawn."""

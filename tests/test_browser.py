@@ -26,15 +26,23 @@ WAIT = 120_000  # milliseconds that a step may take on a busy machine
 ERRORS = '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"], .tga .error'
 
 
-@pytest.fixture(params=["JupyterLab Light", "JupyterLab Dark"], ids=["light", "dark"])
-def page(request, tmp_path):
+@pytest.fixture(params=["Light", "Dark"])
+def theme(request):
+    """JupyterLab's. Dark alone, where colours that follow no theme show; with --long both."""
+    if request.param == "Light" and not request.config.getoption("--long", default=False):
+        pytest.skip("the light theme is tested with --long")
+    return f"JupyterLab {request.param}"
+
+
+@pytest.fixture
+def page(theme, tmp_path):
     """A page of JupyterLab, 1280 pixels wide, with a copy of the notebook whose output goes to ``tmp_path``."""
     book = nbformat.read(ROOT / "notebooks" / "05_alpha_beta_explorer.ipynb", as_version=4)
     (parameters,) = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", [])]
     parameters.source += f'\noutput = "{tmp_path / "run"}"\ntrain_images = 320'
     (tmp_path / "lab").mkdir()
     nbformat.write(book, tmp_path / "lab" / "explorer.ipynb")
-    options = {"themes": {"theme": request.param}, "notification": {"fetchNews": "false"}}
+    options = {"themes": {"theme": theme}, "notification": {"fetchNews": "false"}}
     for name, values in options.items():
         path = tmp_path / "settings" / "@jupyterlab" / "apputils-extension" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +114,7 @@ def test_a_person_can_use_the_explorer(page, tmp_path):
     )
     shot(page.locator("text=Cosines between gradients"), "mixer")
     page.get_by_role("button", name="published values").click()
-    page.wait_for_function("document.querySelector('.tga .sum td:nth-child(4)').innerText == '%s'" % before[3])
+    page.wait_for_function("is => document.querySelector('.tga .sum td:nth-child(4)').innerText == is", arg=before[3])
 
     # attention under attack, by keyboard
     factor = page.locator("figcaption:has-text('perturbation')")
@@ -116,7 +124,8 @@ def test_a_person_can_use_the_explorer(page, tmp_path):
     for _ in range(8):
         page.keyboard.press("ArrowRight")
     page.wait_for_function(
-        "was => [...document.querySelectorAll('figcaption')].some(e => /perturbation/.test(e.innerText) && e.innerText != was)",
+        "was => [...document.querySelectorAll('figcaption')]"
+        ".some(e => /perturbation/.test(e.innerText) && e.innerText != was)",
         arg=caption,
     )
     shot(page.locator("text=Away from:"), "attack")
@@ -145,10 +154,12 @@ def test_a_person_can_use_the_explorer(page, tmp_path):
 
     shot(page.locator("text=Nothing between is measured"), "surface")
     assert page.locator(ERRORS).count() == 0, page.locator(ERRORS).all_inner_texts()
-    wide = "[...document.querySelectorAll('.jp-OutputArea-output, .widget-html-content')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 80))"
-    assert page.evaluate(wide) == []  # fits, nothing to scroll sideways
-    ink, paper = page.evaluate(
-        "[getComputedStyle(document.querySelector('.tga td')).color, getComputedStyle(document.querySelector('.jp-Notebook')).backgroundColor]"
+    wide = (
+        "[...document.querySelectorAll('.jp-OutputArea-output, .widget-html-content')]"
+        ".filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 80))"
     )
+    assert page.evaluate(wide) == []  # fits, nothing to scroll sideways
+    ink = page.evaluate("getComputedStyle(document.querySelector('.tga td')).color")
+    paper = page.evaluate("getComputedStyle(document.querySelector('.jp-Notebook')).backgroundColor")
     lightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 for colour in (ink, paper)]
     assert abs(lightness[0] - lightness[1]) > 120, (ink, paper)

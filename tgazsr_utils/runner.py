@@ -394,7 +394,7 @@ def show(folder: Path, with_table: bool) -> None:
     table = folder / "tables" / "leaderboard.csv"
     if with_table and table.exists():
         print("\n" + pd.read_csv(table, index_col=0).to_string(float_format="%.1f", na_rep="-"))
-    figures = sorted(folder.glob("figures/*.png"))
+    figures = sorted(path for path in folder.glob("figures/*") if path.suffix in (".png", ".html"))
     print("\nfigures:" if figures else "\nno figures", *(f"\n  {os.path.relpath(p)}" for p in figures), sep="")
     print(f"notebooks as HTML: {os.path.relpath(folder / 'html')}/")
 
