@@ -47,7 +47,7 @@ def wait_for(condition, seconds=60):
 
 @pytest.mark.parametrize(("Alpha", "Beta"), [(0.08, 0.05), (0.3, 0.0)])
 def test_the_mixture_is_that_of_the_weighted_loss_itself(explorer, mini, train_set, Alpha, Beta):
-    settings = explorer.finetuning(Alpha=Alpha, Beta=Beta)
+    settings = explorer.finetuning().model_copy(update={"Alpha": Alpha, "Beta": Beta})
     chunk = next(train_set.batches(8))
     tuned = load_clip("mini-clip", "mini-tga-zsr", "cpu")
     gradients = term_gradients(tuned, mini, chunk.images, chunk.labels, train_set.prompts, settings)

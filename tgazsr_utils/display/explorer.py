@@ -147,10 +147,10 @@ class Explorer:
         self.mixer, self.attack = LossMixer(self), AttackViewer(self, attack)
         self.surface, self.trainer = OutcomeSurface(self, folder), FineTuner(self)
 
-    def finetuning(self, **changes: Any) -> FinetuneSettings:
-        """The settings of training with what the widgets say, then ``changes``."""
+    def finetuning(self) -> FinetuneSettings:
+        """The settings of training with what the widgets say."""
         chosen = {"Alpha": self.Alpha.value, "Beta": self.Beta.value, "Distance_metric": self.metric.value}
-        chosen |= {"attention_variant": self.variant.value} | changes
+        chosen |= {"attention_variant": self.variant.value}
         return TGA.with_preset(FinetuneSettings(**self.training.model_dump() | chosen))
 
     def update_model_choices(self) -> None:

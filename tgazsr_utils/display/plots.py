@@ -66,7 +66,7 @@ def attention_panels(
     for axis, head in zip(axes[0], pictures):
         axis.set_title(head, fontsize=10)
     heat = ScalarMappable(Normalize(0, 1), "viridis")
-    figure.colorbar(heat, ax=axes[:, 3], shrink=min(1.0, 2.0 / n), label="attention (0 to 1)")
+    figure.colorbar(heat, ax=axes[:, 3], shrink=min(1.0, 2.0 / n), label="attention (0 to 1)", alpha=0.65)
     figure.suptitle(title, fontsize=12)
     return figure
 
@@ -163,7 +163,8 @@ def energy_boxes(frame: pd.DataFrame, region: str, title: str) -> Figure:
     tall = frame.rename(columns=sides).melt(["model"], list(sides.values()), "images", "energy")
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     sns.boxplot(tall, x="model", y="energy", hue="images", ax=axis, fliersize=2, gap=0.1)
-    for patch in axis.patches[frame.model.nunique() :]:  # of attacked images
+    n = frame.model.nunique()
+    for patch in [*axis.patches[n : 2 * n], axis.patches[-1]]:  # attacked: boxes, and in the legend
         patch.set_hatch("//")
     axis.axhline(frame.energy_uniform.mean(), color="black", ls=":", label="spread evenly")
     axis.set(xlabel="", ylabel=f"share of attention inside the object's {region}", title=title, ylim=(0, None))
