@@ -1,7 +1,7 @@
 """The released training step as it is described (the workbook's REFERENCE: three wasteful habits), for comparison only.
 
-It re-encodes every prompt inside each attack step and differentiates all weights there, text encoder included; it passes
-the adversarial image twice; it builds a graph through the frozen model. The loss is that of TGA-ZSR.
+It re-encodes every prompt inside each attack step and differentiates all weights there, text encoder included; it
+passes the adversarial image twice; it builds a graph through the frozen model. The loss is that of TGA-ZSR.
 """
 
 import torch
@@ -16,7 +16,9 @@ from tgazsr_utils.core.settings import FinetuneSettings
 def released_step(
     clip: Clip, original: Clip, images: Tensor, labels: Tensor, prompts: Tensor, settings: FinetuneSettings
 ) -> Tensor:
-    """Attack, loss and backward for one batch; ``prompts``: tokenised, ``[C,77]``. All weights of both models need gradients."""
+    """Attack, loss and backward for one batch; ``prompts``: tokenised, ``[C,77]``. All weights of both models need
+    gradients.
+    """
     eps, step_size = settings.train_eps / 255, settings.train_stepsize / 255
     adversarial = (images + eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
     for _ in range(settings.train_numsteps):

@@ -1,7 +1,8 @@
 """What a step costs and how fast it is: ``python benchmarks/run.py``, or with the names of some measurements.
 
-Each measurement runs in a process of its own, one after the other. Writes ``benchmarks.json`` into --output and prints a
-table. ViT-B/32 at 224 with random weights: nothing is downloaded, and neither operations nor time depend on the weights.
+Each measurement runs in a process of its own, one after the other. Writes ``benchmarks.json`` into --output and prints
+a table. ViT-B/32 at 224 with random weights: nothing is downloaded, and neither operations nor time depend on the
+weights.
 """
 
 import tgazsr_utils  # noqa: F401  (before PyTorch: it says how threads wait)
@@ -38,9 +39,11 @@ from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.display.explorer import Explorer, Models
 from tgazsr_utils.durable.files import write_json
 from tgazsr_utils.durable.fingerprints import code_version
+from tgazsr_utils.durable.runs import Run
 from tgazsr_utils.durable.weights import SHIPPED, load_clip, pick_device
 from tgazsr_utils.measuring.measure import evaluate
 from tgazsr_utils.parameters import ExplorerNotebook, validate
+from tgazsr_utils.paths import resolve
 from tgazsr_utils.profiles import default_parameters
 
 TGA = find_objective("TGA-ZSR")
@@ -63,7 +66,9 @@ SETTINGS = TGA.with_preset(
 
 
 class Setup:
-    """A model, a frozen copy, and a random batch; ``classes`` prompts. In the precision that the workbook takes by itself."""
+    """A model, a frozen copy, and a random batch; ``classes`` prompts. In the precision that the workbook takes by
+    itself.
+    """
 
     def __init__(self, arch: str, device: torch.device, batch: int, classes: int, compiled: bool | None = None):
         torch.manual_seed(0)
@@ -242,11 +247,15 @@ def kernel(arch: str, device: torch.device) -> dict[str, Any]:
 
 
 def explorer(arch: str, device: torch.device) -> dict[str, Any]:
-    """Of notebook 05 on the mini-CLIP: seconds to redraw the loss mixer and the attacked image, and what 200 slider moves keep."""
+    """Of notebook 05 on the mini-CLIP: seconds to redraw the loss mixer and the attacked image, and what 200 slider
+    moves keep.
+    """
     original = load_clip("mini-clip", "mini", str(device), "auto", compiled=False)
     train, test = (load_dataset("shapes", part, n=64) for part in ("train", "test"))
     settings = validate(ExplorerNotebook, default_parameters("05_alpha_beta_explorer") | {"output": "runs/benchmarks"})
-    shown = Explorer(Models(original, SHIPPED["mini-tga-zsr"], settings.output_path / "models"), test, train, settings)
+    models = Models(original, SHIPPED["mini-tga-zsr"], Run(resolve(settings.output)))
+    training, attack = settings.only(FinetuneSettings), settings.only(AttackSettings)
+    shown = Explorer(models, test, train, training, attack, settings.output_path)
 
     def timed(slider: Any, moves: int) -> float:
         """Median seconds of a move of a slider, until its panels are redrawn."""
@@ -267,7 +276,9 @@ def explorer(arch: str, device: torch.device) -> dict[str, Any]:
 
 
 def evaluation(arch: str, device: torch.device) -> dict[str, Any]:
-    """Of the mini-CLIP: the memory that measuring thousands of image files keeps, clean and under PGD-1, with workers that read them."""
+    """Of the mini-CLIP: the memory that measuring thousands of image files keeps, clean and under PGD-1, with workers
+    that read them.
+    """
     clip = load_clip("mini-clip", "mini", str(device), "auto", compiled=False)
     attack = AttackSettings(test_eps=1, test_stepsize=1, test_numsteps=1)
     rounds, images = 10, 512  # so many images have workers

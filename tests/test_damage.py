@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from tgazsr_utils.core import models
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.datasets.loading import decoded, load_dataset
-from tgazsr_utils.display.explorer import recorded_sweep
 from tgazsr_utils.durable.checkpoints import Checkpoints
 from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
 from tgazsr_utils.durable.finetuning import finetune
@@ -26,6 +25,7 @@ from tgazsr_utils.durable.weights import SHIPPED, load_clip
 from tgazsr_utils.measuring import measure as evaluation
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.measure import Measurement, answer, evaluate, pixel_sums
+from tgazsr_utils.measuring.recorded_sweep import recorded_sweep
 from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.measuring.tables import leaderboard
 from tgazsr_utils.parameters import SettingsError

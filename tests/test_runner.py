@@ -148,7 +148,7 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(tmp_path, capfd):
         if output.output_type == "execute_result"
     ]
     assert len(panels) == 4 and all(
-        "image/png" in data and not any("widget" in kind for kind in data) for data in panels
+        "text/html" in data and not any("widget" in kind for kind in data) for data in panels
     )  # of 05
     assert "TGA-ZSR" in log.rsplit("robust", 1)[1]  # the closing table
     assert len(list((out / "records").glob("*.json"))) >= 3 * 16 * 2

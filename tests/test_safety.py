@@ -31,8 +31,9 @@ from miniatures import write_all
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.datasets import __main__ as datasets_command
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.display.explorer import look, look_html
+from tgazsr_utils.display.panels import attacked_image_html
 from tgazsr_utils.durable.files import save_tensors
+from tgazsr_utils.measuring.attacked_image import attack_image
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.runner import main
 
@@ -173,9 +174,9 @@ def test_what_a_person_passes_is_never_run(tmp_path, capsys):
 
 
 def test_names_from_outside_are_text_in_the_explorers_html(mini, shapes):
-    seen = look(mini, shapes.images[0] / 255, 0, shapes, "a cross", 1.0, 1, "reference")
+    attacked = attack_image(mini, shapes.images[0] / 255, 0, shapes, "a cross", 1.0, 1, "reference")
     evil = "<img src=x onerror=alert(1)>"
-    shown = look_html(replace(seen, label=evil, before=[(evil, 0.9)], after=[(evil, 0.8)]))
+    shown = attacked_image_html(replace(attacked, label=evil, before=[(evil, 0.9)], after=[(evil, 0.8)]))
     assert evil not in shown and shown.count("&lt;img src=x onerror=alert(1)&gt;") == 3
 
 

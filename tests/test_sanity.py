@@ -11,7 +11,7 @@ from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.display import plots
-from tgazsr_utils.display.explorer import surface_svg
+from tgazsr_utils.display.panels import sweep_svg
 from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring import tables as results
 from tgazsr_utils.measuring import trust as sanity
@@ -259,11 +259,10 @@ def test_a_gap_in_the_grid_of_alpha_and_beta_keeps_its_place():
     table = pd.DataFrame(
         values, index=pd.MultiIndex.from_tuples([(0, 0), (0, 0.05), (0.08, 0), (0.08, 0.05)], names=["Alpha", "Beta"])
     )
-    figure = plots.alpha_beta(table, "a", mark={"Alpha": 1, "Beta": 1})
+    figure = plots.alpha_beta(table, "a")
     assert [len(axis.get_xticklabels()) for axis in figure.axes[:3]] == [2, 2, 2]
-    assert ">–</text>" in surface_svg(table.reset_index(), 0.08, 0.05) and "nan" not in surface_svg(
-        table.reset_index(), 0.08, 0.05
-    )
+    svg = sweep_svg(table.reset_index(), 0.08, 0.05)
+    assert ">–</text>" in svg and "nan" not in svg
 
 
 def test_of_three_seeds_one_that_fails_makes_a_gap(counted):

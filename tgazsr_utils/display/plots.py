@@ -1,7 +1,7 @@
 """The workbook's figures. Each function takes plain frames or arrays and returns a matplotlib Figure."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -9,12 +9,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PathCollection
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
-from tgazsr_utils.core.attention import resize
+from tgazsr_utils.display.panels import amplification, attention_pictures
 from tgazsr_utils.durable.files import write_atomic
+from tgazsr_utils.measuring.recorded_sweep import KINDS
 
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "h")
@@ -23,8 +28,8 @@ sns.set_theme(
     style="whitegrid",
     palette="colorblind",
     context="notebook",
-    rc={"figure.dpi": 100, "svg.hashsalt": "tgazsr", "text.parse_math": False},
-)  # a class name may hold dollars
+    rc={"figure.dpi": 100, "svg.hashsalt": "tgazsr", "text.parse_math": False},  # a class name may hold dollars
+)
 
 
 def save(figure: Figure, folder: Path, name: str) -> Figure:
@@ -49,34 +54,21 @@ def attention_panels(
     ``images`` and ``adversarial`` ``[N,3,H,W]`` in [0,1]; ``clean`` and ``attacked`` maps ``[N,h,w]`` in [0,1];
     ``captions``: a label for the clean and for the attacked side of each row.
     """
-    size = tuple(images.shape[-2:])
-    delta = adversarial - images
-    factor = max(1, round(0.5 / max(float(delta.abs().max()), 1e-6)))
-    n = len(images)
+    n, factor = len(images), amplification(images, adversarial)
     figure, axes = plt.subplots(n, 4, figsize=(9.2, 2.35 * n + 0.6), squeeze=False, layout="constrained")
-    clean, attacked = resize(clean, size), resize(attacked, size)
-    heads = ("image", "attention, clean", f"perturbation x{factor}", "attention, attacked")
-    for row, (before, after) in enumerate(captions):
-        picture = images[row].permute(1, 2, 0).cpu().numpy()
-        axes[row, 0].imshow(picture)
-        _overlay(axes[row, 1], picture, clean[row])
-        axes[row, 2].imshow((0.5 + factor * delta[row]).clamp(0, 1).permute(1, 2, 0).cpu().numpy())
-        heat = _overlay(axes[row, 3], adversarial[row].permute(1, 2, 0).cpu().numpy(), attacked[row])
-        axes[row, 0].set_xlabel(before, fontsize=9)
-        axes[row, 3].set_xlabel(after, fontsize=9)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.grid(False)
-    for axis, head in zip(axes[0], heads):
+    for line, (before, after), *row in zip(axes, captions, images, clean, adversarial, attacked):
+        pictures = attention_pictures(*row, factor)
+        for axis, picture in zip(line, pictures.values()):
+            axis.imshow(picture)
+            axis.set(xticks=[], yticks=[])
+        line[0].set_xlabel(before, fontsize=9)
+        line[3].set_xlabel(after, fontsize=9)
+    for axis, head in zip(axes[0], pictures):
         axis.set_title(head, fontsize=10)
-    figure.colorbar(heat, ax=axes[:, 3], shrink=min(1.0, 2.0 / n), label="attention (0 to 1)")
+    heat = ScalarMappable(Normalize(0, 1), "viridis")
+    figure.colorbar(heat, ax=axes[:, 3], shrink=min(1.0, 2.0 / n), label="attention (0 to 1)", alpha=0.65)
     figure.suptitle(title, fontsize=12)
     return figure
-
-
-def _overlay(axis, picture: np.ndarray, attention: Tensor):
-    axis.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=1)
-    return axis.imshow(attention.cpu().numpy(), cmap="viridis", alpha=0.65, vmin=0, vmax=1)
 
 
 def captioned_images(images: Tensor, captions: Sequence[str], title: str, columns: int = 6) -> Figure:
@@ -106,13 +98,10 @@ def fragility(table: pd.DataFrame, title: str) -> Figure:
     """Accuracy against epsilon, a thin line a set and a thick one for the mean; columns "clean" and "eps E"."""
     eps, markers = [0.0, *(float(c.removeprefix("eps ")) for c in table.columns[1:])], cycle(MARKERS)
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for key, row in table.iterrows():
-        style = (
-            {"color": "black", "lw": 3, "marker": "o", "label": "mean"} if key == "MEAN" else {"lw": 1.2, "alpha": 0.6}
-        )
-        if key != "MEAN" and len(table) <= len(MARKERS):  # more sets than that cannot be told apart
-            style |= {"label": key, "marker": next(markers), "ms": 4}
-        axis.plot(eps, row.to_numpy(), **style)
+    for key, row in table.drop("MEAN").iterrows():
+        told_apart = {"label": key, "marker": next(markers), "ms": 4} if len(table) <= len(MARKERS) else {}
+        axis.plot(eps, row.to_numpy(), lw=1.2, alpha=0.6, **told_apart)
+    axis.plot(eps, table.loc["MEAN"].to_numpy(), color="black", lw=3, marker="o", label="mean")
     axis.axhline(table.loc["MEAN", "clean"] / 4, color="grey", ls=":", label="a quarter of the clean mean")
     axis.set(xlabel="epsilon (1/255)", ylabel="top-1 accuracy (%)", ylim=(0, 100), title=title)
     axis.legend(fontsize=9)
@@ -130,20 +119,10 @@ _SHIFT_LABELS = {
 def shift_against_eps(frame: pd.DataFrame, title: str) -> Figure:
     """Mean of each shift measure against epsilon, one line a model; bars are 95 % bootstrap intervals over images."""
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
+    lines = {"hue": "model", "style": "model", "markers": True, "dashes": False, "err_style": "bars", "seed": 0}
     for axis, (column, label) in zip(axes, _SHIFT_LABELS.items()):
-        sns.lineplot(
-            frame,
-            x="eps_255",
-            y=column,
-            hue="model",
-            style="model",
-            markers=True,
-            dashes=False,
-            err_style="bars",
-            seed=0,
-            ax=axis,
-            legend="auto" if axis is axes[0] else False,
-        )
+        legend = "auto" if axis is axes[0] else False
+        sns.lineplot(frame, x="eps_255", y=column, ax=axis, legend=legend, **lines)
         axis.set(xlabel="epsilon (1/255)", ylabel=label, xticks=sorted(frame.eps_255.unique()))
     figure.suptitle(title)
     return figure
@@ -178,14 +157,15 @@ def flip_roc(frame: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def energy_inside(frame: pd.DataFrame, region: str, title: str) -> Figure:
-    """Share of attention inside the object's ``region`` ("mask" or "box"), a pair of boxes a model; the line is chance."""
+def energy_boxes(frame: pd.DataFrame, region: str, title: str) -> Figure:
+    """Share of attention inside the object's ``region`` ("mask" or "box"), two boxes a model; the line is chance."""
     sides = {"energy_clean": "clean", "energy_adv": "attacked"}
     tall = frame.rename(columns=sides).melt(["model"], list(sides.values()), "images", "energy")
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     sns.boxplot(tall, x="model", y="energy", hue="images", ax=axis, fliersize=2, gap=0.1)
-    for patch, hatch in zip(axis.patches, [""] * frame.model.nunique() + ["//"] * frame.model.nunique()):
-        patch.set_hatch(hatch)
+    n = frame.model.nunique()
+    for patch in [*axis.patches[n : 2 * n], axis.patches[-1]]:  # attacked: boxes, and in the legend
+        patch.set_hatch("//")
     axis.axhline(frame.energy_uniform.mean(), color="black", ls=":", label="spread evenly")
     axis.set(xlabel="", ylabel=f"share of attention inside the object's {region}", title=title, ylim=(0, None))
     axis.legend(title="", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -211,7 +191,7 @@ def loss_terms(histories: dict[str, pd.DataFrame], title: str) -> Figure:
 
 
 def accuracy_bars(frame: pd.DataFrame, title: str) -> Figure:
-    """Clean and robust accuracy of each method on one set, with Wilson intervals; ``frame``: results.to_frame."""
+    """Clean and robust accuracy of each method on one set, with Wilson intervals; ``frame``: tables.to_frame."""
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     methods = list(dict.fromkeys(frame.method))
     for shift, (kind, hatch) in zip((-0.2, 0.2), (("clean", ""), ("robust", "//"))):
@@ -225,134 +205,102 @@ def accuracy_bars(frame: pd.DataFrame, title: str) -> Figure:
 
 
 def accuracy_heatmap(frame: pd.DataFrame, title: str) -> Figure:
-    """Accuracy by method and set, robust above clean, mean over seeds, blank where one is not counted; ``frame``: results.to_frame."""
+    """Accuracy by method and set, robust above clean, mean over seeds; blank where not all seeds are counted.
+
+    ``frame``: tables.to_frame.
+    """
     methods, sets = list(dict.fromkeys(frame.method)), list(dict.fromkeys(frame.dataset))
-    whole = frame.groupby(["method", "kind"]).seed.transform("nunique") == frame.groupby("method").seed.transform(
-        "nunique"
-    )
-    figure, axes = plt.subplots(2, 1, figsize=(0.72 * len(sets) + 3, 0.5 * len(methods) * 2 + 3), layout="constrained")
+    counted = frame.groupby(["method", "kind"]).seed.transform("nunique")
+    whole = frame[counted == frame.groupby("method").seed.transform("nunique")]
+    figure, axes = plt.subplots(2, 1, figsize=(0.72 * len(sets) + 3, len(methods) + 3), layout="constrained")
+    cells = {"annot": True, "fmt": ".0f", "annot_kws": {"size": 9}, "linewidths": 0.5}
     for axis, kind in zip(axes, ("robust", "clean")):
-        table = frame[whole & (frame.kind == kind)].pivot_table(index="method", columns="dataset", values="accuracy")
-        table = table.reindex(index=methods, columns=sets).assign(MEAN=lambda t: t.mean(axis=1))
-        sns.heatmap(
-            table,
-            annot=True,
-            fmt=".0f",
-            cmap="viridis",
-            vmin=0,
-            vmax=100,
-            ax=axis,
-            annot_kws={"size": 9},
-            cbar_kws={"label": "top-1 (%)"},
-            linewidths=0.5,
-        )
+        table = whole[whole.kind == kind].pivot_table(index="method", columns="dataset", values="accuracy")
+        table = table.reindex(index=methods, columns=sets)
+        table["MEAN"] = table.mean(axis=1)
+        sns.heatmap(table, cmap="viridis", vmin=0, vmax=100, ax=axis, cbar_kws={"label": "top-1 (%)"}, **cells)
         axis.set(title=f"{kind} accuracy (%)", xlabel="", ylabel="")
-        plt.setp(axis.get_yticklabels(), rotation=0)
+        _names_upright(axis)
     axes[0].set_xticklabels([])
-    plt.setp(axes[1].get_xticklabels(), rotation=35, ha="right")
     figure.suptitle(_wrapped(title, figure))
     return figure
+
+
+def _names_upright(axis: Axes) -> None:
+    """Names of rows lie, and those of columns lean, so that long ones can be read."""
+    plt.setp(axis.get_xticklabels(), rotation=35, ha="right")
+    plt.setp(axis.get_yticklabels(), rotation=0)
 
 
 def trade_off(table: pd.DataFrame, title: str, published: pd.DataFrame | None = None) -> Figure:
     """Robust against clean accuracy, a point a method, its area the average; grey lines join equal averages.
 
-    ``table``: results.leaderboard, whose 95 % intervals become error bars; ``published``: the published table, in grey.
+    ``table``: tables.leaderboard, whose 95 % intervals become error bars; ``published``: the published table, in grey.
     """
     figure, axis = plt.subplots(figsize=(8.2, 5.2), layout="constrained")
-    every = pd.concat([table, published]) if published is not None else table
+    every = table if published is None else pd.concat([table, published])
     largest = every.average.max()
-    size = lambda average: 60 if np.isnan(average) else 260 * max(average, 0) / largest  # in square points
+    area = lambda average: 60 if np.isnan(average) else 260 * max(average, 0) / largest  # square points
     for color, marker, (method, row) in zip(cycle(sns.color_palette()), cycle(MARKERS), table.iterrows()):
-        axis.errorbar(
-            row.clean,
-            row.robust,
-            xerr=_or_none(row.clean_ci),
-            yerr=_or_none(row.robust_ci),
-            fmt="none",
-            color=color,
-            capsize=3,
-            alpha=0.7,
-        )
-        axis.scatter(
-            row.clean,
-            row.robust,
-            size(row.average),
-            color=color,
-            marker=marker,
-            label=f"{method}: {_or_dash(row.average, '.1f')}",
-            zorder=3,
-        )
+        bars = {"xerr": row.clean_ci, "yerr": row.robust_ci, "capsize": 3, "alpha": 0.7}
+        axis.errorbar(row.clean, row.robust, **bars, fmt="none", color=color)
+        style = {"color": color, "marker": marker, "label": f"{method}: {_or_dash(row.average)}", "zorder": 3}
+        axis.scatter(row.clean, row.robust, area(row.average), **style)
         if published is not None and method in published.index:
             there = published.loc[method]
-            axis.scatter(there.clean, there.robust, size(there.average), color="grey", marker=marker, alpha=0.6)
+            axis.scatter(there.clean, there.robust, area(there.average), color="grey", marker=marker, alpha=0.6)
             axis.plot([row.clean, there.clean], [row.robust, there.robust], color="grey", lw=0.7)
-    x_limits = max(0, every.clean.min() - 6), min(100, every.clean.max() + 6)
-    y_limits = (max(0, every.robust.min() - 6), every.robust.max() + 6) if every.robust.notna().any() else (0, 100)
-    for average in range(5, 100, 5):
-        axis.plot(x_limits, [2 * average - x for x in x_limits], color="grey", lw=0.7, alpha=0.5, zorder=0)
-        y = 2 * average - x_limits[1]
-        if y_limits[0] < y < y_limits[1]:
-            axis.text(x_limits[1], y, f" {average}", color="grey", fontsize=8, va="center")
-    axis.plot([], [], color="grey", lw=0.7, alpha=0.5, label="equal average")
+    top = min(100, every.robust.max() + 6) if every.robust.notna().any() else 100
+    bottom = max(0, every.robust.min() - 6) if every.robust.notna().any() else 0
+    axis.set(xlim=(max(0, every.clean.min() - 6), min(100, every.clean.max() + 6)), ylim=(bottom, top))
+    axis.set(xlabel="clean accuracy (%)", ylabel="robust accuracy (%)", title=_wrapped(title, figure))
+    _equal_averages(axis)
     if published is not None:
         axis.scatter([], [], color="grey", alpha=0.6, label="published")
-    axis.set(
-        xlim=x_limits,
-        ylim=y_limits,
-        xlabel="clean accuracy (%)",
-        ylabel="robust accuracy (%)",
-        title=_wrapped(title, figure),
-    )
-    # Markers of one size, since areas of the largest would push the lines of the legend apart.
     legend = axis.legend(title="average (%), area", loc="center left", bbox_to_anchor=(1.04, 0.5), fontsize=9)
     for handle in legend.legend_handles:
-        if hasattr(handle, "set_sizes"):
-            handle.set_sizes([60])
+        if isinstance(handle, PathCollection):
+            handle.set_sizes([60])  # areas of the largest would push the lines of the legend apart
     return figure
+
+
+def _equal_averages(axis: Axes) -> None:
+    """A grey line through all points of an average, every five points."""
+    (_, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    for average in range(5, 100, 5):
+        axis.axline((average, average), slope=-1, color="grey", lw=0.7, alpha=0.5, zorder=0)
+        if bottom < 2 * average - right < top:
+            axis.text(right, 2 * average - right, f" {average}", color="grey", fontsize=8, va="center")
+    axis.plot([], [], color="grey", lw=0.7, alpha=0.5, label="equal average")
+
+
+def _or_dash(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.1f}"
 
 
 def difference_matrix(differences: pd.DataFrame, title: str) -> Figure:
     """Row minus column, robust left and clean right, with half the interval; bold where it leaves out zero.
 
-    ``differences``: results.differences.
+    ``differences``: tables.differences.
     """
     methods = list(dict.fromkeys(differences.method))
     n = len(methods)
-    figure, axes = plt.subplots(
-        1, 2, figsize=(2 * (0.82 * n + 1.2) + 0.6, 0.62 * n + 2), sharey=True, layout="constrained"
-    )
+    size = 2 * (0.82 * n + 1.2) + 0.6, 0.62 * n + 2
+    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    cells = {"fmt": "", "annot_kws": {"size": 8}, "linewidths": 0.5, "mask": np.eye(n, dtype=bool)}
     for axis, kind in zip(axes, ("robust", "clean")):
-        part = differences[differences.kind == kind]
-        grid = part.pivot(index="method", columns="other", values="difference").loc[methods, methods]
-        largest = max(1.0, float(grid.abs().max().fillna(0).max()))
-        sns.heatmap(
-            grid,
-            cmap="vlag",
-            vmin=-largest,
-            vmax=largest,
-            ax=axis,
-            linewidths=0.5,
-            cbar_kws={"label": "points"},
-            mask=np.eye(n, dtype=bool),
-        )
-        for row in part[(part.method != part.other) & part.difference.notna()].itertuples():
-            y, x = methods.index(row.method), methods.index(row.other)
-            clear = row.low > 0 or row.high < 0
-            color = "white" if abs(row.difference) > 0.6 * largest else "black"
-            axis.text(
-                x + 0.5,
-                y + 0.5,
-                f"{row.difference:+.1f}\n±{(row.high - row.low) / 2:.1f}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color=color,
-                fontweight="bold" if clear else "normal",
-            )
+        pairs = differences[differences.kind == kind].pivot(index="method", columns="other")
+        difference, low, high = (pairs[name].loc[methods, methods] for name in ("difference", "low", "high"))
+        texts = difference.map("{:+.1f}".format) + "\n±" + ((high - low) / 2).map("{:.1f}".format)
+        largest = max(1.0, float(difference.abs().max().fillna(0).max()))
+        colours = {"cmap": "vlag", "vmin": -largest, "vmax": largest, "cbar_kws": {"label": "points"}}
+        sns.heatmap(difference, annot=texts, ax=axis, **cells, **colours)
+        clear = (low > 0) | (high < 0)
+        for text in axis.texts:
+            column, row = (int(place) for place in text.get_position())
+            text.set_fontweight("bold" if clear.iloc[row, column] else "normal")
         axis.set(title=f"{kind} accuracy: row minus column", xlabel="", ylabel="")
-        plt.setp(axis.get_xticklabels(), rotation=35, ha="right")
-        plt.setp(axis.get_yticklabels(), rotation=0)
+        _names_upright(axis)
     figure.suptitle(_wrapped(title, figure))
     return figure
 
@@ -361,43 +309,29 @@ def _wrapped(title: str, figure: Figure) -> str:
     return textwrap.fill(title, int(9 * figure.get_figwidth()))
 
 
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else value
-
-
-def ablation(
-    table: pd.DataFrame, seeds: pd.DataFrame, title: str, kinds: Sequence[str] = ("robust", "clean", "average")
-) -> Figure:
+def ablation(table: pd.DataFrame, seeds: pd.DataFrame, title: str, kinds: Sequence[str] = KINDS) -> Figure:
     """One panel a kind of accuracy, one line a variant: its mean with its 95 % interval, and a small point a seed.
 
-    ``table`` and ``seeds``: ablations.table and ablations.by_seed. With two columns to the index, the last one is along the
-    axis and the first one has a marker of its own.
+    ``table`` and ``seeds``: ablations.table and ablations.by_seed. With two columns to the index, the last one is along
+    the axis and the first one has a marker of its own.
     """
     names = list(table.index.names)
     rows = list(dict.fromkeys(table.index.get_level_values(-1)))
     groups = list(dict.fromkeys(table.index.get_level_values(0))) if len(names) > 1 else [None]
-    figure, axes = plt.subplots(
-        1,
-        len(kinds),
-        figsize=(max(7.5, 3.7 * len(kinds) + 2), 0.42 * len(rows) * max(1, 0.6 * len(groups)) + 1.6),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = max(7.5, 3.7 * len(kinds) + 2), 0.42 * len(rows) * max(1, 0.6 * len(groups)) + 1.6
+    figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
     several = seeds.groupby(names, sort=False).size().max() > 1
     for axis, kind in zip(axes[0], kinds):
-        for g, (group, marker) in enumerate(zip(groups, cycle(MARKERS))):
-            part = table if group is None else table.xs(group, level=0)
-            own = seeds if group is None else seeds[seeds[names[0]] == group]
-            shift = 0.0 if group is None else 0.5 * ((g + 0.5) / len(groups) - 0.5)
-            y = np.array([rows.index(row) + shift for row in part.index])
-            color = sns.color_palette()[g % len(sns.color_palette())]
-            axis.errorbar(
-                part[kind], y, xerr=part[f"{kind}_ci"].fillna(0), fmt=marker, ms=7, capsize=3, label=group, color=color
-            )
+        for g, (group, color, marker) in enumerate(zip(groups, cycle(sns.color_palette()), cycle(MARKERS))):
+            means = table if group is None else table.xs(group, level=0)
+            single = seeds if group is None else seeds[seeds[names[0]] == group]
+            shift = 0.5 * ((g + 0.5) / len(groups) - 0.5)
+            y = [rows.index(row) + shift for row in means.index]
+            bars = {"xerr": means[f"{kind}_ci"].fillna(0), "fmt": marker, "ms": 7, "capsize": 3}
+            axis.errorbar(means[kind], y, **bars, label=group, color=color)
             if several:
-                spots = [rows.index(row) + shift for row in own[names[-1]]]
-                axis.plot(own[kind], spots, "o", ms=3, color="black", alpha=0.5, zorder=4)
+                y = [rows.index(row) + shift for row in single[names[-1]]]
+                axis.plot(single[kind], y, "o", ms=3, color="black", alpha=0.5, zorder=4)
         axis.set(xlabel=f"{kind} accuracy (%)", yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
     if groups != [None]:
         axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -405,71 +339,22 @@ def ablation(
     return figure
 
 
-def alpha_beta(table: pd.DataFrame, title: str, mark: Mapping[str, float] | None = None) -> Figure:
-    """Robust, clean and average accuracy over Alpha and Beta; only measured points are filled. ``table``: ablations.table.
+def alpha_beta(table: pd.DataFrame, title: str) -> Figure:
+    """Robust, clean and average accuracy over Alpha and Beta; only measured points are filled.
 
-    ``mark``: where "Alpha" and "Beta" are to be marked by a ring, counted in steps of the measured grid.
+    ``table``: ablations.table.
     """
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    for axis, kind in zip(axes, ("robust", "clean", "average")):
-        grid = (
-            table.reset_index()
-            .pivot_table(index="Alpha", columns="Beta", values=kind, dropna=False)
-            .sort_index(ascending=False)
-        )
-        sns.heatmap(
-            grid, annot=True, fmt=".1f", cmap="viridis", ax=axis, linewidths=0.5, cbar_kws={"label": f"{kind} (%)"}
-        )
+    for axis, kind in zip(axes, KINDS):
+        grid = table.reset_index().pivot_table(index="Alpha", columns="Beta", values=kind, dropna=False)
+        cells = {"annot": True, "fmt": ".1f", "linewidths": 0.5, "cbar_kws": {"label": f"{kind} (%)"}}
+        sns.heatmap(grid.sort_index(ascending=False), cmap="viridis", ax=axis, **cells)
         plt.setp(axis.get_yticklabels(), rotation=0)
-        axis.set(
-            title=f"{kind} accuracy (%)",
-            xlabel="Beta (weight of L_AMC)",
-            ylabel="Alpha (weight of L_AR)",
-            facecolor="0.92",
-        )
+        axis.set(title=f"{kind} accuracy (%)", xlabel="Beta (weight of L_AMC)", ylabel="Alpha (weight of L_AR)")
+        axis.set_facecolor("0.92")
         axis.grid(False)
-        if mark:
-            axis.plot(
-                mark["Beta"] + 0.5,
-                len(grid) - 0.5 - mark["Alpha"],
-                marker="o",
-                mfc="none",
-                mec="crimson",
-                ms=40,
-                mew=2.5,
-            )
     figure.suptitle(_wrapped(title, figure))
     return figure
-
-
-def loss_mixture(table: pd.DataFrame, cosines: Mapping[str, float]) -> Figure:
-    """Weighted terms of a loss and their gradients' norms, and the cosines between gradients. ``table``: explorer.mix."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained", width_ratios=[1, 1, 1.1])
-    terms = table.drop("sum")
-    for axis, column, label in zip(axes, ("weighted", "gradient"), ("weighted term", "norm of its gradient, weighted")):
-        bars = axis.barh(terms.index, terms[column], color=sns.color_palette()[:3])
-        axis.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
-        axis.set(xlabel=label, title=f"sum: {table.loc['sum', column]:.3f}")
-        axis.margins(x=0.2)
-    between = [f"{pair}: {_or_dash(value)}" for pair, value in cosines.items()]
-    with_sum = [f"{name}, sum: {_or_dash(value)}" for name, value in terms.cosine.items()]
-    weights = ", ".join(f"{name} {value:g}" for name, value in terms.weight.items())
-    axes[2].axis("off")
-    axes[2].text(
-        0,
-        0.95,
-        "\n".join([f"Weights: {weights}", "", "Cosines between gradients", *between, *with_sum]),
-        va="top",
-        linespacing=1.5,
-    )
-    for axis in axes[:2]:
-        axis.invert_yaxis()
-        axis.grid(False, axis="y")
-    return figure
-
-
-def _or_dash(value: float, format_spec: str = "+.2f") -> str:
-    return "–" if np.isnan(value) else f"{value:{format_spec}}"
 
 
 def budgets(table: pd.DataFrame, title: str) -> Figure:
@@ -477,34 +362,13 @@ def budgets(table: pd.DataFrame, title: str) -> Figure:
     training steps. ``table``: that of ablations.epsilon."""
     frame = table.reset_index()
     base = frame.iloc[0]
-    panels = (
-        (
-            "test_eps",
-            "train_eps",
-            "test epsilon (1/255)",
-            "trained at {:g}/255",
-            frame.test_numsteps == base.test_numsteps,
-        ),
-        (
-            "test_numsteps",
-            "train_numsteps",
-            "PGD steps of the test",
-            "trained with {:g} steps",
-            frame.test_eps == base.test_eps,
-        ),
-    )
-    other = {"train_eps": "train_numsteps", "train_numsteps": "train_eps"}
+    same = {column: frame[column] == base[column] for column in frame}
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.2), layout="constrained")
-    for axis, (x, hue, label, legend, chosen) in zip(axes, panels):
-        part = frame[chosen & (frame[other[hue]] == base[other[hue]])]
-        for style, marker, (value, line) in zip(cycle(STYLES), cycle(MARKERS), part.groupby(hue, sort=False)):
-            line = line.sort_values(x)
-            name = value if isinstance(value, str) else legend.format(value)
-            axis.errorbar(
-                line[x], line.robust, yerr=line.robust_ci.fillna(0), fmt=marker, ls=style, capsize=3, label=name
-            )
-        axis.set(xlabel=label, ylabel="robust accuracy (%)", xticks=sorted(part[x].unique()), ylim=(0, None))
-        axis.legend(fontsize=9)
+    by_eps, by_steps = (same["test_numsteps"] & same["train_numsteps"]), (same["test_eps"] & same["train_eps"])
+    _budget_lines(axes[0], frame[by_eps], "test_eps", "train_eps", "trained at {:g}/255")
+    _budget_lines(axes[1], frame[by_steps], "test_numsteps", "train_numsteps", "trained with {:g} steps")
+    axes[0].set_xlabel("test epsilon (1/255)")
+    axes[1].set_xlabel("PGD steps of the test")
     figure.suptitle(_wrapped(title, figure))
     return figure
 
@@ -517,3 +381,14 @@ def of_ablation(name: str, table: pd.DataFrame, seeds: pd.DataFrame, title: str)
     if name == "epsilon":
         return budgets(table, title)
     return ablation(table, seeds, title, ("robust",) if name == "attacks" else ("robust", "clean", "average"))
+
+
+def _budget_lines(axis: Axes, frame: pd.DataFrame, x: str, hue: str, legend: str) -> None:
+    """Robust accuracy against the column ``x``, a line a value of ``hue``; ``legend`` says a number in words."""
+    for style, marker, (value, line) in zip(cycle(STYLES), cycle(MARKERS), frame.groupby(hue, sort=False)):
+        line = line.sort_values(x)
+        name = value if isinstance(value, str) else legend.format(value)
+        error = line.robust_ci.fillna(0)
+        axis.errorbar(line[x], line.robust, yerr=error, fmt=marker, ls=style, capsize=3, label=name)
+    axis.set(ylabel="robust accuracy (%)", xticks=sorted(frame[x].unique()), ylim=(0, None))
+    axis.legend(fontsize=9)
