@@ -1,4 +1,7 @@
-"""More than ten thousand bad inputs: each is taken, or refused in one line that names the file or the value."""
+"""More than ten thousand bad inputs: each is taken, or refused in one line that names the file or the value.
+
+A tenth of them without --long.
+"""
 
 import json
 import struct
@@ -7,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import size
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,13 +25,15 @@ from tgazsr_utils.measuring.records import Record, RecordStore
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, validate
 from tgazsr_utils.paths import ROOT
 
-TOTAL = []
+TOTAL = []  # with --long
 
 
 def fuzz(examples):
     TOTAL.append(examples)
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=examples, deadline=None, database=None, suppress_health_check=checks)
+    return settings(
+        max_examples=size(examples // 10, examples), deadline=None, database=None, suppress_health_check=checks
+    )
 
 
 def one_line(error):
@@ -98,7 +104,12 @@ def test_records_with_a_strange_value(tmp_path, name, value):
     try_record(tmp_path, json.dumps(content | {"checksum": digest(content)}).encode())
 
 
-PROFILE = b"description: mine\nnotebooks: [02_train_tga_zsr]\nparameters: {seed: 3, methods: [TeCoA]}\nby_notebook:\n  02_train_tga_zsr: {epochs: 2}\n"
+PROFILE = b"""description: mine
+notebooks: [02_train_tga_zsr]
+parameters: {seed: 3, methods: [TeCoA]}
+by_notebook:
+  02_train_tga_zsr: {epochs: 2}
+"""
 
 
 @fuzz(2000)

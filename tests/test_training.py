@@ -155,7 +155,7 @@ def test_last_num_ft_tunes_the_last_parameter_tensors(mini, train_set, tmp_path)
 
 
 def test_passes_through_the_encoder_in_one_step(mini, train_set, tmp_path, monkeypatch, passes):
-    """Attack steps, then attacked and clean images in one pass; the original model once; a look at the outcome. No text is encoded again."""
+    """Attack steps, then attacked and clean images in one pass; the original once; a look at the outcome. No text."""
     settings = SETTINGS.model_copy(update={"epochs": 1, "batch_size": 20, "train_numsteps": 2})
     mini.encode_text(train_set.prompts)
     monkeypatch.setattr(type(mini.model), "encode_text", lambda *a, **k: pytest.fail("text was encoded"))
@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_term(mini, train_set,
 
 
 def test_a_gradient_that_is_not_finite_stops_with_its_term_and_the_last_good_checkpoint(mini, train_set, tmp_path):
-    """Values are finite, and so is the cross-entropy's gradient; the square root of zero has none. From the second epoch on."""
+    """Values are finite, and so is the cross-entropy's gradient; the root of zero has none. From epoch two on."""
     seen = []
 
     def terms(step, settings):
