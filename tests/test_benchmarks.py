@@ -12,6 +12,7 @@ from tgazsr_utils.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import busy  # noqa: E402
 import released  # noqa: E402
 import run  # noqa: E402
 
@@ -69,3 +70,15 @@ def test_the_released_step_has_the_same_loss(mini, shapes):
     ours = sum(term.weight * term.value for term in run.TGA.terms(step, settings))
     assert ours.item() == pytest.approx(theirs, rel=1e-4)
     tuned.model.requires_grad_(False)
+
+
+def test_what_is_wanted_beside_another_job():
+    times = {"PASSIVE": {"idle": [1.0, 1.04, 9.0], "busy": [2.0, 2.5, 3.0]}, "ACTIVE": {"idle": [1.0], "busy": [8.0]}}
+    found = busy.summary(times)
+    assert found["medians"]["PASSIVE"] == {"idle": 1.04, "busy": 2.5} and found["as_wanted"]
+    assert found["ratios"] == pytest.approx(
+        {"passive_to_active_idle": 1.04, "passive_busy_to_idle": 2.5 / 1.04, "active_busy_to_idle": 8.0}
+    )
+    slow_idle = {"PASSIVE": {"idle": [1.1], "busy": [2.0]}, "ACTIVE": {"idle": [1.0], "busy": [8.0]}}
+    slow_busy = {"PASSIVE": {"idle": [1.0], "busy": [2.6]}, "ACTIVE": {"idle": [1.0], "busy": [8.0]}}
+    assert not busy.summary(slow_idle)["as_wanted"] and not busy.summary(slow_busy)["as_wanted"]

@@ -178,7 +178,7 @@ def test_torchrun_fills_the_folder_that_a_notebook_then_only_reads(tmp_path, mon
     asked = ["smoke", "04", *(word for item in given.items() for word in ("-p", *item))]
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tgazsr_utils.runner"]
     own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    options = {"cwd": ROOT, "env": os.environ | own, "capture_output": True, "text": True, "timeout": 240}
+    options = {"cwd": ROOT, "env": os.environ | own, "capture_output": True, "text": True, "timeout": 600}
     together = subprocess.run([sys.executable, *start, *asked], **options)
     assert together.returncode == 0, together.stderr
     assert together.stdout.count("TGA-ZSR seed 0: 4/4") == 1  # from one of them
