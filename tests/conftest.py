@@ -1,9 +1,19 @@
+import json
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # read by PyTorch, here and in what tests start: there is a worker for each core
 
 import tgazsr_utils  # noqa: F401, I001  (before PyTorch and open_clip: it says how threads wait, and mends torchvision's import)
 import pytest
 import torch
+from filelock import FileLock
 from open_clip.transformer import VisionTransformer
 from PIL import Image
 
@@ -12,6 +22,74 @@ if not torch.cuda.is_available():
 
 from tgazsr_utils.datasets.loading import load_dataset  # noqa: E402
 from tgazsr_utils.durable.weights import load_clip  # noqa: E402
+from tgazsr_utils.paths import ROOT  # noqa: E402
+
+OPTIONS = []  # pytest's, once it has read them
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="all that the README counts, and what takes minutes")
+    parser.addoption("--kills", type=int, help="how often the kill test kills (default: 4, or 25 with --long)")
+    parser.addoption("--kills-seed", type=int, default=random.SystemRandom().randrange(10**6), help="when it does")
+
+
+def pytest_configure(config):
+    OPTIONS[:] = [config.option]
+    config.addinivalue_line("markers", "long: runs with --long only; another test takes the same path with less work")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.long:
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def size(short, long):
+    """``long`` where pytest was given --long, else ``short``: how much work a test does."""
+    return long if OPTIONS[0].long else short
+
+
+def only_long(*values):
+    """Parameters that are tried with --long only."""
+    return [pytest.param(value, marks=pytest.mark.long) for value in values]
+
+
+def own_environment():
+    """In which run_all.sh takes this Python's environment for the active one."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": path}
+
+
+def run_all(*arguments):
+    """run_all.sh, to its end."""
+    command = ["bash", str(ROOT / "run_all.sh"), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=own_environment())
+
+
+class Smoke(NamedTuple):
+    """The whole workbook, as run_all.sh has run it in profile smoke."""
+
+    folder: Path
+    arguments: list[str]  # of run_all.sh
+    log: str
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """Run once in a session, by the worker that asks first; for many tests to look at. Its folder has a nasty name."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, outcome = shared / 'it\'s "odd" $(touch ran) `touch ran`; touch ran\\n', shared / "smoke.json"
+    arguments = ["smoke", "-p", "output", str(folder)]
+    with FileLock(shared / "smoke.lock"):
+        if not outcome.exists():
+            done = run_all(*arguments)
+            outcome.write_text(json.dumps([done.returncode, done.stdout, done.stderr]), encoding="utf-8")
+    code, log, errors = json.loads(outcome.read_text(encoding="utf-8"))
+    assert code == 0, errors
+    return Smoke(folder, arguments, log)
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +143,3 @@ def passes(monkeypatch):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
-
-
-def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=25, help="how often the kill test kills")
-    parser.addoption("--kills-seed", type=int, default=random.SystemRandom().randrange(10**6), help="when it does")

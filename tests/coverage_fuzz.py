@@ -1,6 +1,6 @@
-"""Coverage-guided fuzzing (atheris) of what reads files: ``python tests/coverage_fuzz.py CORPUS -runs=N``; called by test_safety.
+"""Coverage-guided fuzzing (atheris) of what reads files: ``python tests/coverage_fuzz.py CORPUS -runs=N``.
 
-The first byte picks the reader, the rest is the file. Each one takes a file or refuses it in one line.
+Called by test_safety. The first byte picks the reader, the rest is the file. Each takes it or refuses it in one line.
 """
 
 import resource
@@ -12,15 +12,15 @@ import atheris
 import psutil
 
 with atheris.instrument_imports(include=["tgazsr_utils", "json", "yaml"], enable_loader_override=False):
-    from tgazsr_utils import runner
+    from tgazsr_utils import profiles, runner
     from tgazsr_utils.durable.files import load_tensors
     from tgazsr_utils.measuring.records import RecordStore
     from tgazsr_utils.parameters import SettingsError
 
 FOLDER = Path(tempfile.mkdtemp())
-runner.PROFILES = FOLDER
+profiles.PROFILES = FOLDER
 READERS = (
-    ("abc.yaml", lambda path: runner.load_profile("abc")),
+    ("abc.yaml", lambda path: profiles.load_profile("abc")),
     ("abc.json", lambda path: RecordStore(FOLDER).get("abc")),
     ("manifest.json", runner.load_manifest),
     ("abc.ckpt", load_tensors),
@@ -40,8 +40,8 @@ def read(data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    # libFuzzer's own limit reads the process's peak, which it inherits from the process that started it: so it is off, and this
-    # makes an allocation beyond 1 GiB a MemoryError.
+    # libFuzzer's own limit reads the process's peak, which it inherits from the process that started it: so it is off,
+    # and this makes an allocation beyond 1 GiB a MemoryError.
     allowed = psutil.Process().memory_info().data + 2**30
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
     atheris.Setup([*sys.argv, "-rss_limit_mb=0"], read)

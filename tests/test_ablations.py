@@ -1,12 +1,15 @@
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import size
 
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.durable.finetuning import finetune
+from tgazsr_utils.durable.runs import Run
 from tgazsr_utils.durable.weights import find_weights
 from tgazsr_utils.measuring import ablations
 from tgazsr_utils.measuring.ablations import ABLATIONS, Sweep, base_training, by_seed, plan, table
@@ -24,7 +27,8 @@ def settings(**changes):
 def sweep(mini, tmp_path):
     """Eight steps of training and two sets of a few images."""
     train = load_dataset("shapes", "train", n=32)
-    tests, few = ([load_dataset(key, "test", n=n) for key in ("shapes", "colours")] for n in (12, 6))
+    sizes = size((8, 4), (12, 6))
+    tests, few = ([load_dataset(key, "test", n=n) for key in ("shapes", "colours")] for n in sizes)
     return Sweep(mini, train, tests, few, tmp_path / "models", Bench(RecordStore(tmp_path / "records")))
 
 
@@ -59,7 +63,7 @@ def test_subsets_are_chosen_by_name():
 
 @pytest.mark.parametrize("profile", ["mini", "smoke", "mini-reference", "full", "photo"])
 def test_every_profile_has_what_each_ablation_compares(profile, tmp_path):
-    """PGD's last iterate comes first and "worst" beside it, whatever the steps; no row has another attack than its name."""
+    """PGD's last iterate comes first and "worst" beside it, whatever the steps; each row has the attack of its name."""
     values = load_profile(profile)
     values = values.model_copy(update={"parameters": {k: v for k, v in values.parameters.items() if k != "data_root"}})
     s = validate(AblationNotebook, parameters_of("03_ablations", values, "runs/x", {"attack": "cw"}))
@@ -101,11 +105,13 @@ def test_one_thing_varies_in_each_ablation():
 
 
 def test_what_another_notebook_trained_is_shared_and_stays_the_latest(sweep, tmp_path):
-    """04 trains a method with its own settings; the ablations find that very file, and leave it what "latest:" means."""
+    """04 trains a method with its own settings; the ablations find that file, and leave it what "latest:" means."""
     s = settings(**QUICK)
     trained = {
         m: finetune(sweep.original, sweep.train, m, s.finetuning(m), tmp_path / "models") for m in ("TeCoA", "TGA-ZSR")
     }
+    run = Run(tmp_path / "run")
+    shown = [run.show(result.weights) for result in trained.values()]
     for name, method in (
         ("loss_parts", "TeCoA"),
         ("attention", "TeCoA"),
@@ -118,12 +124,19 @@ def test_what_another_notebook_trained_is_shared_and_stays_the_latest(sweep, tmp
         assert trained[method].weights in sweep._loaded
     sweep.run("tuned_part", plan(s)["tuned_part"])
     assert len(list((tmp_path / "models").glob("TGA-ZSR_*.safetensors"))) == 2
-    assert find_weights("latest:TGA-ZSR", tmp_path / "models") == str(trained["TGA-ZSR"].weights)
+    assert find_weights("latest:TGA-ZSR", run.models) == str(shown[1])
+
+
+def hurried(variants):
+    """With fewer steps of AutoAttack, but for --long."""
+    steps = lambda v: size(20, v.attack.test_numsteps) if v.attack.attack == "autoattack" else v.attack.test_numsteps
+    fewer = lambda v: replace(v, attack=v.attack.model_copy(update={"test_numsteps": steps(v)}))
+    return {name: list(map(fewer, part)) for name, part in variants.items()}
 
 
 def test_a_sweep_resumes_and_does_nothing_twice(sweep, monkeypatch):
     s = settings(**QUICK, ablations=["loss_parts", "attacks", "seeds"], methods=["TeCoA", "TGA-ZSR"])
-    done = {name: sweep.run(name, variants) for name, variants in plan(s).items()}
+    done = {name: sweep.run(name, variants) for name, variants in hurried(plan(s)).items()}
     # CE, both (seeds 0, 1, 2 each) and one for each of the two terms; "attacks" asks for no others
     assert len(list(sweep.models.glob("*.safetensors"))) == 8
     # 8 models and 2 sets, clean and attacked; then 3 models under 6 attacks, and clean, on fewer images
@@ -131,7 +144,7 @@ def test_a_sweep_resumes_and_does_nothing_twice(sweep, monkeypatch):
     monkeypatch.setattr(
         ablations, "finetune", lambda *a, **k: finetune(*a, **k, stop=lambda: pytest.fail("trained again"))
     )
-    again = {name: sweep.run(name, variants) for name, variants in plan(s).items()}
+    again = {name: sweep.run(name, variants) for name, variants in hurried(plan(s)).items()}
     for name in done:
         pd.testing.assert_frame_equal(table(name, done[name]), table(name, again[name]))
 

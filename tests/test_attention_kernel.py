@@ -4,10 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-
 from tgazsr_utils.core.attention import complementary_attention, text_guided_attention
-from tgazsr_utils.core.attention_kernel import attention
 from tgazsr_utils.core.models import ImageTokens
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.durable.finetuning import finetune
@@ -15,6 +12,7 @@ from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.parameters import TrainNotebook, validate
 from tgazsr_utils.profiles import default_parameters
 
+attention = pytest.importorskip("tgazsr_utils.core.attention_kernel").attention  # which needs Triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(3, 49, 512), (2, 7, 33), (2, 50, 100), (1, 1024, 96), (1, 256, 1280), (2, 3, 5), (64, 49, 24)]
 

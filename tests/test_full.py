@@ -1,9 +1,13 @@
-"""The published protocol end to end: ViT-B/32 with random weights on miniatures of all 16 sets. Plumbing, no result."""
+"""The published protocol end to end, with random weights on miniatures of all 16 sets. Plumbing, no result.
+
+With --long its model is ViT-B/32, else the mini-CLIP.
+"""
 
 import json
 from pathlib import Path
 
 import pandas as pd
+from conftest import size
 from miniatures import write_all
 
 from tgazsr_utils.runner import main
@@ -19,6 +23,7 @@ def test_the_full_profile_runs_on_miniatures_of_the_sixteen_sets(tmp_path, monke
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     given = {"data_root": root, "output": out, "pretrained": "null", "epochs": 1, "batch_size": 4, "warmup_steps": 1}
     given |= {"test_numsteps": 2, "quick_eval": 3, "eps_list": "[1]", "device": "cpu", "methods": "[TeCoA, TGA-ZSR]"}
+    given |= size({"arch": "mini-clip"}, {})
     arguments = [part for name, value in given.items() for part in ("-p", name, str(value))]
     assert main(["full", *arguments]) == 0, capfd.readouterr().err
     assert "plumbing check, not a result" in capfd.readouterr().out
@@ -26,7 +31,7 @@ def test_the_full_profile_runs_on_miniatures_of_the_sixteen_sets(tmp_path, monke
     table = pd.read_csv(out / "tables" / "leaderboard.csv", index_col="method", dtype=str)
     assert set(table.index) == {"CLIP", "TeCoA", "TGA-ZSR"}
     assert set(table.sets) == {"16"} and set(table.world) == {"plumbing check, not a result"}
-    records = [json.loads(path.read_text()) for path in out.glob("records/*.json")]
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("store/records/*.json")]
     sixteen = [r for r in records if r["dataset"] != "tinyImageNet" or r["n"] == 3]
     assert len(sixteen) == 3 * 16 * 2 and all(2 <= r["n"] <= 3 and not r["published"] for r in sixteen)
     available = {r["dataset"]: r["available"] for r in sixteen}

@@ -1,4 +1,7 @@
-"""More than ten thousand bad inputs: each is taken, or refused in one line that names the file or the value."""
+"""More than ten thousand bad inputs: each is taken, or refused in one line that names the file or the value.
+
+A tenth of them without --long.
+"""
 
 import json
 import struct
@@ -7,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import size
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tgazsr_utils import runner
+from tgazsr_utils import profiles
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.durable.checkpoints import Checkpoints
 from tgazsr_utils.durable.files import save_tensors
@@ -21,13 +25,15 @@ from tgazsr_utils.measuring.records import Record, RecordStore
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, validate
 from tgazsr_utils.paths import ROOT
 
-TOTAL = []
+TOTAL = []  # with --long
 
 
 def fuzz(examples):
     TOTAL.append(examples)
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=examples, deadline=None, database=None, suppress_health_check=checks)
+    return settings(
+        max_examples=size(examples // 10, examples), deadline=None, database=None, suppress_health_check=checks
+    )
 
 
 def one_line(error):
@@ -98,19 +104,24 @@ def test_records_with_a_strange_value(tmp_path, name, value):
     try_record(tmp_path, json.dumps(content | {"checksum": digest(content)}).encode())
 
 
-PROFILE = b"description: mine\nnotebooks: [02_train_tga_zsr]\nparameters: {seed: 3, methods: [TeCoA]}\nby_notebook:\n  02_train_tga_zsr: {epochs: 2}\n"
+PROFILE = b"""description: mine
+notebooks: [02_train_tga_zsr]
+parameters: {seed: 3, methods: [TeCoA]}
+by_notebook:
+  02_train_tga_zsr: {epochs: 2}
+"""
 
 
 @fuzz(2000)
 @given(content=damaged(PROFILE, 24))
 def test_damaged_profiles(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(runner, "PROFILES", tmp_path)
+    monkeypatch.setattr(profiles, "PROFILES", tmp_path)
     (tmp_path / "mine.yaml").write_bytes(content)
     try:
-        profile = runner.load_profile("mine")
-        runner.check_names(profile, {}, profile.notebooks)
+        profile = profiles.load_profile("mine")
+        profiles.check_names(profile, {}, profile.notebooks)
         for notebook in profile.notebooks:
-            runner.parameters_of(notebook, profile, "runs/x", {})
+            profiles.parameters_of(notebook, profile, "runs/x", {})
     except SettingsError as error:
         one_line(error)
 
@@ -120,7 +131,7 @@ def test_damaged_profiles(tmp_path, monkeypatch, content):
 def test_parameters_with_a_strange_value(notebook, data):
     model = NOTEBOOKS[notebook]
     name = data.draw(st.sampled_from([*model.model_fields, "other"]))
-    values = runner.default_parameters(notebook) | {name: data.draw(anything)}
+    values = profiles.default_parameters(notebook) | {name: data.draw(anything)}
     try:
         validate(model, values)
     except SettingsError as error:

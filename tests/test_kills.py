@@ -1,6 +1,6 @@
 """SIGKILL at random moments, again and again: what was done is kept, and the end is that of an undisturbed run.
 
-``--kills N`` kills more often than 25 times; ``--kills-seed S`` repeats a run (the seed is printed).
+``--kills N`` kills as often as that; ``--kills-seed S`` repeats a run (the seed is printed).
 """
 
 import json
@@ -9,11 +9,10 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import torch
+from conftest import own_environment, run_all, size
 from safetensors.torch import load_file
 
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
@@ -94,7 +93,7 @@ def same(first, second):
 
 
 def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_been(tmp_path, request, capsys):
-    kills, seed = request.config.getoption("--kills"), request.config.getoption("--kills-seed")
+    kills, seed = request.config.option.kills or size(4, 25), request.config.option.kills_seed
     chance = random.Random(seed)
     child, started = start(tmp_path / "whole"), time.monotonic()
     child.join()
@@ -124,49 +123,29 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_been(tmp
 
 
 def test_the_whole_run_killed_and_started_again(tmp_path, request, capsys):
-    """run_all.sh, which becomes the runner, in this environment: while its notebook starts, trains, and measures."""
-    chance = random.Random(request.config.getoption("--kills-seed"))
-    asked = [
-        "bash",
-        "run_all.sh",
-        "smoke",
-        "02",
-        "-p",
-        "methods",
-        "[TGA-ZSR]",
-        "-p",
-        "train_images",
-        "320",
-        "-p",
-        "output",
-    ]
-    own = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    options = {
-        "cwd": ROOT,
-        "env": os.environ | own,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-    }
-    run = lambda folder: subprocess.Popen([*asked, str(folder)], **options)
-    whole = run(tmp_path / "whole")
-    assert whole.communicate() and whole.returncode == 0
-    for landmark in ("manifest.json", "models/*.ckpt", "records/*.json"):
-        process = run(tmp_path / "parts")
+    """run_all.sh, which becomes the runner: while its notebook starts, trains, or measures; with --long, thrice."""
+    chance = random.Random(request.config.option.kills_seed)
+    given = {"methods": "[TGA-ZSR]", "train_images": "80", "epochs": "2"}
+    asked = ["smoke", "02", *(word for item in given.items() for word in ("-p", *item)), "-p", "output"]
+    options = {"cwd": ROOT, "env": own_environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    landmarks = ["run/manifest.json", "store/models/*.ckpt", "store/records/*.json"]
+    landmarks = size([chance.choice(landmarks)], landmarks)
+    whole = run_all(*asked, tmp_path / "whole" / "run")
+    assert whole.returncode == 0, whole.stderr
+    for landmark in landmarks:
+        process = subprocess.Popen(
+            ["bash", "run_all.sh", *asked, str(tmp_path / "parts" / "run")], text=True, **options
+        )
         while process.poll() is None and not list((tmp_path / "parts").glob(landmark)):
             time.sleep(0.02)
         time.sleep(chance.uniform(0, 0.5))
         assert process.poll() is None, process.communicate()[0]
         process.kill()
         process.communicate()
-    last = run(tmp_path / "parts")
-    printed, _ = last.communicate()
-    assert last.returncode == 0, printed
-    assert same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
-    manifest = json.loads((tmp_path / "parts" / "manifest.json").read_text())
+    last = run_all(*asked, tmp_path / "parts" / "run")
+    assert last.returncode == 0, last.stderr
+    assert same(outcome(tmp_path / "parts" / "store"), outcome(tmp_path / "whole" / "store"))
+    manifest = json.loads((tmp_path / "parts" / "run" / "manifest.json").read_text())
     assert {entry["status"] for entry in manifest["notebooks"].values()} == {"finished"}
     with capsys.disabled():
-        print(
-            "\nrun_all.sh killed 3 times, while it started, trained and measured: it ended as the undisturbed one",
-            flush=True,
-        )
+        print(f"\nrun_all.sh killed at {', '.join(landmarks)}: it ended as the undisturbed one", flush=True)

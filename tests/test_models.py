@@ -11,6 +11,11 @@ from tgazsr_utils.durable.fingerprints import fingerprint
 from tgazsr_utils.durable.weights import load_clip, read_metadata, save_clip
 
 
+@pytest.fixture(scope="module")
+def vit_b_32():
+    return load_clip("ViT-B-32-quickgelu", None, "cpu")
+
+
 def test_one_forward_gives_class_and_patch_tokens_both_projected(mini, shapes, monkeypatch):
     forwards = []
     hook = mini.visual.transformer.register_forward_hook(lambda *a: forwards.append(1))
@@ -64,10 +69,9 @@ def test_saved_weights_load_alike_here_and_in_plain_open_clip(mini, tmp_path):
     assert all(torch.equal(v, plain[k]) for k, v in mini.model.state_dict().items())
 
 
-def test_any_open_clip_vit_works_by_name():
-    clip = load_clip("ViT-B-32-quickgelu", None, "cpu")
-    tokens = clip.encode_image(torch.rand(1, 3, 224, 224))
-    assert tokens.pooled.shape == (1, 512) and tokens.patches.shape == (1, 49, 512) and clip.grid == (7, 7)
+def test_any_open_clip_vit_works_by_name(vit_b_32):
+    tokens = vit_b_32.encode_image(torch.rand(1, 3, 224, 224))
+    assert tokens.pooled.shape == (1, 512) and tokens.patches.shape == (1, 49, 512) and vit_b_32.grid == (7, 7)
 
 
 def test_another_resolution_interpolates_the_positions(mini):
@@ -115,7 +119,7 @@ def test_weights_of_plain_open_clip_give_the_same_logits(mini, shapes, tmp_path)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_released_checkpoints_hold_an_image_encoder(mini, tmp_path, prefix):
+def test_released_checkpoints_hold_an_image_encoder(mini, vit_b_32, tmp_path, prefix):
     """As released: OpenAI's names for the image encoder, beside optimiser state (REFERENCE Q7)."""
     encoder = {prefix + name: value + 0.01 for name, value in mini.visual.state_dict().items()}
     optimizer = torch.optim.SGD(mini.visual.parameters(), lr=0.1).state_dict()
@@ -137,7 +141,7 @@ def test_released_checkpoints_hold_an_image_encoder(mini, tmp_path, prefix):
         "transformer.resblocks.0.attn.in_proj_weight",
         "transformer.resblocks.0.mlp.c_fc.weight",
     }
-    assert openai_names <= set(load_clip("ViT-B-32-quickgelu", None, "cpu").visual.state_dict())
+    assert openai_names <= set(vit_b_32.visual.state_dict())
     with pytest.raises(ValueError, match="cannot be loaded into ViT-B-16-plus: .*no 'openai' weights"):
         load_clip("ViT-B-16-plus", path, "cpu")
 

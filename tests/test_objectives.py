@@ -71,16 +71,8 @@ def test_published_settings():
     assert preset["TGA-ZSR"] == PRESET == preset["FT-Adv."] and preset["TeCoA"] == PRESET | {"lr": 1e-5}
     assert preset["PMG-AFT"] == PRESET | {"lr": 5e-5, "train_eps": 2.0, "train_numsteps": 5, "batch_size": 256}
     assert preset["Comp-TGA"] == PRESET | {"Alpha": 0.10, "Beta": 0.07}
-    given = dict(
-        epochs=1,
-        batch_size=None,
-        lr=None,
-        warmup_steps=1,
-        train_eps=3.0,
-        train_stepsize=None,
-        train_numsteps=None,
-        seed=0,
-    )
+    given = {"epochs": 1, "batch_size": None, "lr": None, "warmup_steps": 1, "seed": 0}
+    given |= {"train_eps": 3.0, "train_stepsize": None, "train_numsteps": None}
     settings = FinetuneSettings(Alpha=None, Beta=0.5, Distance_metric="l2", attention_variant="reference", **given)
     filled = OBJECTIVES["PMG-AFT"].with_preset(settings)
     assert (filled.lr, filled.batch_size, filled.train_numsteps, filled.Alpha) == (5e-5, 256, 5, 0.08)

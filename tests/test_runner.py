@@ -7,6 +7,7 @@ import venv
 
 import nbformat
 import pytest
+from conftest import size
 
 from tgazsr_utils import runner
 from tgazsr_utils.paths import ROOT
@@ -107,7 +108,7 @@ def test_a_failing_notebook_stops_the_run_and_leaves_its_copy(photo_root, tmp_pa
     assert any(o.output_type == "error" for c in executed.cells if c.cell_type == "code" for o in c.outputs)
     entry = json.loads((out / "manifest.json").read_text())["notebooks"]["02_train_tga_zsr"]
     assert entry["status"] == "failed" and "3.png" in entry["error"]
-    assert not list((out / "models").glob("*")) if (out / "models").exists() else True
+    assert not list((tmp_path / "store").rglob("*.safetensors"))
 
 
 def test_the_fingerprint_follows_every_input(tmp_path, monkeypatch):
@@ -126,11 +127,9 @@ def test_the_fingerprint_follows_every_input(tmp_path, monkeypatch):
     assert fingerprint("01_attention_shift", parameters, "") != first
 
 
-def test_the_whole_workbook_runs_in_the_smoke_profile(tmp_path, capfd):
-    out = tmp_path / "out"
-    given = ["smoke", "-p", "output", str(out)]
-    assert main(given) == 0
-    log = capfd.readouterr().out
+def test_the_whole_workbook_runs_in_the_smoke_profile(smoke, capfd):
+    """This test alone may run it again."""
+    out, given, log = smoke
     manifest = json.loads((out / "manifest.json").read_text())
     assert [e["status"] for e in manifest["notebooks"].values()] == ["finished"] * 6
     assert {"torch", "open_clip_torch"} <= set(manifest["notebooks"]["02_train_tga_zsr"]["environment"]["packages"])
@@ -151,7 +150,7 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(tmp_path, capfd):
         "text/html" in data and not any("widget" in kind for kind in data) for data in panels
     )  # of 05
     assert "TGA-ZSR" in log.rsplit("robust", 1)[1]  # the closing table
-    assert len(list((out / "records").glob("*.json"))) >= 3 * 16 * 2
+    assert len(list((out.parent / "store" / "records").glob("*.json"))) >= 3 * 16 * 2
 
     assert "mini-world" in log.rsplit("robust", 1)[1]
 
@@ -168,14 +167,17 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(tmp_path, capfd):
     )
     assert table.read_text() == whole
     assert main([*given, "--fresh", "-p", "seed", "x"]) == 2  # refused before anything is moved
-    assert out.exists() and not list(tmp_path.glob("out-before-*"))
+    assert out.exists() and not [path for path in out.parent.iterdir() if "-before-" in path.name]
 
 
 def test_the_photo_profile_runs_on_folders_of_photographs(photo_root, tmp_path_factory, capfd):
+    """Without --long, only what is looked at, and 01 with the pre-trained model in place of the tuned one."""
     out = tmp_path_factory.mktemp("photo") / "out"  # not below the folder of image sets
     small = {"steps": 3, "batch_size": 4, "epochs": 1, "test_images": 4, "test_numsteps": 1, "warmup_steps": 1}
     given = {"data_root": photo_root, "dataset": "tiny", "output": out, "eps_candidates": "[1.0]", **small}
-    assert main(["photo", *(word for item in given.items() for word in ("-p", item[0], str(item[1])))]) == 0
+    given |= size({"tuned": "latest:pretrained", "check_images": 1}, {})
+    notebooks = size(["00", "01", "04"], [])
+    assert main(["photo", *notebooks, *(word for item in given.items() for word in ("-p", item[0], str(item[1])))]) == 0
     log = capfd.readouterr().out
     assert "pre-train mini-clip: 3/3" in log and "2 sets" in log
     assert re.search(r"\n.* 2  +8 +photographs", log)  # sets, images, world

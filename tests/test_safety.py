@@ -6,7 +6,6 @@ import http.server
 import importlib.util
 import io
 import json
-import os
 import pickle
 import re
 import socket
@@ -26,6 +25,7 @@ import psutil
 import pytest
 import torch
 import torchvision.datasets
+from conftest import own_environment, size
 from miniatures import write_all
 
 from tgazsr_utils.core.seeds import digest
@@ -150,21 +150,11 @@ def test_a_zip_cannot_either(served, tmp_path, monkeypatch):
     ]
 
 
-def run_all(*arguments):
-    """run_all.sh with this Python as the active environment."""
-    own = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(
-        ["bash", str(ROOT / "run_all.sh"), *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ | own
-    )
-
-
-def test_what_a_person_passes_is_never_run(tmp_path, capsys):
+def test_what_a_person_passes_is_never_run(smoke, tmp_path, capsys):
     """Neither by the shell nor in a notebook that papermill writes it into."""
     trace = tmp_path / "ran"
-    folder = tmp_path / 'it\'s "odd" $(touch ran) `touch ran`; touch ran\\n'
-    done = run_all("smoke", "02", "-p", "output", str(folder), "-p", "methods", "[TeCoA]")
-    assert done.returncode == 0, done.stderr
-    assert len(list(folder.glob("tables/*.csv"))) == 1
+    assert all(part in smoke.folder.name for part in ("'", '"', "$(touch ran)", "`touch ran`", "; touch ran", "\\n"))
+    assert (smoke.folder / "tables" / "before_and_after.csv").exists() and not (smoke.folder.parent / "ran").exists()
     code = f'"); open("{trace}", "w"); ("'
     for name in ("dataset", "arch", "pretrained", "prompt", "device"):
         assert main(["smoke", "02", "-p", name, json.dumps(code)]) == 2
@@ -186,12 +176,12 @@ def test_jupyter_listens_on_loopback_and_wants_its_token(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     own = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")}
-    own |= {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     (tmp_path / "JUPYTER_CONFIG_DIR").mkdir()
     (tmp_path / "JUPYTER_CONFIG_DIR" / "jupyter_server_config.py").write_text("c.ServerApp.ip = '0.0.0.0'\n")
     command = ["bash", str(ROOT / "run_all.sh"), "--lab", "--no-browser", "--allow-root", f"--port={port}"]
     with open(tmp_path / "log", "w") as log:
-        server = subprocess.Popen(command, cwd=ROOT, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT)
+        environment = own_environment() | own
+        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         status = None
         for _ in range(120):
@@ -228,11 +218,11 @@ def test_coverage_guided_fuzzing_finds_nothing(tmp_path):
     (tmp_path / "corpus").mkdir()
     for number, seed in enumerate(seeds):
         (tmp_path / "corpus" / str(number)).write_bytes(seed)
-    script = str(Path(__file__).with_name("coverage_fuzz.py"))
+    script, runs = str(Path(__file__).with_name("coverage_fuzz.py")), size(2_000, 20_000)
     done = subprocess.run(
-        [sys.executable, script, str(tmp_path / "corpus"), "-runs=20000", "-seed=1", "-max_len=600"],
+        [sys.executable, script, str(tmp_path / "corpus"), f"-runs={runs}", "-seed=1", "-max_len=600"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and "Done 20000" in done.stderr, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.returncode == 0 and f"Done {runs}" in done.stderr, done.stdout[-2000:] + done.stderr[-3000:]

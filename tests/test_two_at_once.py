@@ -1,9 +1,8 @@
-"""Two runs: into one folder the second is refused, or both find the same whole files; of the same seed they are the same."""
+"""Two runs: into one folder the second is refused, or both find the same whole files; one seed means one outcome."""
 
 import multiprocessing
-import subprocess
-import sys
 
+import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
@@ -14,8 +13,7 @@ from tgazsr_utils.durable.finetuning import finetune
 from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import RecordStore
-from tgazsr_utils.paths import ROOT
-from tgazsr_utils.runner import environment, main
+from tgazsr_utils.runner import environment_of, main
 
 SETTINGS = FinetuneSettings(
     Alpha=0.08,
@@ -33,11 +31,11 @@ SETTINGS = FinetuneSettings(
 )
 
 
-def test_a_second_headless_run_into_a_folder_is_refused(tmp_path):
+def test_a_second_headless_run_into_a_folder_is_refused(tmp_path, capsys):
     with FileLock(tmp_path / ".out.lock"):  # as a run that goes on holds it
-        command = [sys.executable, "-m", "tgazsr_utils.runner", "smoke", "01", "-p", "output", str(tmp_path / "out")]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "another run writes to" in done.stderr and done.stderr.count("\n") == 1
+        assert main(["smoke", "01", "-p", "output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "another run writes to" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -62,11 +60,19 @@ def work(folder):
     ]
 
 
-def test_the_same_seed_in_another_process_gives_the_same_weights_and_records(tmp_path):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """One that this process has filled alone, one that two others have filled together; and what all three found."""
+    alone, shared = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("shared")
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        both = pool.map_async(work, [shared, shared], chunksize=1)
+        found = [work(alone), *both.get()]
+    return [alone, shared], found
+
+
+def test_the_same_seed_in_another_process_gives_the_same_weights_and_records(folders):
     """Same machine, same number of threads."""
-    folders = [tmp_path / "first", tmp_path / "second"]
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        pool.map(work, folders, chunksize=1)
+    folders, _ = folders
     records = [
         [r.model_dump(exclude={"time", "seconds"}) for r in RecordStore(folder / "records").all()] for folder in folders
     ]
@@ -77,19 +83,15 @@ def test_the_same_seed_in_another_process_gives_the_same_weights_and_records(tmp
     )
     weights = [load_file(next((folder / "models").glob("*.safetensors"))) for folder in folders]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    said = environment("cpu")
+    said = environment_of("cpu")
     assert (
         said["threads"] == torch.get_num_threads()
         and "versions, devices or thread counts may change results by rounding" in said["note"]
     )
 
 
-def test_two_notebooks_that_train_and_measure_the_same_end_alike(tmp_path):
-    alone = work(tmp_path / "alone")
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        both = pool.map(work, [tmp_path / "shared"] * 2)
+def test_two_notebooks_that_train_and_measure_the_same_end_alike(folders):
+    (_, shared), (alone, *both) = folders
     assert both == [alone, alone]
-    assert len(list((tmp_path / "shared" / "records").glob("*.json"))) == 4
-    assert (
-        len(list((tmp_path / "shared" / "models").glob("*"))) == 2
-    )  # the weights, and the emptied folder of unfinished work
+    assert len(list((shared / "records").glob("*.json"))) == 4
+    assert len(list((shared / "models").glob("*"))) == 2  # the weights, and the emptied folder of unfinished work

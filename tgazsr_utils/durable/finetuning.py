@@ -81,7 +81,6 @@ def finetune(
     if number_of_processes > 1 and processes.count() == 1 and not weights.exists():
         processes.launch(number_of_processes, _finetune_with_others, clip, data, objective, settings, folder)
     if processes.from_main(weights.exists):
-        weights.touch()  # now the latest of its method
         return TrainResult(load_alike(clip, weights), pd.DataFrame(read_metadata(weights)["history"]), weights)
     return _Run(clip, data, objective, settings, weights, stop, watch).finish()
 

@@ -4,7 +4,6 @@ An ablation is one function that lists its variants from the notebook's settings
 compared with. To add one, write such a function, put it into ``ABLATIONS`` and name it in ``parameters.AblationName``.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -279,13 +278,10 @@ class Sweep:
         training = v.training.model_copy(update={"seed": seed})
         path = tuned_path(self.models, find_objective(v.method), training, self.train, self.original)
         if path not in self._loaded:
-            # "latest:METHOD" stays what was trained on purpose, not the last variant of a sweep.
-            date = path.stat().st_mtime if path.exists() else 0.0
             processes = self.bench.number_of_processes
             self._loaded[path] = finetune(
                 self.original, self.train, v.method, training, self.models, number_of_processes=processes
             ).clip
-            os.utime(path, (date, date))
             if len(self._loaded) > 4:
                 del self._loaded[next(iter(self._loaded))]
         return self._loaded[path]

@@ -1,0 +1,110 @@
+"""What the machine grants and how threads wait: said before PyTorch is imported, where the user has not said it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tgazsr_utils import machine
+
+
+@pytest.mark.parametrize(
+    ("text", "quota"),
+    [
+        ("150000 100000\n", 1.5),
+        ("50000 100000\n", 0.5),
+        ("max 100000\n", None),
+        ("100000 0\n", None),
+        ("not numbers at all\n", None),
+        ("", None),
+    ],
+)
+def test_the_quota_of_a_control_group_of_version_2(tmp_path, text, quota):
+    (tmp_path / "cpu.max").write_text(text, encoding="utf-8")
+    assert machine._quota(tmp_path) == quota
+
+
+@pytest.mark.parametrize(
+    ("limit", "period", "quota"), [("300000\n", "100000\n", 3.0), ("-1\n", "100000\n", None), ("100000\n", "0\n", None)]
+)
+def test_the_quota_of_a_control_group_of_version_1(tmp_path, limit, period, quota):
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(limit, encoding="utf-8")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text(period, encoding="utf-8")
+    assert machine._quota(tmp_path) == quota
+
+
+def test_where_nothing_is_told_there_is_no_quota(tmp_path):
+    assert machine._quota(tmp_path) is None
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("100000\n", encoding="utf-8")  # without its period
+    assert machine._quota(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quota", "allowed"), [(8, None, 8), (8, 2.0, 2), (8, 1.5, 2), (8, 0.1, 1), (2, 4.0, 2), (1, None, 1)]
+)
+def test_processors_are_those_of_the_affinity_within_the_quota(monkeypatch, affinity, quota, allowed):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(affinity)), raising=False)
+    monkeypatch.setattr(machine, "_quota", lambda root: quota)
+    assert machine.allowed_cpus() == allowed
+
+
+def test_without_an_affinity_all_processors_count(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(machine, "_quota", lambda root: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert machine.allowed_cpus() == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert machine.allowed_cpus() == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "allowed", "expected"),
+    [
+        ({}, 4, {"OMP_WAIT_POLICY": "PASSIVE"}),  # all there are: PyTorch's own choice
+        ({}, 2, {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, 2, {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "2"}),
+        ({"OMP_NUM_THREADS": "3"}, 2, {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "3"}),
+    ],
+)
+def test_threads_are_set_where_the_user_has_not(monkeypatch, own, allowed, expected):
+    names = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(machine, "allowed_cpus", lambda: allowed)
+    machine.set_threads()
+    assert {name: os.environ[name] for name in names if name in os.environ} == expected
+
+
+SCRIPT = """
+import builtins, os, sys
+plain, seen = builtins.__import__, []
+
+def watched(name, *rest, **options):
+    if name.split(".")[0] == "torch" and not seen:
+        seen.append((os.environ.get("OMP_WAIT_POLICY"), os.environ.get("OMP_NUM_THREADS")))
+    return plain(name, *rest, **options)
+
+os.cpu_count = lambda: 1 + len(os.sched_getaffinity(0))  # as in a container that has fewer than it shows
+builtins.__import__ = watched
+import tgazsr_utils
+builtins.__import__ = plain
+import torch
+print(*seen[0], torch.get_num_threads())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system knows no affinity")
+def test_they_are_set_before_pytorch_is_imported():
+    """A fresh process that may use one of its processors: PyTorch finds both variables set, and follows."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    one = sorted(os.sched_getaffinity(0))[0]
+    pinned = f"import os; os.sched_setaffinity(0, {{{one}}})\n"
+    done = subprocess.run([sys.executable, "-c", pinned + SCRIPT], env=own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["PASSIVE", "1", "1"]
