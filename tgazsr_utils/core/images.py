@@ -21,7 +21,7 @@ class ImageReader(Protocol):
     """Images that are read when they are asked for; ``datasets.loading`` has those for files."""
 
     def read(self, chunks: Sequence[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each chunk of rows: the rows that could be read, and their images ``[n,3,H,W]`` uint8, perhaps on ``device``."""
+        """For each chunk: the rows that could be read, and their images ``[n,3,H,W]`` uint8, perhaps on ``device``."""
 
     def pick(self, rows: Tensor) -> "ImageReader":
         """The reader of these rows alone, in this order."""
