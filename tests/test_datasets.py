@@ -1,3 +1,9 @@
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -167,3 +173,53 @@ def test_what_is_not_kept_in_memory(tmp_path, monkeypatch, photo_root):
     assert resident(leaving_out, cpu) is leaving_out  # batches are without the image, as they are elsewhere
     with pytest.raises(ValueError, match="n02_1.JPEG cannot be read"):
         resident(load_dataset("tiny", "train", photo_root, **options | {"image_size": 112}), cpu)
+
+
+def decoders():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+@pytest.mark.parametrize("end", ["all", "early", "error", "interrupt"])
+def test_no_thread_outlives_reading(photo_root, end):
+    data = load_dataset("animals", "train", photo_root, decode=False)
+    try:
+        for _ in data.batches(2):
+            assert decoders()
+            if end == "early":
+                break
+            if end != "all":
+                raise KeyboardInterrupt if end == "interrupt" else RuntimeError
+    except (KeyboardInterrupt, RuntimeError):
+        pass
+    assert not decoders()
+
+
+def test_no_more_than_a_few_chunks_are_read_ahead(photo_root, monkeypatch):
+    data = load_dataset("animals", "train", photo_root, decode=False)
+    read, inner = [], datasets.Files._decode
+    monkeypatch.setattr(datasets.Files, "_decode", lambda self, *a: read.append(a[0]) or inner(self, *a))
+    batches = data.batches(2)
+    next(batches)
+    time.sleep(0.2)
+    assert len(read) <= 2 * (1 + datasets.CHUNKS_AHEAD)
+    batches.close()
+    assert not decoders()
+
+
+def test_images_are_read_without_other_processes_or_shared_memory(photo_root):
+    """A container may have next to no /dev/shm, and a notebook's cells cannot be imported by a process of their own."""
+    code = f"""
+import sys, tgazsr_utils, torch
+import multiprocessing.context, _posixshmem, _multiprocessing
+def refuse(*arguments, **options): raise AssertionError("another process, or shared memory")
+multiprocessing.context.BaseContext.Process = multiprocessing.process.BaseProcess.start = refuse
+_posixshmem.shm_open = torch.Tensor.share_memory_ = torch.UntypedStorage._new_shared = refuse
+from tgazsr_utils import load_dataset
+data = load_dataset("animals", "train", {str(photo_root)!r}, decode=False)
+assert sum(len(batch.rows) for batch in data.batches([torch.arange(16)] * 64)) == 16 * 64
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for path in Path(datasets.__file__).parent.glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert "multiprocessing" not in source and "DataLoader" not in source, path

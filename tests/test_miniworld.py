@@ -8,6 +8,26 @@ from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets import miniworld as mw
 from tgazsr_utils.datasets.loading import load_dataset
 
+# name -> sum of the pixels of its first 40 test images
+SUMS = {
+    "shapes": 42950869,
+    "letters": 42493126,
+    "colours": 47306823,
+    "textures": 39605110,
+    "sizes": 42994612,
+    "places": 44891236,
+    "counts": 43511624,
+    "scenes": 42205002,
+    "colour_shapes": 42802000,
+    "texture_shapes": 44222184,
+    "colour_letters": 41874956,
+    "texture_colours": 41600808,
+    "shapes_small": 43416015,
+    "shapes_noisy": 42132784,
+    "shapes_blurred": 44681803,
+    "shapes_plain": 44945998,
+}
+
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -36,6 +56,12 @@ def test_train_and_test_images_differ_and_classes_are_balanced():
     test, _, _ = mw.task_images("shapes", 50, "test")
     assert labels.bincount().tolist() == [5] * 10
     assert not any(torch.equal(a, b) for a in train for b in test)
+
+
+def test_rendering_is_what_it_was_when_the_kept_results_were_made():
+    """Numbers in data/reference, and the shipped weights, are of these images."""
+    sums = {name: int(mw.task_images(name, 40, "test")[0].long().sum()) for name in mw.TASKS}
+    assert sums == pytest.approx(SUMS, rel=1e-5)  # processors round a few pixels otherwise
 
 
 @pytest.mark.parametrize("name", list(mw.TASKS))

@@ -15,12 +15,12 @@ import torchvision.datasets
 from miniatures import WRITERS, red, without_checksums, write_all
 from PIL import Image
 
-from tgazsr_utils.datasets import torchvision_sets
 from tgazsr_utils.datasets import loading as datasets
+from tgazsr_utils.datasets import torchvision_sets
 from tgazsr_utils.datasets.__main__ import main
 from tgazsr_utils.datasets.layouts import list_datasets
 from tgazsr_utils.datasets.loading import choose_datasets, decoded, load_dataset
-from tgazsr_utils.datasets.published_sets import DATASETS
+from tgazsr_utils.datasets.published_sets import DATASETS, read_specs
 from tgazsr_utils.durable.fingerprints import fingerprint
 from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring.measure import evaluate
@@ -240,7 +240,7 @@ def test_sets_that_are_badly_unpacked_are_refused(tmp_path, root):
 
 
 def test_imagenets_own_parts(root):
-    for label, wnid in enumerate(("n01440764", "n01443537")):
+    for wnid in ("n01440764", "n01443537"):
         for i in range(3):
             path = root / "ImageNet" / "train" / wnid / f"{wnid}_{i}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -299,7 +299,7 @@ def test_a_large_set_is_read_as_it_is_needed_with_the_same_outcome(root, monkeyp
     assert not isinstance(lazy.images, torch.Tensor) and isinstance(kept.images, torch.Tensor)
     for a, b in zip(kept.batches(4), lazy.batches(4), strict=True):
         assert a.number == b.number and all(torch.equal(x, y) for x, y in zip(a[1:], b[1:]))
-    chunks = [torch.tensor([i]) for i in (5, 0, 3, 2, 1, 4, 0, 1)]  # enough for worker processes
+    chunks = [torch.tensor([i]) for i in (5, 0, 3, 2, 1, 4, 0, 1)]  # enough to read ahead
     for a, b in zip(kept.batches(chunks, skip=2), lazy.batches(chunks, skip=2), strict=True):
         assert a.number == b.number and all(torch.equal(x, y) for x, y in zip(a[1:], b[1:]))
     some = lazy.subset(3)
@@ -435,3 +435,54 @@ def test_a_killed_unpacking_is_done_again_from_the_archive(server, tmp_path):
     assert main(["fetch", "dtd", "--root", str(tmp_path / "sets")]) == 0
     assert server.asked == asked
     assert len(load_dataset("dtd", "test", tmp_path / "sets")) == 4
+
+
+DAMAGE = {
+    "title: Textures": ("", r"sets.yaml: dtd.title = .*: Field required"),
+    "images: 3": ("images: many", r"sets.yaml: dtd.images = 'many': .*integer"),
+    "classes: 2": ("classes: 2\n  colour: red", r"sets.yaml: dtd.colour = 'red': "),
+    "prompt: 'A {}'": ("prompt: A photo", r"sets.yaml: dtd.prompt = 'A photo': "),
+    "'^7': B": ("'(': B", r"sets.yaml: dtd.name_edits.*: .*regular expression"),
+    "split: test": ("split: [test", r"sets.yaml is not YAML: "),
+}
+
+
+@pytest.mark.parametrize("good", DAMAGE)
+def test_a_damaged_entry_is_refused_in_one_line(good, tmp_path):
+    entry = "dtd:\n  title: Textures\n  split: test\n  images: 3\n  classes: 2\n  needs: [a/b]\n  prompt: 'A {}'\n"
+    entry += "  name_edits: {'^7': B}\n  gigabytes: 1\n  source: a\n  licence: b\n"
+    path = tmp_path / "sets.yaml"
+    path.write_text(entry)
+    assert read_specs(path)["dtd"].class_name("7_x") == "b x"
+    bad, message = DAMAGE[good]
+    path.write_text(entry.replace(good, bad))
+    with pytest.raises(ValueError, match=message) as error:
+        read_specs(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", [key for key, spec in DATASETS.items() if spec.torchvision and not spec.folders])
+def test_torchvisions_classes_keep_their_lists_where_we_read_them(key, root):
+    """And each label there is that of the image which the class itself gives for the index."""
+    spec = DATASETS[key]
+    data = torchvision_sets.reader(spec.torchvision, root, tuple(spec.test.items()))
+    for name in filter(None, torchvision_sets.ATTRIBUTES[spec.torchvision]):
+        assert hasattr(data, name), f"torchvision {torchvision.__version__}: {type(data).__name__} has no {name}"
+    lists = torchvision_sets.read_lists(spec.torchvision, root, spec.test)
+    assert lists.labels == [data[i][1] for i in range(len(data))]
+    assert lists.files is None or [Image.open(file).size for file in lists.files] == [image.size for image, _ in data]
+
+
+def test_a_torchvision_that_keeps_its_lists_elsewhere_is_named(root, monkeypatch):
+    moved = torchvision_sets.Attributes("_labels", files="_pictures")
+    monkeypatch.setitem(torchvision_sets.ATTRIBUTES, "DTD", moved)
+    with pytest.raises(ValueError, match=r"'dtd' in .* torchvision \S+'s DTD has no '_pictures'"):
+        load_dataset("dtd", "test", root)
+
+
+@pytest.mark.parametrize("key", ["cifar10", "PCAM", "dtd"])
+def test_threads_read_what_one_at_a_time_reads(key, root):
+    data = load_dataset(key, "test", root, decode=False)
+    alone = [data.images._decode(row, False).image for row in range(4)]
+    for rows, images in data.images.read([torch.arange(4).repeat(8)] * 12):
+        assert rows.tolist() == [0, 1, 2, 3] * 8 and torch.equal(images, torch.stack(alone * 8))

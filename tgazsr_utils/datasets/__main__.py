@@ -5,7 +5,7 @@ import shutil
 import socket
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from tgazsr_utils.datasets.layouts import is_there, list_datasets, missing_parts
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_ROOT, DatasetSpec
+from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_ROOT
 from tgazsr_utils.paths import resolve
 from tgazsr_utils.progress import progress
 
@@ -26,18 +26,11 @@ _NO_CHECKSUM = {"tinyImageNet", "fgvc_aircraft"}  # half an archive of these can
 
 def list_sets(root: Path) -> pd.DataFrame:
     """One row a published set: what it holds, what it costs to download, whether it is below ``root``."""
-    rows = {
-        key: {
-            "images": spec.images,
-            "classes": spec.classes,
-            "split": spec.split,
-            "size": f"{spec.gigabytes:g} GB",
-            "there": _state(key, root),
-            "licence": spec.licence,
-        }
-        for key, spec in DATASETS.items()
-    }
-    return pd.DataFrame.from_dict(rows, orient="index")
+    rows = [
+        (s.images, s.classes, s.split, f"{s.gigabytes:g} GB", _state(key, root), s.licence)
+        for key, s in DATASETS.items()
+    ]
+    return pd.DataFrame(rows, [*DATASETS], ["images", "classes", "split", "size", "there", "licence"])
 
 
 def _state(key: str, root: Path) -> str:
@@ -56,38 +49,38 @@ def check_set(key: str, root: Path, every_image: bool = False) -> tuple[bool, li
     try:
         parts = [load_dataset(key, split, root, **options) for split in (("test",) if spec else ("train", "test"))]
     except ValueError as error:
-        return False, [str(error), *(by_hand(spec, root) if spec else [])]
-    data = parts[0]
-    found = f"{sum(map(len, parts)):,} images, {len(data.class_names)} classes"
-    lines = [f"as published: {found}" if data.published else found]
-    if spec and not data.published:
-        lines = [f"usable, but not the published set: {found} instead of {spec.images:,} and {spec.classes}"]
-    lines.append("prompts: " + "; ".join(_some(data.prompts)))
-    if repeated := len(data.prompts) - len(set(data.prompts)):
+        return False, [str(error), *by_hand(key, root)]
+    prompts, found = parts[0].prompts, f"{sum(map(len, parts)):,} images, {len(parts[0].prompts)} classes"
+    if parts[0].published:
+        found = f"as published: {found}"
+    elif spec:
+        found = f"usable, but not the published set: {found} instead of {spec.images:,} and {spec.classes}"
+    some = prompts if len(prompts) <= 4 else (*prompts[:3], "...", prompts[-1])
+    lines = [found, "prompts: " + "; ".join(some)]
+    if repeated := len(prompts) - len(set(prompts)):
         lines.append(f"{repeated} prompts are the same as another class's")
-    chosen = [range(len(part)) if every_image else _one_of_each_class(part.labels) for part in parts]
-    total, bad = sum(map(len, chosen)), 0
+    chosen = [torch.arange(len(part)) if every_image else _one_of_each_class(part.labels) for part in parts]
+    total = sum(map(len, chosen))
     with progress(total=total, desc=f"decode {key}", unit="image", leave=False) as bar:
         for part, rows in zip(parts, chosen):
-            for batch in part.batches(torch.tensor(list(rows)).split(64)):
+            for batch in part.batches(rows.split(64)):
                 bar.update(len(batch.rows))
-            bad += len(part.images.unreadable)
+    bad = sum(len(part.images.unreadable) for part in parts)
     lines.append(f"{total - bad:,} of {total:,} images decoded{'' if every_image else ', one of each class'}")
     return not bad, lines
 
 
-def _one_of_each_class(labels: torch.Tensor) -> list[int]:
+def _one_of_each_class(labels: torch.Tensor) -> torch.Tensor:
     """Rows of the first image of each class among ``labels`` ``[N]``."""
     first = {label: row for row, label in reversed(list(enumerate(labels.tolist())))}
-    return sorted(first.values())
+    return torch.tensor(sorted(first.values()))
 
 
-def _some(prompts: Sequence[str], n: int = 3) -> list[str]:
-    return [*prompts] if len(prompts) <= n + 1 else [*prompts[:n], "...", prompts[-1]]
-
-
-def by_hand(spec: DatasetSpec, root: Path) -> list[str]:
-    """Where to get a set when it cannot be downloaded by program, and where to put it."""
+def by_hand(key: str, root: Path) -> list[str]:
+    """Where to get a published set when it cannot be downloaded by program, and where to put it."""
+    if key not in DATASETS:
+        return []
+    spec = DATASETS[key]
     what = spec.by_hand or "unpack what is offered there"
     return [f"source: {spec.source}", f"by hand: in {root}, {what}; looked for: {', '.join(spec.needs)}"]
 
@@ -98,13 +91,11 @@ def _members_stay_inside(checked: bool) -> Iterator[None]:
 
     A Python that is too old for that unpacks only archives whose checksum is ``checked``.
     """
-    if not hasattr(tarfile, "data_filter"):
-        if not checked:
-            raise RuntimeError("this Python cannot keep an archive inside a folder; 3.10.12, 3.11.4 and newer ones can")
-        yield
-        return
-    before = tarfile.TarFile.extraction_filter
-    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    safe = getattr(tarfile, "data_filter", None)
+    if safe is None and not checked:
+        raise RuntimeError("this Python cannot keep an archive inside a folder; 3.10.12, 3.11.4 and newer ones can")
+    before = getattr(tarfile.TarFile, "extraction_filter", None)
+    tarfile.TarFile.extraction_filter = staticmethod(safe) if safe else None
     try:
         yield
     finally:
@@ -112,32 +103,23 @@ def _members_stay_inside(checked: bool) -> Iterator[None]:
 
 
 def fetch_set(key: str, root: Path) -> str:
-    """Downloads one set into ``root`` and says so. A half-done download is never mistaken for a set; an archive with a member
-    that would be written elsewhere is refused.
+    """Downloads one set into ``root`` and says so. A half-done download is never mistaken for a set.
 
-    What torchvision downloads and unpacks goes to ``<root>/.fetching/<key>`` first. After an interruption, archives are
-    kept where their checksum tells whether they are whole, and unpacked afresh. Raises whatever the download raises.
+    An archive with a member that would be written elsewhere is refused. What torchvision downloads and unpacks goes to
+    ``<root>/.fetching/<key>`` first. After an interruption, archives are kept where their checksum tells whether they
+    are whole, and unpacked afresh. Raises whatever the download raises.
     """
-    spec = DATASETS[key]
-    if not missing_parts(key, root):
+    spec, staging, missing = DATASETS[key], root / ".fetching" / key, missing_parts(key, root)
+    if not missing:
         return "there already"
     if (root / spec.folder).exists():
-        raise FileExistsError(
-            f"{root / spec.folder} is there but lacks {', '.join(missing_parts(key, root))}; move it away"
-        )
+        raise FileExistsError(f"{root / spec.folder} is there but lacks {', '.join(missing)}; move it away")
     if key != "tinyImageNet" and spec.torchvision in (None, "StanfordCars"):
         raise RuntimeError("cannot be downloaded by program")
-    staging = root / ".fetching" / key
-    if key in _NO_CHECKSUM:
-        shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True, exist_ok=True)
-    for path in sorted(staging.rglob("*"), reverse=True):  # files before the folder they are in
-        if path.is_dir():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif path.suffix not in _ARCHIVES:
-            path.unlink()
-    with _members_stay_inside(checked=key not in _NO_CHECKSUM):
+    checked = key not in _NO_CHECKSUM
+    socket.setdefaulttimeout(60)  # torchvision's downloads would wait for a silent server for ever
+    _clear(staging, but_for=_ARCHIVES if checked else ())
+    with _members_stay_inside(checked):
         if key == "tinyImageNet":
             download_and_extract_archive(spec.source, str(staging))
         else:
@@ -147,57 +129,70 @@ def fetch_set(key: str, root: Path) -> str:
     return "fetched"
 
 
+def _clear(folder: Path, but_for: tuple[str, ...]) -> None:
+    """Empties a folder, which is made if need be, but for files with these suffixes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.rglob("*"), reverse=True):  # files before the folder they are in
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path.suffix not in but_for:
+            path.unlink()
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tgazsr_utils.datasets", description=__doc__)
-    parser.add_argument("action", choices=("list", "check", "fetch"))
-    parser.add_argument("keys", nargs="*", help="sets (default: all; for check, those that are there)")
-    parser.add_argument("--root", default=DEFAULT_ROOT, help=f"folder of the sets (default: {DEFAULT_ROOT})")
-    parser.add_argument("--all", action="store_true", help="check: decode every image, not one of each class")
-    options = parser.parse_args(arguments)
-    root = resolve(options.root)
-    own = [] if options.action != "check" or not root.is_dir() else list_datasets(root)
-    unknown = [key for key in options.keys if key not in DATASETS and key not in own]
-    if unknown:
-        print(
-            f"error: set {unknown[0]!r} is unknown; there are: {', '.join(dict.fromkeys([*DATASETS, *own]))}",
-            file=sys.stderr,
-        )
+    options = _options(arguments)
+    root, check = resolve(options.root), options.action == "check"
+    own = list_datasets(root) if check and root.is_dir() else []
+    known = list(dict.fromkeys([*DATASETS, *own]))
+    unknown = [key for key in options.keys if key not in known]
+    if unknown or (check and not root.is_dir()):
+        no_set = f"set {unknown[0]!r} is unknown; there are: {', '.join(known)}" if unknown else ""
+        print(f"error: {no_set or f'there is no folder {root}'}", file=sys.stderr)
         return 2
-    if options.action == "check" and not root.is_dir():
-        print(f"error: there is no folder {root}", file=sys.stderr)
-        return 2
-    keys = options.keys or list(DATASETS)
     print(f"data root: {root}")
+    keys = options.keys or (own if check else list(DATASETS))
     if options.action == "list":
         print(list_sets(root).loc[keys].to_string())
         total = sum(DATASETS[key].gigabytes for key in keys)
         print(f"{total:.0f} GB to download in all; once unpacked they take about as much again")
         return 0
-    socket.setdefaulttimeout(60)  # torchvision's downloads would wait for a silent server for ever
-    if options.action == "check" and not options.keys:
-        keys = own
     failed = []
     for key in keys:
         try:
-            if options.action == "check":
-                good, lines = check_set(key, root, options.all)
-            else:
-                print(f"{key}: {DATASETS[key].gigabytes:g} GB, {DATASETS[key].licence}", flush=True)
-                good, lines = True, [fetch_set(key, root)]
+            failed += [] if _check_or_fetch(key, root, check, options.all) else [key]
         except KeyboardInterrupt:
             print(f"\n{key}: interrupted; the same command goes on from here", file=sys.stderr)
             return 130
-        except Exception as error:  # one failing set must not stop the others, whatever a server answers
-            good, lines = False, [f"failed: {' '.join(str(error).split())}"]
-            lines += by_hand(DATASETS[key], root) if key in DATASETS else []
-        print(f"{key}: " + "\n    ".join(lines), flush=True)
-        failed += [] if good else [key]
-    if options.action == "check":
+    if check:
         absent = [key for key in DATASETS if not is_there(key, root)]
         print(f"{len(keys) - len(failed)} of {len(keys)} sets are readable; not there: {', '.join(absent) or 'none'}")
     if failed:
         print(f"error: {options.action} failed for {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed or (options.action == "check" and not keys) else 0
+    return 1 if failed or not keys else 0
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tgazsr_utils.datasets", description=__doc__)
+    parser.add_argument("action", choices=("list", "check", "fetch"))
+    parser.add_argument("keys", nargs="*", help="sets (default: all; for check, those that are there)")
+    parser.add_argument("--root", default=DEFAULT_ROOT, help=f"folder of the sets (default: {DEFAULT_ROOT})")
+    parser.add_argument("--all", action="store_true", help="check: decode every image, not one of each class")
+    return parser.parse_args(arguments)
+
+
+def _check_or_fetch(key: str, root: Path, check: bool, every_image: bool) -> bool:
+    """Prints what came of one set; did it go well?"""
+    try:
+        if check:
+            good, lines = check_set(key, root, every_image)
+        else:
+            print(f"{key}: {DATASETS[key].gigabytes:g} GB, {DATASETS[key].licence}", flush=True)
+            good, lines = True, [fetch_set(key, root)]
+    except Exception as error:  # one failing set must not stop the others, whatever a server answers
+        good, lines = False, [f"failed: {' '.join(str(error).split())}", *by_hand(key, root)]
+    print(f"{key}: " + "\n    ".join(lines), flush=True)
+    return good
 
 
 if __name__ == "__main__":

@@ -143,16 +143,14 @@ def resident(data: ImageSet, device: torch.device) -> ImageSet:
     shape = next(whole.read([torch.arange(len(data))[:1]]))[1].shape[1:]
     if not 0 < shape[1:].numel() < data.images.side**2 or len(data) * shape.numel() > limit:
         return data
-    images, filled = torch.empty(len(data), *shape, dtype=torch.uint8), 0
+    images, kept = torch.empty(len(data), *shape, dtype=torch.uint8), 0
     for rows, read in _decode_in_order(data, whole):
-        filled += len(rows)
         if any(one.image.shape != shape for one in read):
             return data
         for row, one in zip(rows, read):
             images[row] = one.image
-    if filled < len(data):
-        return data
-    return replace(data, images=KeptAtFileSize(images.to(device), data.images))
+        kept += len(rows)
+    return data if kept < len(data) else replace(data, images=KeptAtFileSize(images.to(device), data.images))
 
 
 def decoded(data: ImageSet) -> ImageSet:
@@ -228,12 +226,10 @@ def load_dataset(
     ``<class>/*``, perhaps one level further down. A set without a split of its own is split for each class by ``seed``,
     ``test_fraction`` of it for testing; None: a fifth, but all of a published set. ``n`` caps the number of images,
     evenly over classes.
-
     ``preprocess`` and ``prompt`` replace the set's own: "resize" both sides, or "crop" (resize the shorter side to
     256/224 of ``image_size``, centre-crop); bilinear, by PIL. ``on_bad_image``: what an unreadable file does.
     ``world`` replaces what the numbers are said to be about. Sets of more than 256 MiB, and any with ``decode`` False,
     are read as they are needed.
-
     Raises ValueError for an unknown key, a missing folder, or an unreadable image unless that is to be left out.
     """
     if root is None:

@@ -262,7 +262,7 @@ def render(attributes: Tensor, generator: torch.Generator, rendering: Rendering 
 
 
 def _cover_and_mix(attributes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Of each pixel, both ``[n,56,56]`` in [0,1]: how much of it is object, and of that how much has the second tone."""
+    """Both ``[n,56,56]`` in [0,1]: how much of a pixel is object, and of that how much has the second tone."""
     n = len(attributes)
     index, kind, centre, radius, angle = _objects(attributes, generator)
     axis = torch.arange(SIDE) + 0.5
@@ -364,7 +364,8 @@ TASKS: dict[str, Task] = {
 def task_images(name: str, n: int, split: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Images ``[n,3,56,56]`` (uint8), labels ``[n]`` and masks ``[n,56,56]`` (bool) of a task.
 
-    Every class is there as often, within one. ``split`` is "train" or "test": disjoint random streams. Raises KeyError for an unknown task.
+    Every class is there as often, within one. ``split`` is "train" or "test": disjoint random streams.
+    Raises KeyError for an unknown task.
     """
     task = TASKS[name]
     stream = {"train": 1, "test": 2}[split]

@@ -14,7 +14,8 @@ from tgazsr_utils.core.seeds import digest
 _PACKAGE = Path(__file__).parents[1]
 # Read when the package is imported: what names a result is the code that ran, not what an editor has made of it since.
 SOURCES = {
-    path.relative_to(_PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in sorted(_PACKAGE.rglob("*.py"))
+    path.relative_to(_PACKAGE).as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted([*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.yaml")])
 }
 _EVERYWHERE = ("core/", "datasets/")  # whole rooms that every number comes from
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from tgazsr_utils.core.images import ImageSet, PLUMBING
+from tgazsr_utils.core.images import PLUMBING, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.settings import AttackSettings, Protocol
 from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.files import load_tensors
-from tgazsr_utils.measuring.measure import Answers, Measurement, NOT_YET, answer, record_of
+from tgazsr_utils.measuring.measure import NOT_YET, Answers, Measurement, answer, record_of
 from tgazsr_utils.measuring.records import AttackCheck, Record, RecordStore
 from tgazsr_utils.measuring.trust import check_attack, check_key, sets_to_check
 from tgazsr_utils.progress import progress
