@@ -162,7 +162,7 @@ def operations(arch: str, device: torch.device) -> dict[str, Any]:
 
 
 def step(arch: str, device: torch.device) -> dict[str, Any]:
-    """Wall time of a training step (attack, loss, backward) after the first epoch, and the share of the machine's rate."""
+    """Wall time of a training step (attack, loss, backward) after the first epoch; share of the machine's rate."""
     batch = 128 if device.type == "cuda" else 8
     setup = Setup(arch, device, batch, 200)
     cached = setup.ours_after_the_first_epoch

@@ -60,7 +60,7 @@ def test_shared_parameters_have_the_same_defaults_everywhere():
     differ = {
         "01_attention_shift": {"test_images"},
         "03_ablations": {"test_images", "check_images"},
-        "04_evaluate_16_datasets": {"methods", "test_images"},
+        "04_evaluate_16_datasets": {"methods", "test_images", "check_images"},
     }
     for name, own in differ.items():
         other = default_parameters(name)
