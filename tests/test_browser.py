@@ -35,7 +35,7 @@ def theme(request):
 
 
 def settings_folders(folder, theme):
-    """JupyterLab settings of its own in ``folder``, as environment variables; a person.s are left alone."""
+    """JupyterLab settings of its own in ``folder``, as environment variables; a person's are left alone."""
     for name, values in {"themes": {"theme": theme}, "notification": {"fetchNews": "false"}}.items():
         path = folder / "settings" / "@jupyterlab" / "apputils-extension" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)

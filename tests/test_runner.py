@@ -139,7 +139,8 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(smoke, capfd):
         executed = nbformat.read(out / "notebooks" / f"{name}.ipynb", as_version=4)
         assert all(c.execution_count for c in executed.cells if c.cell_type == "code")
     figures = {p.stem for p in (out / "figures").glob("*.png")}
-    assert figures == {p.stem for p in (out / "figures").glob("*.svg")} and len(figures) >= 25
+    assert figures == {p.stem for p in (out / "figures").glob("*.svg")}
+    assert len(figures) + len(list((out / "figures").glob("05_*.html"))) >= 25
     panels = [
         output.data
         for cell in executed.cells

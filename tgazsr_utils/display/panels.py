@@ -142,17 +142,17 @@ def _heat_map(sweep: pd.DataFrame, kind: str, nearest: int) -> str:
     """A square a measured point, light where accuracy is high and grey where it is not counted (NaN)."""
     alphas, betas = np.unique(sweep.Alpha), np.unique(sweep.Beta)
     low, high = sweep[kind].min(), sweep[kind].max()
-    drawn = []
-    for point, row in sweep.iterrows():
-        x, y = _cell_centre(np.searchsorted(betas, row.Beta), len(alphas) - 1 - np.searchsorted(alphas, row.Alpha))
-        share = (row[kind] - low) / (high - low) if high > low else 0.5
-        missing = np.isnan(row[kind])
-        colour = "#ddd" if missing else to_hex(matplotlib.colormaps["viridis"](share))
+    viridis, drawn = matplotlib.colormaps["viridis"], []
+    for point, alpha, beta, value in zip(sweep.index, sweep.Alpha, sweep.Beta, sweep[kind]):
+        x, y = _cell_centre(np.searchsorted(betas, beta), len(alphas) - 1 - np.searchsorted(alphas, alpha))
+        share = (value - low) / (high - low) if high > low else 0.5
+        missing = np.isnan(value)
+        colour = "#ddd" if missing else to_hex(viridis(share))
         edge = 'stroke="#d81b60" stroke-width="3"' if point == nearest else 'stroke="none"'
         place = f'x="{x - CELL / 2 + 2:g}" y="{y - CELL / 2 + 2:g}" width="{CELL - 4}" height="{CELL - 4}"'
         ink = "#111" if missing or share > 0.6 else "#fff"
         drawn.append(f'<rect {place} fill="{colour}" {edge}/>')
-        drawn.append(_text(x, y + 4, _number(row[kind], ".1f"), size=12, fill=ink))
+        drawn.append(_text(x, y + 4, _number(value, ".1f"), size=12, fill=ink))
     return "".join(drawn)
 
 

@@ -36,14 +36,13 @@ def _read(path: Path) -> pd.DataFrame:
 
 def nearest_measured(sweep: pd.DataFrame, Alpha: float, Beta: float) -> pd.Series:
     """The row of ``sweep`` nearest to (Alpha, Beta), a step of the measured grid counted as one in either direction."""
-    return sweep.loc[(_steps_away(sweep.Alpha, Alpha) ** 2 + _steps_away(sweep.Beta, Beta) ** 2).idxmin()]
+    away = 0
+    for name, value in (("Alpha", Alpha), ("Beta", Beta)):
+        away = away + (grid_position(sweep[name], sweep[name]) - grid_position(sweep[name], value)) ** 2
+    return sweep.iloc[int(np.argmin(away))]
 
 
-def _steps_away(values: pd.Series, value: float) -> pd.Series:
-    return values.map(lambda measured: grid_position(values, measured)) - grid_position(values, value)
-
-
-def grid_position(values: pd.Series, value: float) -> float:
-    """Where ``value`` lies among the sorted distinct ``values``, counted from 0; held at the ends."""
+def grid_position(values: pd.Series, value: float | pd.Series) -> float | np.ndarray:
+    """Where ``value``, or each of several, lies among the sorted distinct ``values``, from 0 on; held at the ends."""
     grid = np.unique(values)
-    return float(np.interp(value, grid, np.arange(len(grid))))
+    return np.interp(value, grid, np.arange(len(grid)))
