@@ -26,7 +26,7 @@ from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.parameters import AblationNotebook, validate
 from tgazsr_utils.paths import ROOT
-from tgazsr_utils.runner import default_parameters
+from tgazsr_utils.runner import default_parameters, main
 
 SETTINGS = FinetuneSettings(
     Alpha=0.08,
@@ -130,8 +130,7 @@ def test_the_whole_run_killed_and_started_again(tmp_path, request, capsys):
     options = {"cwd": ROOT, "env": own_environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     landmarks = ["manifest.json", "models/*.ckpt", "records/*.json"]
     landmarks = size([chance.choice(landmarks)], landmarks)
-    whole = run_all(*asked, tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
+    assert main([*asked, str(tmp_path / "whole")]) == 0
     for landmark in landmarks:
         process = subprocess.Popen(["bash", "run_all.sh", *asked, str(tmp_path / "parts")], text=True, **options)
         while process.poll() is None and not list((tmp_path / "parts").glob(landmark)):
