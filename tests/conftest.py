@@ -21,7 +21,8 @@ from PIL import Image  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 
-from tgazsr_utils import load_clip, load_dataset  # noqa: E402
+from tgazsr_utils.datasets.loading import load_dataset  # noqa: E402
+from tgazsr_utils.durable.weights import load_clip  # noqa: E402
 from tgazsr_utils.paths import ROOT  # noqa: E402
 
 OPTIONS = []  # pytest's, once it has read them

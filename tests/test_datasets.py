@@ -214,7 +214,7 @@ import multiprocessing.context, _posixshmem, _multiprocessing
 def refuse(*arguments, **options): raise AssertionError("another process, or shared memory")
 multiprocessing.context.BaseContext.Process = multiprocessing.process.BaseProcess.start = refuse
 _posixshmem.shm_open = torch.Tensor.share_memory_ = torch.UntypedStorage._new_shared = refuse
-from tgazsr_utils import load_dataset
+from tgazsr_utils.datasets.loading import load_dataset
 data = load_dataset("animals", "train", {str(photo_root)!r}, decode=False)
 assert sum(len(batch.rows) for batch in data.batches([torch.arange(16)] * 64)) == 16 * 64
 """

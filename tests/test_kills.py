@@ -27,6 +27,7 @@ from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.parameters import AblationNotebook, validate
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.profiles import default_parameters
+from tgazsr_utils.runner import main
 
 SETTINGS = FinetuneSettings(
     Alpha=0.08,
@@ -130,8 +131,7 @@ def test_the_whole_run_killed_and_started_again(tmp_path, request, capsys):
     options = {"cwd": ROOT, "env": own_environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     landmarks = ["run/manifest.json", "store/models/*.ckpt", "store/records/*.json"]
     landmarks = size([chance.choice(landmarks)], landmarks)
-    whole = run_all(*asked, tmp_path / "whole" / "run")
-    assert whole.returncode == 0, whole.stderr
+    assert main([*asked, str(tmp_path / "whole" / "run")]) == 0
     for landmark in landmarks:
         process = subprocess.Popen(
             ["bash", "run_all.sh", *asked, str(tmp_path / "parts" / "run")], text=True, **options

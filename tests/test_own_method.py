@@ -24,7 +24,8 @@ def test_a_cell_of_ten_lines_brings_a_method_into_the_leaderboard(tmp_path, monk
     shutil.copytree(ROOT / "notebooks", folder)
     monkeypatch.setattr(profiles, "FOLDER", folder)
     package = {path: path.read_bytes() for path in (ROOT / "tgazsr_utils").rglob("*.py")}
-    given = {"methods": "[TeCoA, Anchored]", "output": out, "testdata": "[shapes, colours]", "train_images": 16}
+    given = {"methods": "[TeCoA, Anchored]", "output": out, "testdata": "[shapes, colours]"}
+    given |= {"train_images": 16, "check_images": 0}
     arguments = ["smoke", "04", *(word for name, value in given.items() for word in ("-p", name, str(value)))]
     assert runner.main(arguments) == 2  # not before the cell is there
     assert "method 'Anchored' is unknown" in capfd.readouterr().err
