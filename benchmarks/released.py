@@ -16,9 +16,7 @@ from tgazsr_utils.core.settings import FinetuneSettings
 def released_step(
     clip: Clip, original: Clip, images: Tensor, labels: Tensor, prompts: Tensor, settings: FinetuneSettings
 ) -> Tensor:
-    """Attack, loss and backward for one batch; ``prompts``: tokenised, ``[C,77]``. All weights of both models need
-    gradients.
-    """
+    """Attack, loss and backward for one batch; ``prompts``: tokens ``[C,77]``. All weights of both need gradients."""
     eps, step_size = settings.train_eps / 255, settings.train_stepsize / 255
     adversarial = (images + eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
     for _ in range(settings.train_numsteps):

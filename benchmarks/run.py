@@ -66,9 +66,7 @@ SETTINGS = TGA.with_preset(
 
 
 class Setup:
-    """A model, a frozen copy, and a random batch; ``classes`` prompts. In the precision that the workbook takes by
-    itself.
-    """
+    """A model, a frozen copy, and a random batch; ``classes`` prompts. In the workbook's own precision."""
 
     def __init__(self, arch: str, device: torch.device, batch: int, classes: int, compiled: bool | None = None):
         torch.manual_seed(0)
@@ -247,9 +245,7 @@ def kernel(arch: str, device: torch.device) -> dict[str, Any]:
 
 
 def explorer(arch: str, device: torch.device) -> dict[str, Any]:
-    """Of notebook 05 on the mini-CLIP: seconds to redraw the loss mixer and the attacked image, and what 200 slider
-    moves keep.
-    """
+    """Of notebook 05 on the mini-CLIP: seconds to redraw mixer and attacked image; what 200 slider moves keep."""
     original = load_clip("mini-clip", "mini", str(device), "auto", compiled=False)
     train, test = (load_dataset("shapes", part, n=64) for part in ("train", "test"))
     settings = validate(ExplorerNotebook, default_parameters("05_alpha_beta_explorer") | {"output": "runs/benchmarks"})
@@ -276,9 +272,7 @@ def explorer(arch: str, device: torch.device) -> dict[str, Any]:
 
 
 def evaluation(arch: str, device: torch.device) -> dict[str, Any]:
-    """Of the mini-CLIP: the memory that measuring thousands of image files keeps, clean and under PGD-1, with workers
-    that read them.
-    """
+    """Of the mini-CLIP: the memory that measuring thousands of image files keeps, clean and under PGD-1."""
     clip = load_clip("mini-clip", "mini", str(device), "auto", compiled=False)
     attack = AttackSettings(test_eps=1, test_stepsize=1, test_numsteps=1)
     rounds, images = 10, 512  # so many images have workers

@@ -10,8 +10,7 @@ from typing import Any
 from tgazsr_utils.machine import set_threads
 
 set_threads()  # before PyTorch, which reads once how its threads are to wait
-# The driver is asked for devices without starting CUDA here, which would keep a notebook from forking (see
-# durable.processes).
+# The driver is asked for devices without starting CUDA here, which would keep a notebook from forking.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 _PUBLIC = {

@@ -9,9 +9,7 @@ from pathlib import Path
 
 
 def allowed_cpus() -> int:
-    """Processors that this process may use: its affinity, and the quota of its control group (a container's limit), at
-    least 1.
-    """
+    """Processors that this process may use: its affinity, and its control group's quota (a container's limit)."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(Path("/sys/fs/cgroup"))
     return max(1, min(count, math.ceil(quota))) if quota else count

@@ -1,6 +1,4 @@
-"""Profiles: YAML files that say which notebooks a run is made of, and their parameters where these differ from the
-notebooks' own.
-"""
+"""Profiles: YAML files that say which notebooks a run is made of, and with which parameters."""
 
 import ast
 import re

@@ -54,9 +54,7 @@ def predict(
     seed: int = 0,
     batch: int = 128,
 ) -> Tensor:
-    """Classes ``[N]`` of all images of a set, as ``predictions`` gives them, ``batch`` at once; NO_ANSWER where one
-    cannot be read.
-    """
+    """Classes ``[N]`` of all images of a set, ``batch`` at once; NO_ANSWER where one cannot be read."""
     classes = torch.full((len(data),), NO_ANSWER)
     for part in predictions(clip, data, attack, batch, protocol, seed):
         classes[part.batch.rows] = part.classes.cpu()
@@ -64,9 +62,7 @@ def predict(
 
 
 def answers(logits: Tensor) -> Tensor:
-    """Classes ``[B]`` of logits ``[B,C]``; NO_ANSWER where one is not finite, as argmax would take class 0 or the
-    NaN's.
-    """
+    """Classes ``[B]`` of logits ``[B,C]``; NO_ANSWER where one is not finite: argmax would take the NaN's class."""
     return torch.where(logits.isfinite().all(1), logits.argmax(1), NO_ANSWER)
 
 

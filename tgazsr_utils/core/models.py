@@ -111,9 +111,7 @@ class Clip(nn.Module):
         return clone
 
     def frozen_copy(self) -> "Clip":
-        """The same model with an image encoder of its own, in eval mode and without gradients; the text tower is
-        shared.
-        """
+        """The same model with an image encoder of its own, without gradients; the text tower is shared."""
         clone = copy.copy(self)
         clone._modules = dict(self._modules)
         clone.model = copy.copy(self.model)

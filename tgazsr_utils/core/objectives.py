@@ -93,9 +93,7 @@ class Step:
             self.adversarial_tokens, self.clean_tokens = (ImageTokens(*half) for half in halves)
 
     def of_original(self, name: str, compute: "Compute") -> Tensor:
-        """``compute(step)``, which must depend on f0, clean images and labels alone; only once an image where it is
-        kept.
-        """
+        """``compute(step)``, which must depend on f0, clean images and labels alone; once an image where it is kept."""
         with torch.no_grad():
             return compute(self) if self.kept is None else self.kept(name, compute, self.rows)
 
@@ -232,9 +230,7 @@ def fare(step: Step, settings: ObjectiveSettings) -> list[Term]:
 
 @objective("Vision-based")
 def vision_based(step: Step, settings: ObjectiveSettings) -> list[Term]:
-    """TGA-ZSR with Grad-CAM maps in place of text-guided ones, as released: no gradient reaches the weights through
-    them.
-    """
+    """TGA-ZSR with Grad-CAM maps in place of text-guided ones, through which no gradient flows, as released."""
     return _held_in_place(step, settings, "grad-cam", lambda step, side: _grad_cam(step, side, differentiable=False))
 
 

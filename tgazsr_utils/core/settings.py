@@ -1,6 +1,4 @@
-"""Hyper-parameters of training and of attacks: names, units, ranges. Epsilons and steps are in 1/255 here, in [0,1]
-inside functions.
-"""
+"""Hyper-parameters of training and of attacks: names, units, ranges. Epsilons and steps are in 1/255 here."""
 
 from typing import Annotated, Any, Literal
 

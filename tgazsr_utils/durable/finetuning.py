@@ -1,6 +1,4 @@
-"""Fine-tuning that survives: ``core.training.steps`` with files, resuming to the bit, Ctrl-C, progress and several
-processes.
-"""
+"""Fine-tuning that survives: ``core.training.steps`` with files, resuming to the bit, Ctrl-C, several processes."""
 
 import inspect
 import math
@@ -144,9 +142,7 @@ class _Run:
         )
 
     def _updates(self) -> Iterator[tuple[Update, float]]:
-        """Steps and the seconds each took; what is not finite is told with the term at fault and the last good
-        checkpoint.
-        """
+        """Steps and their seconds; what is not finite is told with the term at fault and the last good checkpoint."""
         started = time.perf_counter()
         options = {"start": self.state["step"], "kept": self.cache, "attack": processes.shared_attack}
         try:

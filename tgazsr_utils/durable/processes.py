@@ -110,9 +110,7 @@ def _average(parameter: Tensor) -> None:
 
 
 def _gather(part: Tensor, n: int) -> Tensor:
-    """All ``n`` rows, in order, from each process's ``share(n)`` of them. Differentiable, if every process computes
-    the same with them.
-    """
+    """All ``n`` rows, from each process's ``share(n)``. Differentiable, if all compute the same with them."""
     return part if n < count() or count() == 1 else _Gather.apply(part, n)
 
 
@@ -129,9 +127,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # Each process has the same loss and passes on its own share's part of the gradient: the mean over processes,
-        # which
-        # is right for what all of them compute, wants that part as often as there are processes.
+        # Each process passes on its own share's part of the gradient of the same loss; the mean over processes, right
+        # for what all of them compute, wants that part as often as there are processes.
         return gradient[share(context.n)] * count(), None
 
 

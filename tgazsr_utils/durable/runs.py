@@ -34,9 +34,7 @@ class Run:
         return self.folder / "models"
 
     def show(self, weights: Path) -> Path:
-        """Puts stored weights among the models of this run, as the latest of their name; a copy where there are no
-        links.
-        """
+        """Puts stored weights among the models of this run, as the latest of their name (a link, or else a copy)."""
         link = self.models / weights.name
         if weights.parent == self.models:
             return weights

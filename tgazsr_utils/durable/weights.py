@@ -1,6 +1,4 @@
-"""Weights: where they are found, what a file holds, and how they get into a model. Nothing a file brings along is ever
-run.
-"""
+"""Weights: where they are found, what a file holds, how they get into a model. No code of a file is ever run."""
 
 import contextlib
 import glob
@@ -34,8 +32,7 @@ _DIGESTS = {
 }  # they were written without one in them
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SCHEMAS = ("hf-hub:", "local-dir:")
-# Released checkpoints keep an accuracy beside the weights as a NumPy scalar, under this or that name by NumPy's
-# version.
+# Released checkpoints keep an accuracy beside the weights as a NumPy scalar, whose name depends on NumPy's version.
 _scalar = np.float64(0).__reduce__()[0]
 _NUMPY_SCALARS = [
     np.dtype,
@@ -135,9 +132,7 @@ def _with_weights_of(path: Path, arch: str, seed: int, options: dict[str, Any]) 
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a weights file holds. Raises ValueError for one that would run code, DamagedFile for one that is not as it
-    was written.
-    """
+    """What a weights file holds. Raises ValueError for one that would run code, DamagedFile for a damaged one."""
     open(path, "rb").close()  # safetensors calls a file missing that it may not read
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
@@ -233,9 +228,7 @@ def save_clip(clip: Clip, path: Path, precision: str = "fp32", **metadata: Any) 
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What ``save_clip`` wrote beside the weights; nothing for a file of somebody else's. Raises ValueError for a
-    damaged one.
-    """
+    """What ``save_clip`` wrote beside the weights; nothing for a foreign file. Raises ValueError for a damaged one."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -37,9 +37,7 @@ class Bench:
         images: int,
         number_of_processes: int = 1,
     ) -> "Bench":
-        """With a check on about so many images of ``sets``; on none where random weights or an epsilon of zero leave
-        nothing to check.
-        """
+        """With a check on about so many images of ``sets``; on none where random weights or epsilon 0 leave nothing."""
         nothing = not images or not attack.test_eps or sets[0].world == PLUMBING
         return cls(store, number_of_processes, attack, () if nothing else sets_to_check(sets, images))
 

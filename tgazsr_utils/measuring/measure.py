@@ -1,6 +1,4 @@
-"""Zero-shot accuracy, clean and under attack, as Records: in jobs of some images each, which resume and need no talk
-between processes.
-"""
+"""Zero-shot accuracy, clean and under attack, as Records; measured in jobs of some images that resume."""
 
 import math
 import time
@@ -212,9 +210,7 @@ def evaluate(
 
 
 def batch_that_fits(clip: Clip) -> int:
-    """How many images to attack at once: a power of two whose activations should take a third of the free memory, at
-    most LARGEST_BATCH.
-    """
+    """How many images to attack at once: a power of two whose activations take about a third of the free memory."""
     visual, device = clip.visual, clip.device
     if device.type == "cuda":
         free = (

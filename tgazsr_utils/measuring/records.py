@@ -1,6 +1,4 @@
-"""What was measured: Records and checks of the attack, and the folder that keeps each in a file of its own, never
-edited.
-"""
+"""What was measured: Records and checks of the attack, each in a file of its own that is never edited."""
 
 import json
 from pathlib import Path

@@ -241,9 +241,7 @@ def differences(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def compare(a: Sequence[Record], b: Sequence[Record]) -> pd.DataFrame:
-    """Of two runs: a row a method that both have, and columns "robust" and "clean" that say ``a`` minus ``b`` on the
-    same images.
-    """
+    """Of two runs: a row a method that both have; columns "robust" and "clean" say ``a`` minus ``b``, paired."""
     rows = {}
     for method in dict.fromkeys(r.method for r in a):
         pair = [[r for r in records if r.method == method] for records in (a, b)]
@@ -261,9 +259,7 @@ def _said(kind: str, a: Sequence[Record], b: Sequence[Record]) -> str:
 
 
 def difference(kind: str, a: Sequence[Record], b: Sequence[Record]) -> tuple[float, float, float]:
-    """``paired_difference`` of "robust" or of "clean" accuracy, with ``_beside_each_seed``; NaN where it is not
-    counted in all seeds.
-    """
+    """``paired_difference`` of "robust" or of "clean" accuracy; NaN where it is not counted in all seeds."""
     picked = [[r for r in records if (r.attack == "none") == (kind == "clean")] for records in (a, b)]
     if any({r.seed for r in part} != {r.seed for r in whole} for part, whole in zip(picked, (a, b))):
         return float("nan"), float("nan"), float("nan")

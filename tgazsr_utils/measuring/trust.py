@@ -149,18 +149,14 @@ def _surely(count: int, n: int) -> float:
 
 
 def _chance_of_falling(rise: pd.Series) -> float:
-    """That the mean is so far below zero, if in truth it is not (one-sided t test); NaN for a single value, or none
-    but zeros.
-    """
+    """That the mean is so far below zero, if in truth it is not (one-sided t test); NaN for one value, or all zero."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(student_t.cdf(rise.mean() / (rise.std() / np.sqrt(len(rise))), len(rise) - 1))
 
 
 @torch.no_grad()  # but for the gradients of the pixels
 def _attacked(clip: Clip, data: ImageSet, attack: AttackSettings) -> Iterator[tuple[pd.DataFrame, pd.DataFrame, int]]:
-    """Of each batch: which images are recognised and their cross-entropy, a column an attack, and how many lack a
-    gradient.
-    """
+    """Of each batch: which images are right and their cross-entropy, a column an attack; how many lack a gradient."""
     reader, text = clip.in_full_precision(), clip.encode_text(data.prompts)
     for batch in data.batches(batch_that_fits(clip), clip.device):
         images = _attacks(clip, data.key, batch, text, attack)
