@@ -83,7 +83,7 @@ class Setup:
             )  # encodes the prompts, once a run
 
     def ours(self, cache: Callable | None = None) -> Tensor:
-        step = Step(self.clip, self.original, self.images, self.labels, self.prompts, kept=cache)
+        step = Step(self.clip, self.original, self.images, self.labels, self.prompts, cache=cache)
         step.adversarial = attacked(step, TGA, SETTINGS, 0)
         loss = sum(term.weight * term.value for term in TGA.terms(step, SETTINGS))
         self.clip.zero_grad(set_to_none=True)

@@ -160,7 +160,7 @@ def run_attack(
     return ATTACKS[settings.attack].run(clip, images, labels, text, eps, step_size, settings.test_numsteps, **options)
 
 
-def starts(device: torch.device, rows: Iterable[int], *parts: Any) -> list[torch.Generator]:
+def start_generators(device: torch.device, rows: Iterable[int], *parts: Any) -> list[torch.Generator]:
     """Generators for the random start of each image, seeded by its row and ``parts``."""
     return [seeded(device, *parts, row) for row in rows]
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tgazsr_utils.core.attacks import ATTACKS, run_attack, starts
+from tgazsr_utils.core.attacks import ATTACKS, run_attack, start_generators
 from tgazsr_utils.core.images import Batch, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.settings import AttackSettings, Protocol
@@ -36,14 +36,14 @@ def predictions(
     ``Attack.batch``). Classes are read in full precision whatever the attack computes in; so is, under "worst", which
     image is fooled.
     """
-    reader, text = clip.in_full_precision(), clip.encode_text(data.prompts)
+    reader, text = clip.without_autocast(), clip.encode_text(data.prompts)
     attacker = clip if protocol_of(attack, protocol) == "last" else reader
     for batch in data.batches(chunks, clip.device):
         attacked = batch.images
         if attack is not None:
-            generators = starts(clip.device, batch.rows.tolist(), "evaluation", data.key, seed)
+            generators = start_generators(clip.device, batch.rows.tolist(), "evaluation", data.key, seed)
             attacked = run_attack(attacker, batch.images, batch.labels, text, attack, protocol, generators)
-        yield Predicted(batch, attacked, answers(reader.logits(attacked, text)))
+        yield Predicted(batch, attacked, classes_of(reader.logits(attacked, text)))
 
 
 def predict(
@@ -61,7 +61,7 @@ def predict(
     return classes
 
 
-def answers(logits: Tensor) -> Tensor:
+def classes_of(logits: Tensor) -> Tensor:
     """Classes ``[B]`` of logits ``[B,C]``; NO_ANSWER where one is not finite: argmax would take the NaN's class."""
     return torch.where(logits.isfinite().all(1), logits.argmax(1), NO_ANSWER)
 

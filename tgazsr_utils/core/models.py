@@ -29,9 +29,8 @@ class Numerics(NamedTuple):
     """How a model computes: what its numbers depend on besides its weights."""
 
     device: str = "cpu"  # type of device that it is meant for
-    precision: str = (
-        "fp32"  # of weights ("fp32", "fp16", "bf16"); "amp_bf16": fp32 weights, bfloat16 autocast in the image encoder
-    )
+    # "fp32", "fp16" or "bf16" weights; "amp_bf16": fp32 weights and bfloat16 autocast in the image encoder
+    precision: str = "fp32"
     compiled: bool = False  # the image encoder, and each step of an attack on it, through torch.compile
 
 
@@ -39,7 +38,7 @@ class Clip(nn.Module):
     """An open_clip ViT CLIP with its normalisation inside and its prompt embeddings kept.
 
     ``model`` is the open_clip model; only ``model.visual``, the image encoder, is ever tuned. Its text tower and logit
-    scale stay frozen unless the workbook pre-trains it. Raises ValueError for a model without a class token beside
+    scale stay frozen unless it is pre-trained. Raises ValueError for a model without a class token beside
     patch tokens.
     """
 
@@ -54,15 +53,14 @@ class Clip(nn.Module):
         visual.output_tokens = True
         self.model: Any = model  # open_clip's own class, whose parts are called by name
         self.arch, self.numerics = arch, numerics
-        self.training_record: dict[
-            str, Any
-        ] = {}  # method, settings, data and code that made the weights, where that is known
+        # What made the weights, where that is known: method, settings, data and code.
+        self.training_record: dict[str, Any] = {}
         self.tokenizer = open_clip.get_tokenizer(arch)
         self.grid: tuple[int, int] = visual.grid_size
         self.image_size: tuple[int, int] = visual.image_size
-        shown = open_clip.get_model_preprocess_cfg(model)
-        self.register_buffer("mean", torch.tensor(shown["mean"]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(shown["std"]).view(3, 1, 1))
+        preprocess = open_clip.get_model_preprocess_cfg(model)
+        self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1))
         self._prompts: dict[str, Tensor] = {}
 
     mean: Tensor  # [3,1,1]
@@ -103,7 +101,7 @@ class Clip(nn.Module):
         """Zero-shot logits ``[B,C]`` of images ``[B,3,H,W]`` in [0,1] against unit-norm text ``[C,D]``."""
         return self.similarity(self.encode_image(pixels).pooled, text)
 
-    def in_full_precision(self) -> "Clip":
+    def without_autocast(self) -> "Clip":
         """The same model, sharing its weights, without autocast."""
         clone = copy.copy(self)
         if self.numerics.precision == "amp_bf16":

@@ -42,7 +42,7 @@ class Step:
     prompts: tuple[str, ...]  # one a class
     adversarial: Tensor | None = None  # images attacked against f: x'; the very same images for a method without attack
     rows: Tensor | None = None  # [B] of the images in the training set
-    kept: "Kept | None" = None  # what depends on f0 and clean images alone, if somebody keeps it
+    cache: "Cache | None" = None  # of what f0 makes of clean images, if there is one
 
     @cached_property
     def text(self) -> Tensor:
@@ -92,10 +92,10 @@ class Step:
             halves = zip(*(tokens.chunk(2) for tokens in both))
             self.adversarial_tokens, self.clean_tokens = (ImageTokens(*half) for half in halves)
 
-    def of_original(self, name: str, compute: "Compute") -> Tensor:
-        """``compute(step)``, which must depend on f0, clean images and labels alone; once an image where it is kept."""
+    def cached_original(self, name: str, compute: "Compute") -> Tensor:
+        """``compute(step)``, which must depend on f0, clean images and labels alone; once an image with a cache."""
         with torch.no_grad():
-            return compute(self) if self.kept is None else self.kept(name, compute, self.rows)
+            return compute(self) if self.cache is None else self.cache(name, compute, self.rows)
 
     def cross_entropy(self, tokens: ImageTokens) -> Tensor:
         """CE of the zero-shot logits, mean over the batch."""
@@ -107,15 +107,21 @@ class Step:
 
 
 Compute = Callable[[Step], Tensor]
-Kept = Callable[[str, Compute, Tensor | None], Tensor]  # (name, how it is computed, rows) -> its values of these rows
+Cache = Callable[[str, Compute, Tensor | None], Tensor]  # (name, how it is computed, rows) -> its values of these rows
 
 
 def negated(prompt: str) -> str:
-    """ "This is a photo of a cat" or "A photo of a cat." -> "This is not a photo of a cat" (with its full stop)."""
-    return re.sub(r"^(this is )?an? ", "This is not a ", prompt, flags=re.IGNORECASE)
+    """The negation of "This is a photo of a cat" and of "A photo of a cat": "This is not a photo of a cat".
+
+    Raises ValueError for a prompt of another beginning.
+    """
+    changed, count = re.subn(r"^(this is )?an? ", "This is not a ", prompt, flags=re.IGNORECASE)
+    if not count:
+        raise ValueError(f"prompt {prompt!r} has no known negation: it should begin with 'This is a', 'A' or 'An'")
+    return changed
 
 
-Attack = Callable[[Step], AttackLoss | None]
+TrainingAttack = Callable[[Step], AttackLoss | None]
 # What TGA-ZSR was published with, and every other method where nothing else is said.
 PRESET = {
     "lr": 1e-4,
@@ -129,7 +135,7 @@ PRESET = {
 
 
 def cross_entropy_attack(step: Step) -> None:
-    """What ``attacks.pgd`` maximises by itself: the batch's summed cross-entropy over the class prompts."""
+    """The batch's summed cross-entropy over the class prompts: ``attacks.pgd``'s own loss, which it takes for None."""
 
 
 def original_pooled(step: Step) -> Tensor:
@@ -139,7 +145,7 @@ def original_pooled(step: Step) -> Tensor:
 
 def embedding_attack(step: Step) -> AttackLoss:
     """The squared l2 distance to the original model's clean class embedding; no labels."""
-    target = step.of_original("pooled", original_pooled)
+    target = step.cached_original("pooled", original_pooled)
     return lambda tokens: (tokens.pooled - target).square().sum()
 
 
@@ -147,7 +153,7 @@ def embedding_attack(step: Step) -> AttackLoss:
 class Objective:
     name: str
     terms: Callable[[Step, ObjectiveSettings], list[Term]]
-    attack: Attack | None = (
+    attack: TrainingAttack | None = (
         cross_entropy_attack  # what the training attack maximises on f's tokens; None: it trains on clean images
     )
     preset: Mapping[str, float] = field(default_factory=lambda: PRESET)  # hyper-parameters it was published with
@@ -160,7 +166,7 @@ class Objective:
 OBJECTIVES: dict[str, Objective] = {}
 
 
-def objective(name: str, *, attack: Attack | None = cross_entropy_attack, **preset: float) -> Callable:
+def objective(name: str, *, attack: TrainingAttack | None = cross_entropy_attack, **preset: float) -> Callable:
     """Registers a loss function under its name, with what its training attack maximises and its published settings.
 
     What ``attack`` maximises must be a sum over images: it may see a part of the batch.
@@ -224,20 +230,26 @@ def pmg_aft(step: Step, settings: ObjectiveSettings) -> list[Term]:
 @objective("FARE", attack=embedding_attack)
 def fare(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """Batch mean of ||f(x') - f0(x)||^2 between unnormalised class embeddings; no labels (ICML 2024)."""
-    distance = (step.adversarial_tokens.pooled - step.of_original("pooled", original_pooled)).square().sum(1).mean()
+    distance = (step.adversarial_tokens.pooled - step.cached_original("pooled", original_pooled)).square().sum(1).mean()
     return [Term("L_emb", 1.0, distance)]
 
 
 @objective("Vision-based")
 def vision_based(step: Step, settings: ObjectiveSettings) -> list[Term]:
-    """TGA-ZSR with Grad-CAM maps in place of text-guided ones, through which no gradient flows, as released."""
-    return _held_in_place(step, settings, "grad-cam", lambda step, side: _grad_cam(step, side, differentiable=False))
+    """TGA-ZSR with Grad-CAM maps in place of text-guided ones. As released no gradient flows through these, so that it
+    trains as TeCoA does at this learning rate.
+    """
+    return _attention_regularised(
+        step, settings, "grad-cam", lambda step, side: _grad_cam(step, side, differentiable=False)
+    )
 
 
 @objective("Vision-based-grad")
 def vision_based_differentiable(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """The same with Grad-CAM maps that train the weights."""
-    return _held_in_place(step, settings, "grad-cam", lambda step, side: _grad_cam(step, side, differentiable=True))
+    return _attention_regularised(
+        step, settings, "grad-cam", lambda step, side: _grad_cam(step, side, differentiable=True)
+    )
 
 
 def _grad_cam(step: Step, side: str, differentiable: bool) -> Tensor:
@@ -258,7 +270,7 @@ def tga_zsr(step: Step, settings: ObjectiveSettings) -> list[Term]:
     attend = lambda step, side: text_guided_attention(
         step.tokens(side), step.true_text, variant, grid=step.clip.grid, backend=backend
     )
-    return _held_in_place(step, settings, f"text-{variant}", attend)
+    return _attention_regularised(step, settings, f"text-{variant}", attend)
 
 
 @objective("Comp-TGA", Alpha=0.10, Beta=0.07)
@@ -269,23 +281,21 @@ def comp_tga(step: Step, settings: ObjectiveSettings) -> list[Term]:
     attend = lambda step, side: complementary_attention(
         step.tokens(side), step.true_text, step.not_text, variant, grid=step.clip.grid, backend=backend
     )
-    return _held_in_place(step, settings, f"complementary-{variant}", attend)
+    return _attention_regularised(step, settings, f"complementary-{variant}", attend)
 
 
-def _held_in_place(
+def _attention_regularised(
     step: Step, settings: ObjectiveSettings, name: str, attend: Callable[[Step, str], Tensor]
 ) -> list[Term]:
     """CE + Alpha * L_AR + Beta * L_AMC from ``attend(step, side)``: maps A(f, x') of the side "adversarial", A(f, x) of
-    "clean" and A(f0, x) of "original", which are kept under ``name``."""
-    cross_entropy = step.cross_entropy(
-        step.adversarial_tokens
-    )  # before the maps: the order of sums shows in the last bits
-    target = step.of_original(name, lambda step: attend(step, "original"))
-    distance = lambda side: attention_distance(
-        attend(step, side), target, settings.Distance_metric, settings.distance_size
-    ).mean()
+    "clean" and A(f0, x) of "original", which are cached under ``name``.
+    """
+    # Before the maps: the order of sums shows in the last bits.
+    cross_entropy = step.cross_entropy(step.adversarial_tokens)
+    target = step.cached_original(name, lambda batch: attend(batch, "original"))
+    metric, size = settings.Distance_metric, settings.distance_size
     return [
         Term("CE", 1.0, cross_entropy),
-        Term("L_AR", settings.Alpha, distance("adversarial")),
-        Term("L_AMC", settings.Beta, distance("clean")),
+        Term("L_AR", settings.Alpha, attention_distance(attend(step, "adversarial"), target, metric, size).mean()),
+        Term("L_AMC", settings.Beta, attention_distance(attend(step, "clean"), target, metric, size).mean()),
     ]

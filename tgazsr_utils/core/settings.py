@@ -19,7 +19,7 @@ Positive = Annotated[float, Number, Field(gt=0)]
 Fraction = Annotated[float, Number, Field(gt=0, lt=1)]
 Eps255 = Annotated[float, Number, Field(ge=0, le=255, description="1/255 of the pixel range")]
 Norm = Literal["linf", "l2"]  # of the perturbation
-Precision = Literal["auto", "fp32", "amp_bf16", "fp16", "bf16"]  # see models.load_clip
+Precision = Literal["auto", "fp32", "amp_bf16", "fp16", "bf16"]  # see models.Numerics; "auto" is the loader's choice
 Protocol = Literal["last", "worst"]  # robust at the attack's last iterate (as published), or at every one of them
 
 
@@ -30,7 +30,7 @@ class Settings(BaseModel):
 
 
 class ObjectiveSettings(Settings):
-    """What the loss terms need (REFERENCE of the method: Alpha 0.08, Beta 0.05, l2 at 224)."""
+    """What the loss terms need ; as published Alpha 0.08, Beta 0.05, l2 at 224."""
 
     Alpha: NonNegative | None  # weight of L_AR; None, here and below: what the method was published with
     Beta: NonNegative | None  # weight of L_AMC
@@ -61,7 +61,7 @@ class AttackSettings(Settings):
 
     attack: Literal["pgd", "cw", "autoattack"] = "pgd"
     norm: Norm = "linf"  # l2: epsilon and step are Euclidean lengths of the whole perturbation, still in 1/255
-    autoattack_version: Literal["apgd", "standard"] = "apgd"  # see attacks.autoattack
+    autoattack_version: Literal["apgd", "standard"] = "apgd"  # see measuring.autoattack
     test_eps: NonNegative  # 1/255
     test_stepsize: NonNegative  # 1/255
     test_numsteps: Count

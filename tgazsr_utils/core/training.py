@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tgazsr_utils.core.attacks import pgd, starts
+from tgazsr_utils.core.attacks import pgd, start_generators
 from tgazsr_utils.core.images import Batch, ImageSet
 from tgazsr_utils.core.models import Clip
-from tgazsr_utils.core.objectives import Kept, Objective, Step, Term, weighted_sum
+from tgazsr_utils.core.objectives import Cache, Objective, Step, Term, weighted_sum
 from tgazsr_utils.core.seeds import seeded
 from tgazsr_utils.core.settings import FinetuneSettings
 
@@ -42,28 +42,30 @@ def steps(
     optimizer: torch.optim.Optimizer,
     *,
     start: int = 0,
-    kept: Kept | None = None,
-    attack: MakeAdversarial | None = None,
+    cache: Cache | None = None,
+    make_adversarial: MakeAdversarial | None = None,
 ) -> Iterator[Update]:
     """Tunes the image encoder of ``tuned`` on ``data`` from step ``start`` on: an optimiser step before each yield.
 
-        minimise over f  sum_i weight_i * term_i(f, f0, x, x', y), x' = argmax in the eps-ball of the objective's attack
+        minimise over f   sum_i weight_i * term_i(f, f0, x, x', y)
 
-    ``settings`` without None (``Objective.with_preset``); ``kept``: see ``Step``; ``attack`` makes x' (default:
-    ``attacked``). Raises NotFinite, before the weights are touched.
+    with x' by PGD on the loss of the objective's attack (``attacked``, or ``make_adversarial``). ``settings`` must be
+    complete (``Objective.with_preset``); ``cache``: see ``Step``. Raises NotFinite, before the weights are touched.
     """
     total = steps_in_all(data, settings)
     for number, batch in batches(data, settings, start, tuned.device):
-        lr = optimizer.param_groups[0]["lr"] = settings.lr * warmup_cosine(number, settings.warmup_steps, total)
-        step = Step(tuned, original, batch.images, batch.labels, data.prompts, rows=batch.rows, kept=kept)
+        lr = settings.lr * warmup_cosine(number, settings.warmup_steps, total)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        step = Step(tuned, original, batch.images, batch.labels, data.prompts, rows=batch.rows, cache=cache)
 
-        step.adversarial = (attack or attacked)(step, objective, settings, number)
+        step.adversarial = (make_adversarial or attacked)(step, objective, settings, number)
         terms = objective.terms(step, settings)
         loss = weighted_sum(terms)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
 
-        values = {"lr": lr} | noted(step, loss, terms, optimizer)
+        values = {"lr": lr} | log_values(step, loss, terms, optimizer)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             raise NotFinite(number, values, step)
         optimizer.step()
@@ -82,7 +84,7 @@ def attacked(
         return step.images
     eps, step_size = settings.train_eps / 255, settings.train_stepsize / 255
     places = range(len(step.images)) if places is None else places
-    generators = starts(step.images.device, places, "training", settings.seed, 1, number)
+    generators = start_generators(step.images.device, places, "training", settings.seed, 1, number)
     loss = objective.attack(step)
     return pgd(
         step.clip,
@@ -98,7 +100,7 @@ def attacked(
 
 
 @torch.no_grad()
-def noted(step: Step, loss: Tensor, terms: list[Term], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def log_values(step: Step, loss: Tensor, terms: list[Term], optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The numbers of a step after its backward, with one wait for the device."""
     logits = step.clip.similarity(step.adversarial_tokens.pooled, step.text)
     accuracy = (logits.argmax(1) == step.labels).float().mean()
@@ -108,18 +110,23 @@ def noted(step: Step, loss: Tensor, terms: list[Term], optimizer: torch.optim.Op
     return dict(zip(names, torch.stack([loss, *(term.value for term in terms), accuracy, norm]).tolist()))
 
 
+def sgd(tuned: Clip, settings: FinetuneSettings) -> torch.optim.SGD:
+    """The optimiser of what is tuned; ``steps`` sets its learning rate."""
+    parameters = trainable(tuned.visual, settings.last_num_ft)
+    return torch.optim.SGD(parameters, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay)
+
+
 def trainable(visual: nn.Module, last: int) -> list[nn.Parameter]:
-    """Switches gradients on for all of an image encoder's parameter tensors, or for its last ``last`` ones.
+    """Freezes an image encoder but for its last ``last`` tensors, in the order of ``parameters()`` (0: all of them).
 
     Raises ValueError if there are not so many.
     """
-    parameters = list(visual.parameters())
+    parameters = list(visual.requires_grad_(False).parameters())
     if last > len(parameters):
         raise ValueError(f"last_num_ft is {last}; the image encoder has {len(parameters)} parameter tensors (0: all)")
-    parameters = parameters[-last:]
-    for parameter in parameters:
+    for parameter in parameters[-last:]:
         parameter.requires_grad_(True)
-    return parameters
+    return parameters[-last:]
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:

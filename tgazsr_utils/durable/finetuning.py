@@ -17,7 +17,7 @@ from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import Objective, find_objective
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import FinetuneSettings
-from tgazsr_utils.core.training import NotFinite, Update, steps, steps_in_all, trainable
+from tgazsr_utils.core.training import NotFinite, Update, sgd, steps, steps_in_all
 from tgazsr_utils.datasets.loading import resident
 from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.checkpoints import Checkpoints
@@ -109,11 +109,9 @@ class _Run:
         self.data = resident(data, clip.device)
         self.hidden = watch is not None or not processes.is_main()
         self.cache = OriginalCache(self.original, self.data, weights.parent / "unfinished" / weights.stem, self.hidden)
-        self.parameters = trainable(self.tuned.visual, settings.last_num_ft)
+        self.optimizer = sgd(self.tuned, settings)
+        self.parameters = self.optimizer.param_groups[0]["params"]
         processes.average_gradients_of(self.parameters)
-        self.optimizer = torch.optim.SGD(
-            self.parameters, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
         self.checkpoints = Checkpoints(weights.with_suffix(""))
         self.state = self.checkpoints.load(self.tuned.visual, self.optimizer)
 
@@ -144,7 +142,7 @@ class _Run:
     def _updates(self) -> Iterator[tuple[Update, float]]:
         """Steps and their seconds; what is not finite is told with the term at fault and the last good checkpoint."""
         started = time.perf_counter()
-        options = {"start": self.state["step"], "kept": self.cache, "attack": processes.shared_attack}
+        options = {"start": self.state["step"], "cache": self.cache, "make_adversarial": processes.shared_attack}
         try:
             for update in steps(
                 self.tuned, self.original, self.data, self.objective, self.settings, self.optimizer, **options

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tgazsr_utils.core.attacks import pgd
-from tgazsr_utils.core.attention import Variant, attention_shift, text_guided_attention
+from tgazsr_utils.core.attention import Variant, text_guided_attention
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
-from tgazsr_utils.measuring.attention_shift import as_frame
+from tgazsr_utils.measuring.attention_shift import as_frame, attention_shift
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tgazsr_utils.core.attention import Variant, attention_shift, text_guided_attention
+from tgazsr_utils.core.attention import Variant, attention_distance, text_guided_attention
 from tgazsr_utils.core.evaluation import predictions
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
@@ -39,7 +40,7 @@ def attention_under_attack(
     clip: Clip, data: ImageSet, attack: AttackSettings, variant: Variant = "reference", seed: int = 0
 ) -> AttentionUnderAttack:
     """Attacks every image and measures how far the attention guided by its true class moves
-    (``core.attention.attention_shift``).
+    (``attention_shift``).
 
     ``flipped``: right when clean, wrong when attacked.
     """
@@ -62,3 +63,47 @@ def attention_under_attack(
 def as_frame(measures: dict[str, Tensor]) -> pd.DataFrame:
     """One row an image, a column a measure."""
     return pd.DataFrame({name: values.float().cpu().numpy() for name, values in measures.items()})
+
+
+@torch.no_grad()
+def attention_shift(clean: Tensor, adv: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """How far attention moved, measures ``[B]`` of maps ``[B,h,w]`` on the patch grid.
+
+    Measures: ``l2`` and ``cosine`` (similarity) of the maps as given; ``iou_top20``: overlap of the fifths of the area
+    with most attention; ``centre_move``: distance of the centres of mass, in patches; with ``mask`` ``[B,H,W]`` (bool,
+    any size that is at least the grid's) also ``energy_clean`` and ``energy_adv``: the share of attention inside it,
+    in [0,1], and ``energy_uniform``, the mask's share of the area, which attention spread evenly would reach.
+    """
+    measures = {
+        "l2": attention_distance(clean, adv, "l2", size=None),
+        "cosine": 1 - attention_distance(clean, adv, "cos", size=None),
+        "iou_top20": _top_iou(clean, adv, fraction=0.2),
+        "centre_move": torch.linalg.vector_norm(centre_of_mass(clean) - centre_of_mass(adv), dim=1),
+    }
+    if mask is not None:
+        share = F.adaptive_avg_pool2d(mask[:, None].to(clean.dtype), (clean.shape[-2], clean.shape[-1]))[:, 0]
+        measures["energy_clean"] = energy_inside(clean, share)
+        measures["energy_adv"] = energy_inside(adv, share)
+        measures["energy_uniform"] = share.mean((1, 2))
+    return measures
+
+
+def _top_iou(a: Tensor, b: Tensor, fraction: float) -> Tensor:
+    k = max(1, round(fraction * a[0].numel()))
+    top = [torch.zeros_like(m.flatten(1)).scatter_(1, m.flatten(1).topk(k, dim=1).indices, 1) for m in (a, b)]
+    both = (top[0] * top[1]).sum(1)
+    return both / (2 * k - both)
+
+
+def centre_of_mass(maps: Tensor) -> Tensor:
+    """(row, column) ``[B,2]`` of each map's centre of mass, in patches; the middle for an all-zero map."""
+    rows, columns = (torch.arange(n, dtype=maps.dtype, device=maps.device) for n in maps.shape[-2:])
+    total = maps.sum((1, 2))
+    middle = torch.stack([rows.mean(), columns.mean()])
+    moments = torch.stack([(maps.sum(2) * rows).sum(1), (maps.sum(1) * columns).sum(1)], dim=1)
+    return torch.where(total[:, None] > 0, moments / total.clamp(min=1e-12)[:, None], middle)
+
+
+def energy_inside(maps: Tensor, share: Tensor) -> Tensor:
+    """The part ``[B]`` of each map's sum that lies inside; ``share`` ``[B,h,w]``: how much of each patch is inside."""
+    return (maps * share).sum((1, 2)) / maps.sum((1, 2)).clamp(min=1e-12)

@@ -18,8 +18,8 @@ from scipy.stats import binomtest
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from tgazsr_utils.core.attacks import pgd, run_attack, starts, summed_cross_entropy
-from tgazsr_utils.core.evaluation import answers
+from tgazsr_utils.core.attacks import pgd, run_attack, start_generators, summed_cross_entropy
+from tgazsr_utils.core.evaluation import classes_of
 from tgazsr_utils.core.images import Batch, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.seeds import digest
@@ -157,11 +157,11 @@ def _chance_of_falling(rise: pd.Series) -> float:
 @torch.no_grad()  # but for the gradients of the pixels
 def _attacked(clip: Clip, data: ImageSet, attack: AttackSettings) -> Iterator[tuple[pd.DataFrame, pd.DataFrame, int]]:
     """Of each batch: which images are right and their cross-entropy, a column an attack; how many lack a gradient."""
-    reader, text = clip.in_full_precision(), clip.encode_text(data.prompts)
+    reader, text = clip.without_autocast(), clip.encode_text(data.prompts)
     for batch in data.batches(batch_that_fits(clip), clip.device):
         images = _attacks(clip, data.key, batch, text, attack)
         logits = {name: reader.logits(pixels, text) for name, pixels in images.items()}
-        right = {name: (answers(values) == batch.labels).cpu().numpy() for name, values in logits.items()}
+        right = {name: (classes_of(values) == batch.labels).cpu().numpy() for name, values in logits.items()}
         loss = {
             name: F.cross_entropy(values, batch.labels, reduction="none").cpu().numpy()
             for name, values in logits.items()
@@ -176,13 +176,13 @@ def _attacked(clip: Clip, data: ImageSet, attack: AttackSettings) -> Iterator[tu
 def _attacks(clip: Clip, key: str, batch: Batch, text: Tensor, attack: AttackSettings) -> dict[str, Tensor]:
     """The batch's images under each attack of a check, by name."""
     x, y, eps = batch.images, batch.labels, attack.test_eps / 255
-    noise = lambda: starts(clip.device, batch.rows.tolist(), "sanity", key)
+    noise = lambda: start_generators(clip.device, batch.rows.tolist(), "sanity", key)
     run = lambda eps, steps: pgd(clip, x, y, text, eps, eps / 4, steps, norm=attack.norm, generator=noise())
     images = {"clean": x, "noise": run(eps, 0)}
     if attack.attack != "autoattack":
         images[MEASURED] = run_attack(clip, x, y, text, attack, "last", noise())
     images |= {f"PGD-{steps}": run(eps, steps) for steps in STEPS}
-    images["Square"] = square(clip.in_full_precision(), x, y, text, eps, QUERIES, attack.norm)
+    images["Square"] = square(clip.without_autocast(), x, y, text, eps, QUERIES, attack.norm)
     return images | {name: run(large / 255, LARGE_STEPS) for name, large in zip(LARGE, large_eps(attack))}
 
 
