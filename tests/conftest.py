@@ -30,7 +30,7 @@ OPTIONS = []  # pytest's, once it has read them
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="all that the README counts, and what takes minutes")
-    parser.addoption("--kills", type=int, help="how often the kill test kills (default: 4, or 25 with --long)")
+    parser.addoption("--kills", type=int, help="how often the kill test kills (default: 2, or 25 with --long)")
     parser.addoption("--kills-seed", type=int, default=random.SystemRandom().randrange(10**6), help="when it does")
 
 

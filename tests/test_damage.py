@@ -15,9 +15,9 @@ from miniatures import tiny_imagenet
 from PIL import Image
 from safetensors.torch import save_file
 
-from tgazsr_utils.core import models
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.datasets.loading import decoded, load_dataset
+from tgazsr_utils.durable import weights
 from tgazsr_utils.durable.checkpoints import Checkpoints
 from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
 from tgazsr_utils.durable.finetuning import finetune
@@ -30,7 +30,7 @@ from tgazsr_utils.measuring.recorded_sweep import recorded_sweep
 from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.measuring.tables import leaderboard
 from tgazsr_utils.parameters import SettingsError
-from tgazsr_utils.paths import ROOT
+from tgazsr_utils.paths import DATA, ROOT
 from tgazsr_utils.profiles import load_profile
 from tgazsr_utils.runner import load_manifest
 
@@ -231,7 +231,7 @@ def test_a_damaged_table_of_a_sweep_is_named(tmp_path, damage):
 def test_flipped_bits_of_the_shipped_weights_are_found(name, tmp_path, monkeypatch):
     whole, path, chance = SHIPPED[name].read_bytes(), tmp_path / SHIPPED[name].name, random.Random(0)
     monkeypatch.setitem(SHIPPED, name, path)
-    monkeypatch.setitem(models._DIGESTS, path, models._DIGESTS[models.DATA / path.name])
+    monkeypatch.setitem(weights._DIGESTS, path, weights._DIGESTS[DATA / path.name])
     path.write_bytes(whole)
     load_clip("mini-clip", name, "cpu")
     for _ in range(5):

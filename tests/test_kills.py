@@ -94,7 +94,7 @@ def same(first, second):
 
 
 def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_been(tmp_path, request, capsys):
-    kills, seed = request.config.option.kills or size(4, 25), request.config.option.kills_seed
+    kills, seed = request.config.option.kills or size(2, 25), request.config.option.kills_seed
     chance = random.Random(seed)
     child, started = start(tmp_path / "whole"), time.monotonic()
     child.join()

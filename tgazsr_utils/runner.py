@@ -348,9 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("papermill").setLevel(
         logging.ERROR
     )  # it warns of names a cell does not list; all are checked here
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = (
-        "1"  # this environment's kernel, not one of the same name in the home folder
-    )
+    # This environment's kernel, not one of the same name in the home folder.
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     try:
         if profile == "compare":
             if len(numbers) != 2:

@@ -136,9 +136,7 @@ class Attack(NamedTuple):
 
     run: Callable[..., Tensor]  # with the arguments of ``pgd``
     keeps_first: bool = False  # it keeps the first image that fools: it knows no other protocol than "worst"
-    batch: int | None = (
-        None  # images it always has at once, where its random draws are for a batch and not for an image
-    )
+    batch: int | None = None  # images it always has at once, where its random draws are for a batch
 
 
 ATTACKS = {"pgd": Attack(pgd), "cw": Attack(cw)}  # ``measuring.autoattack`` adds its own

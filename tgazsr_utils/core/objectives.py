@@ -153,9 +153,8 @@ def embedding_attack(step: Step) -> AttackLoss:
 class Objective:
     name: str
     terms: Callable[[Step, ObjectiveSettings], list[Term]]
-    attack: TrainingAttack | None = (
-        cross_entropy_attack  # what the training attack maximises on f's tokens; None: it trains on clean images
-    )
+    # What the training attack maximises on f's tokens; None: it trains on clean images.
+    attack: TrainingAttack | None = cross_entropy_attack
     preset: Mapping[str, float] = field(default_factory=lambda: PRESET)  # hyper-parameters it was published with
 
     def with_preset(self, settings: FinetuneSettings) -> FinetuneSettings:

@@ -26,9 +26,8 @@ from tgazsr_utils.measuring import autoattack  # noqa: F401  (adds itself to ATT
 from tgazsr_utils.measuring.records import Record
 
 LARGEST_BATCH = {"cuda": 1024, "cpu": 128}  # images attacked at once
-ACTIVATIONS = (
-    32  # numbers that the image encoder keeps for each token, channel and block, when its input is differentiated
-)
+# Numbers that the image encoder keeps for each token, channel and block, when its input is differentiated.
+ACTIVATIONS = 32
 SLICE = 4096  # images of one job; a multiple of any ``Attack.batch``
 SAVE_EVERY = 20.0  # seconds of work that a killed measurement may lose
 NOT_YET, READ, UNREADABLE = 0, 1, 2  # states of an image
