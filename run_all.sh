@@ -8,21 +8,27 @@ TORCH=(torch==2.13.0 torchvision==0.28.0)
 usage() {
     cat <<'EOF'
 Usage: ./run_all.sh [profile] [notebook numbers...] [-p name value]... [--fresh]
-       ./run_all.sh --test [pytest arguments...]
+       ./run_all.sh compare runs/A runs/B
+       ./run_all.sh --test [--long] [pytest arguments...]
        ./run_all.sh --lab
 
   profile           mini (default), or another file of notebooks/profiles
   notebook numbers  such as 01 04: run only these (also those a profile leaves out)
   -p name value     set a parameter of the notebooks; may be repeated
-  --fresh           start over; earlier results of the profile are moved aside
-  --test            set up what the tests need and run them
+  --fresh           start over, with nothing that is stored; earlier results of the run are moved aside
+  compare           print what differs between two runs: parameters, and paired differences of methods
+  --test            set up what the tests need and run them; --long: with every count that README states
   --lab             open the workbook in JupyterLab
   --help            show this
 
 Uses the active environment if the workbook is installed there, else .venv, which it makes on the first call.
-Results go to runs/<profile>/. What is done and unchanged is skipped; an interrupted run goes on where it was.
+Results go to runs/<profile>/, or with other parameters to a folder named after them; models and records to runs/store,
+for all runs. What is done and unchanged is skipped; an interrupted run goes on where it was.
 EOF
 }
+
+# Read by PyTorch in whatever is started here: threads that wait and spin make a busy machine ten times slower.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here"
