@@ -6,19 +6,21 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # read by PyTorch, here and in what tests start: there is a worker for each core
+# Read once by PyTorch, here and in what tests start: a worker for each core; the others as the package has them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
-import tgazsr_utils  # noqa: F401, I001  (before PyTorch and open_clip: it says how threads wait, and mends torchvision's import)
+import torch  # noqa: I001
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torchvision does
+
+import tgazsr_utils  # noqa: F401, I001  (before open_clip: it mends torchvision's import)
 import pytest
-import torch
 from filelock import FileLock
 from open_clip.transformer import VisionTransformer
 from PIL import Image
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 
 from tgazsr_utils import load_clip, load_dataset  # noqa: E402
 from tgazsr_utils.paths import ROOT  # noqa: E402
