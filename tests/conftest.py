@@ -6,23 +6,26 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-# Read by PyTorch, here and in what tests start: there is a worker for each core.
+# Read once by PyTorch, here and in what tests start: there is a worker for each core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import tgazsr_utils.core  # noqa: E402, F401  (says how threads wait before PyTorch is here, and mends torchvision)
+import tgazsr_utils  # noqa: E402, F401  (says how threads wait, before PyTorch is here)
+
+# isort: split
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torchvision does
+
+import tgazsr_utils.core  # noqa: E402, F401  (before open_clip: it mends torchvision's import)
 
 # isort: split
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
 from open_clip.transformer import VisionTransformer  # noqa: E402
 from PIL import Image  # noqa: E402
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
-
-from tgazsr_utils.datasets.loading import load_dataset  # noqa: E402
-from tgazsr_utils.durable.weights import load_clip  # noqa: E402
+from tgazsr_utils import load_clip, load_dataset  # noqa: E402
 from tgazsr_utils.paths import ROOT  # noqa: E402
 
 OPTIONS = []  # pytest's, once it has read them

@@ -3,16 +3,9 @@ import pytest
 import slow_reference as slow
 import torch
 
-from tgazsr_utils.core.attention import (
-    attention_distance,
-    attention_shift,
-    centre_of_mass,
-    min_max,
-    resize,
-    text_guided_attention,
-)
+from tgazsr_utils.core.attention import attention_distance, min_max, resize, text_guided_attention
 from tgazsr_utils.core.models import ImageTokens
-from tgazsr_utils.measuring.attention_shift import as_frame
+from tgazsr_utils.measuring.attention_shift import as_frame, attention_shift, centre_of_mass
 
 
 def random_tokens(generator, batch=3, patches=9, width=5):

@@ -175,7 +175,7 @@ NOTEBOOK = SETTINGS.model_dump() | {
 
 def test_torchrun_fills_the_folder_that_a_notebook_then_only_reads(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    given = {"output": str(out), "testdata": "[shapes, letters]", "methods": "[TGA-ZSR]"}
+    given = {"output": str(out), "testdata": "[shapes, letters]", "methods": "[TGA-ZSR]", "check_images": "2"}
     asked = ["smoke", "04", *(word for item in given.items() for word in ("-p", *item))]
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tgazsr_utils.runner"]
     own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

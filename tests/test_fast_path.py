@@ -73,18 +73,12 @@ def test_a_compiled_model_trains_alike(mini, compiled, graphs, train_set, tmp_pa
 
 
 L2 = {"norm": "l2", "test_eps": 100, "test_stepsize": 30}
-SHORT = [("last", {}), ("worst", {"attack": "cw"}), ("last", L2)]
+SHORT = [("last", {}), ("worst", L2 | {"attack": "cw"})]
+LONG = [("worst", {}), ("last", {"attack": "cw"}), ("worst", {"attack": "cw"}), ("last", L2), ("worst", L2)]
 
 
 @pytest.mark.parametrize(
-    ("protocol", "changes"),
-    [
-        *SHORT,
-        *(
-            pytest.param(*pair, marks=pytest.mark.long)
-            for pair in (("worst", {}), ("last", {"attack": "cw"}), ("worst", L2))
-        ),
-    ],
+    ("protocol", "changes"), [*SHORT, *(pytest.param(*pair, marks=pytest.mark.long) for pair in LONG)]
 )
 def test_a_compiled_model_gives_the_same_record(mini, compiled, graphs, protocol, changes):
     attack, data = AttackSettings(**ATTACK.model_dump() | changes), load_dataset("letters", "test", n=30)
