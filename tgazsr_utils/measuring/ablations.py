@@ -106,7 +106,7 @@ def loss_parts(s: AblationSettings) -> Iterator[Variant]:
 def distance(s: AblationSettings) -> Iterator[Variant]:
     """Does it matter how the distance of two maps is measured? Alpha and Beta stay what they are for l2."""
     for metric in ("l2", "l1", "cos"):
-        yield variant(s, {"distance": metric}, Distance_metric=metric)
+        yield variant(s, {"distance": metric}, Distance_metric=metric, in_cut=metric != "l1")
 
 
 def attention(s: AblationSettings) -> Iterator[Variant]:
@@ -115,7 +115,7 @@ def attention(s: AblationSettings) -> Iterator[Variant]:
     yield variant(s, {"attention": "cosine"}, attention_variant="cosine")
     yield variant(s, {"attention": "complementary"}, "Comp-TGA")
     yield variant(s, {"attention": "visual, detached"}, "Vision-based")
-    yield variant(s, {"attention": "visual, differentiable"}, "Vision-based-grad")
+    yield variant(s, {"attention": "visual, differentiable"}, "Vision-based-grad", in_cut=False)
     yield variant(s, {"attention": "none (TeCoA)"}, "TeCoA")
 
 
