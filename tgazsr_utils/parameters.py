@@ -221,6 +221,12 @@ class AblationNotebook(EvaluateNotebook):
     test_numsteps_list: Distinct[Count]
     last_num_ft_list: Distinct[Natural]  # 0: the whole encoder
     attack_images: Count  # for each set, under the attacks of "epsilon" and "attacks"
+    attack_sets: Count | None = None  # of the sets, evenly chosen, under these; None: all
+
+    @property
+    def at_most_attacked(self) -> int:
+        """Images of each set that is attacked many times."""
+        return min(self.attack_images, self.quick_eval or self.attack_images)
 
     @field_validator("ablations")
     @classmethod
