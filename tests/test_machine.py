@@ -93,8 +93,8 @@ def watched(name, *rest, **options):
 os.cpu_count = lambda: 1 + len(os.sched_getaffinity(0))  # as in a container that has fewer than it shows
 builtins.__import__ = watched
 import tgazsr_utils
-builtins.__import__ = plain
 import torch
+builtins.__import__ = plain
 print(*seen[0], torch.get_num_threads())
 """
 

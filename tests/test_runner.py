@@ -50,7 +50,7 @@ def test_bad_calls_stop_with_one_line_and_leave_nothing(arguments, message, tmp_
 @pytest.mark.parametrize("text", ["a: b", "a #1", "007", "yes", "[a]", "'quoted'", "a\nb", "-x"])
 def test_what_is_text_is_taken_as_it_is(text):
     assert given_value("output", text) == given_value("prompt", text) == text
-    assert given_value("data_root", "null") is None and given_value("output", "null") == "null"
+    assert given_value("output", "null") is None and given_value("dataset", "null") == "null"
     assert (
         given_value("seeds", "[0, 1]") == [0, 1]
         and given_value("lr", "null") is None
