@@ -249,9 +249,10 @@ def explorer(arch: str, device: torch.device) -> dict[str, Any]:
     original = load_clip("mini-clip", "mini", str(device), "auto", compiled=False)
     train, test = (load_dataset("shapes", part, n=64) for part in ("train", "test"))
     settings = validate(ExplorerNotebook, default_parameters("05_alpha_beta_explorer") | {"output": "runs/benchmarks"})
-    models = Models(original, SHIPPED["mini-tga-zsr"], Run(resolve(settings.output)))
+    run = Run(resolve(settings.output))
+    models = Models(original, SHIPPED["mini-tga-zsr"], run)
     training, attack = settings.only(FinetuneSettings), settings.only(AttackSettings)
-    shown = Explorer(models, test, train, training, attack, settings.output_path)
+    shown = Explorer(models, test, train, training, attack, run.folder)
 
     def timed(slider: Any, moves: int) -> float:
         """Median seconds of a move of a slider, until its panels are redrawn."""
