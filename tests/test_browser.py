@@ -13,6 +13,7 @@ import urllib.request
 
 import nbformat
 import pytest
+from conftest import only_long
 
 from tgazsr_utils.paths import ROOT
 
@@ -26,11 +27,9 @@ WAIT = 120_000  # milliseconds that a step may take on a busy machine
 ERRORS = '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"], .tga .error'
 
 
-@pytest.fixture(params=["Light", "Dark"])
+@pytest.fixture(params=["Dark", *only_long("Light")])
 def theme(request):
     """JupyterLab's. Dark alone, where colours that follow no theme show; with --long both."""
-    if request.param == "Light" and not request.config.getoption("--long", default=False):
-        pytest.skip("the light theme is tested with --long")
     return f"JupyterLab {request.param}"
 
 

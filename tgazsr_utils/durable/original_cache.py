@@ -20,7 +20,7 @@ BATCH = 128  # a fixed partition, so that values do not depend on the order of t
 class OriginalCache:
     """Values of each image of ``data`` under ``original``, one file ``<run>_<name>.safetensors`` for each quantity.
 
-    ``run`` names all that training depends on (``training.tuned_path``), so a stale file is never taken; a damaged one
+    ``run`` names all that training depends on (``finetuning.tuned_path``), so no stale file is taken; a damaged one
     is made anew.
     """
 
