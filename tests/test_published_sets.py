@@ -114,7 +114,7 @@ EXPECTED = {
         100,
         "crop",
         [0, 0, 1, 1],
-        ["A photo of a boeing 707 320, a type of aircraft.", "A photo of a a340 200, a type of aircraft."],
+        ["A photo of a boeing 707-320, a type of aircraft.", "A photo of a a340-200, a type of aircraft."],
     ),
     "ImageNet": (50_000, 1000, "crop", [0, 0, 1, 1], ["This is a photo of a tench", "This is a photo of a goldfish"]),
     "Caltech101": (
@@ -136,14 +136,14 @@ EXPECTED = {
         196,
         "crop",
         [1, 0, 1, 0],
-        ["A photo of a am general hummer suv.", "A photo of a ram c v cargo van minivan."],
+        ["A photo of a am general hummer suv.", "A photo of a ram c/v cargo van minivan."],
     ),
     "PCAM": (
         32_768,
         2,
         "crop",
         [1, 0, 1, 0],
-        ["This is a photo of healthy lymph node tissue.", "This is a photo of lymph node tumor tissue."],
+        ["Tthis is a photo of healthy lymph node tissue.", "This is a photo of lymph node tumor tissue."],
     ),
 }
 
@@ -198,11 +198,18 @@ TRAIN |= {
 }
 
 
+def test_a_prompt_of_ones_own_takes_names_not_whole_prompts(root):
+    data = load_dataset("PCAM", "test", root, prompt="An image of {}.")
+    assert data.class_names == ("healthy lymph node tissue", "lymph node tumor tissue")
+    assert data.prompts[0] == "An image of healthy lymph node tissue." and not data.published
+
+
 @pytest.mark.parametrize("key", DATASETS)
 def test_parts_to_tune_on(key, root):
     if key in TRAIN:
         train = load_dataset(key, "train", root)
         assert train.labels.tolist() == TRAIN[key] and not train.published
+        assert load_dataset(key, "train", root, decode=False).images.preprocess == EXPECTED[key][2]  # CIFAR: resized
         return
     with pytest.raises(ValueError, match=f"{key!r} in .* cannot be read: (it has no part|no train images)"):
         load_dataset(key, "train", root)

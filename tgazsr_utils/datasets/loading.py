@@ -235,7 +235,7 @@ def load_dataset(
     if root is None:
         return _load_miniworld(key, split, 1000 if n is None else n, image_size, seed, world)
     source, spec = open_source(key, split, existing_root(root), test_fraction, seed), DATASETS.get(key)
-    own = spec.preprocess if spec and split == "test" else "crop"
+    own = spec.preprocess if spec else "crop"
     files = Files(source, torch.arange(len(source.labels)), image_size, preprocess or own, on_bad_image)
     data = _labelled(key, split, files, prompt, world or "photographs").subset(n, seed)
     return decoded(data) if decode and len(data) * 3 * image_size**2 <= KEEP_DECODED else data
@@ -244,9 +244,10 @@ def load_dataset(
 def _labelled(key: str, split: Split, files: Files, prompt: str | None, world: str) -> ImageSet:
     """All images of one part with their labels and prompts."""
     spec, source = DATASETS.get(key), files.source
-    names = tuple((spec.class_name if spec else clean_name)(raw) for raw in source.classes)
+    names = tuple((spec.label if spec else clean_name)(raw) for raw in source.classes)
     template = prompt or (spec.prompt if spec else DEFAULT_PROMPT)
-    prompts = tuple(template.replace("{}", name) for name in names)
+    asked = tuple(map(spec.class_name, source.classes)) if spec and template == spec.prompt else names
+    prompts = tuple(template.replace("{}", name) for name in asked)
     found = len(source.labels), len(names), files.preprocess, template
     published = bool(spec) and split == "test" and found == (spec.images, spec.classes, spec.preprocess, spec.prompt)
     labels = torch.tensor(source.labels)

@@ -17,9 +17,9 @@ Prompt = Annotated[str, Field(pattern=r"\{\}")]
 Count = Annotated[int, Field(gt=0)]
 
 
-def clean_name(name: str) -> str:
-    """A class name as prompts have it: lower case, ``_ - /`` to spaces, without a leading "017." or "017_"."""
-    return re.sub(r"[_\-/]", " ", re.sub(r"^\d{3}[._]", "", name)).strip().lower()
+def clean_name(name: str, separators: str = "_-/") -> str:
+    """A class name as prompts have it: lower case, ``separators`` to spaces, without a leading "017." or "017_"."""
+    return re.sub(f"[{re.escape(separators)}]", " ", re.sub(r"^\d{3}[._]", "", name)).strip().lower()
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -36,9 +36,11 @@ class DatasetSpec:
     train: Mapping[str, Any] | None = None  # and for a part to tune on, if there is one
     folders: str | None = None  # where the published layout is class folders, which are then read as such
     train_folders: str | None = None  # and those to tune on
-    preprocess: Preprocess = "crop"  # of the test part; training images are always cropped
+    preprocess: Preprocess = "crop"
     prompt: Prompt = DEFAULT_PROMPT
     names: Mapping[str, str] = field(default_factory=dict)  # raw class name -> name in the prompt; others are cleaned
+    labels: Mapping[str, str] = field(default_factory=dict)  # raw class name -> its name where that is no whole prompt
+    separators: str = "_-/"  # characters of a raw name that are spaces in the prompt
     name_edits: Mapping[re.Pattern[str], str] = field(default_factory=dict)  # what to replace before a name is cleaned
     gigabytes: float  # to download
     source: str
@@ -49,13 +51,17 @@ class DatasetSpec:
     def folder(self) -> str:
         return self.needs[0].split("/")[0]
 
+    def label(self, raw: str) -> str:
+        """What to call a class outside of the published prompts."""
+        return self.labels.get(raw) or self.class_name(raw)
+
     def class_name(self, raw: str) -> str:
-        """How prompts name a class that files name ``raw``."""
+        """How the published prompts name a class that files name ``raw``."""
         if raw in self.names:
             return self.names[raw]
         for pattern, replacement in self.name_edits.items():
             raw = pattern.sub(replacement, raw)
-        return clean_name(raw)
+        return clean_name(raw, self.separators)
 
 
 def read_specs(path: Path) -> dict[str, DatasetSpec]:
