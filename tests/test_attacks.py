@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from conftest import size
 
-from tgazsr_utils.core.attacks import cw, cw_margin, pgd
+from tgazsr_utils.core import attacks
+from tgazsr_utils.core.attacks import cw, cw_margin, pgd, run_attack, start_generators
+from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.measuring.autoattack import autoattack
 
@@ -55,6 +57,40 @@ def test_one_step_is_the_signed_gradient_at_the_random_start(mini, shapes):
     F.cross_entropy(mini.logits(x, text), shapes.labels).backward()
     expected = (start + x.grad.sign() / 255).clamp(images - EPS, images + EPS).clamp(0, 1)
     assert torch.allclose(attack(mini, shapes, steps=1)[1], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 4.0)])
+def test_a_start_that_is_not_cut_leaves_the_pixel_range_and_its_steps_do_not(mini, shapes, monkeypatch, norm, eps):
+    seen = []
+    encode = attacks.encode
+    monkeypatch.setattr(attacks, "encode", lambda clip, x: seen.append(x.detach().clone()) or encode(clip, x))
+    images, adversarial = attack(mini, shapes, eps, steps=2, start="uncut", norm=norm)
+    assert seen[0].min() < 0 and seen[0].max() > 1 and 0 <= seen[1].min() <= seen[1].max() <= 1
+    assert adversarial.min() >= 0 and adversarial.max() <= 1
+    assert attack(mini, shapes, eps, steps=0, start="uncut", norm=norm)[1].min() >= 0
+    uncut = seen[0]
+    inside = (uncut >= 0) & (uncut <= 1)
+    cut = attack(mini, shapes, eps, steps=0, norm=norm)[1]
+    torch.testing.assert_close(cut[inside], uncut[inside], rtol=0, atol=1e-6)
+
+
+def test_the_released_fp16_attack_loses_gradients_and_finds_less(mini, shapes):
+    """Pixel gradients of the mean cross-entropy of 256 images, without a scaled loss, fall below fp16's range."""
+    data, text = shapes.subset(12), mini.encode_text(shapes.prompts)
+    images = data.images.float() / 255
+    usual = AttackSettings(test_eps=8, test_stepsize=2, test_numsteps=3)
+    released = AttackSettings(**usual.model_dump() | {"attack_precision": "released-fp16"})
+    loss = {}
+    for settings in (usual, released):
+        found = run_attack(
+            mini, images, data.labels, text, settings, "last", start_generators(images.device, range(12), 0)
+        )
+        assert found.dtype == torch.float32 and (found - images).abs().max() <= 8 / 255 + 1e-6
+        loss[settings.label] = F.cross_entropy(mini.logits(found, text), data.labels).item()
+    assert loss["pgd-3"] > loss["pgd-3-released-fp16"] > F.cross_entropy(mini.logits(images, text), data.labels)
+    assert mini.numerics.precision == "fp32"  # the model that was given stays as it is
+    with pytest.raises(ValueError, match="protocol 'last'"):
+        run_attack(mini, images, data.labels, text, released, "worst", None)
 
 
 def test_only_the_pixels_gradient_is_taken(mini, shapes, monkeypatch):

@@ -3,7 +3,14 @@ import pytest
 import slow_reference as slow
 import torch
 
-from tgazsr_utils.core.attention import attention_distance, min_max, resize, text_guided_attention
+from tgazsr_utils.core.attention import (
+    attention_distance,
+    complementary_attention,
+    min_max,
+    min_max_at,
+    resize,
+    text_guided_attention,
+)
 from tgazsr_utils.core.models import ImageTokens
 from tgazsr_utils.measuring.attention_shift import as_frame, attention_shift, centre_of_mass
 
@@ -88,6 +95,37 @@ def test_distances_without_resized_maps_equal_those_with_them(metric, grid, size
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
     error = (fast.grad.double() - exact.grad).flatten(1).norm(dim=1) / exact.grad.flatten(1).norm(dim=1)
     assert (error < 1e-5).all()
+
+
+@pytest.mark.parametrize("metric", ["l2", "l1", "cos"])
+@pytest.mark.parametrize("grid, size", [((7, 7), 224), ((14, 14), 224), ((5, 9), 40)])
+def test_complementary_maps_at_nodes_and_halfway_hold_the_product_of_resized_maps(metric, grid, size, generator):
+    """To 1e-5 relative in fp32, gradients included, against products of resized maps in float64."""
+    patches = grid[0] * grid[1]
+    tokens = [random_tokens(generator, patches=patches)[0] for _ in range(2)]
+    text, not_text = torch.nn.functional.normalize(torch.randn(2, 3, 5, generator=generator), dim=-1)
+    texts = {"text": text, "not_text": not_text, "grid": grid}
+    exact = [ImageTokens(*(part.clone().requires_grad_() for part in side)) for side in tokens]
+    fast = [ImageTokens(*(part.float().requires_grad_() for part in side)) for side in tokens]
+    nodes = [complementary_attention(side, **texts) for side in fast]
+    assert nodes[0].shape[1:] == (2 * grid[0] - 1, 2 * grid[1] - 1)
+    found = attention_distance(*nodes, metric, size, degree=2)
+    doubled = texts | {"text": text.double(), "not_text": not_text.double()}
+    products = [complementary_attention(side, **doubled, size=size) for side in exact]
+    expected = attention_distance(*products, metric, size=None)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=1e-6 if metric == "cos" else 0)
+    found.sum().backward(), expected.sum().backward()
+    error = (fast[0].patches.grad - exact[0].patches.grad).norm() / exact[0].patches.grad.norm()
+    assert error < (1e-3 if metric == "l1" else 1e-4)  # l1: the sign of what is nearly equal
+
+
+def test_maps_scaled_at_a_size_span_the_range_there(generator):
+    scores = torch.rand(3, 4, 5, generator=generator)
+    there = resize(min_max_at(scores, 31), 31)
+    torch.testing.assert_close(there.amin((1, 2)), torch.zeros(3))
+    torch.testing.assert_close(there.amax((1, 2)), torch.ones(3))
+    torch.testing.assert_close(there, min_max(resize(scores, 31).flatten(1)).view(3, 31, 31))
+    assert not min_max_at(torch.ones(1, 4, 5), 31).any()
 
 
 def test_equal_maps_have_no_distance_and_no_gradient(generator):

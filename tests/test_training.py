@@ -5,10 +5,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from tgazsr_utils.core.objectives import Objective, Term
 from tgazsr_utils.core.settings import FinetuneSettings
-from tgazsr_utils.core.training import warmup_cosine
+from tgazsr_utils.core.training import in_openai_order, warmup_cosine
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.durable import finetuning
 from tgazsr_utils.durable.files import load_tensors
@@ -49,13 +50,15 @@ def stop_after(steps):
     return lambda: next(seen) == steps
 
 
-@pytest.mark.parametrize("steps", [1, 3, 4])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(mini, train_set, tmp_path, steps):
-    whole = finetune(mini, train_set, "TGA-ZSR", SETTINGS, tmp_path / "whole")
+@pytest.mark.parametrize("method, steps", [("TGA-ZSR", 1), ("TGA-ZSR", 3), ("TGA-ZSR", 4), ("FARE-RobustVLM", 4)])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(mini, train_set, tmp_path, method, steps):
+    whole = finetune(mini, train_set, method, SETTINGS, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt, match=f"step {steps} of 6"):
-        finetune(mini, train_set, "TGA-ZSR", SETTINGS, tmp_path / "parts", stop=stop_after(steps))
+        finetune(mini, train_set, method, SETTINGS, tmp_path / "parts", stop=stop_after(steps))
     assert not list((tmp_path / "parts").glob("*.safetensors"))
-    parts = finetune(mini, train_set, "TGA-ZSR", SETTINGS, tmp_path / "parts")
+    parts = finetune(mini, train_set, method, SETTINGS, tmp_path / "parts")
+    settings = parts.clip.training_record["settings"]
+    assert settings["optimizer"] == ("adamw" if method == "FARE-RobustVLM" else "sgd")
     first, second = weights_of(whole), weights_of(parts)
     assert all(torch.equal(first[name], second[name]) for name in first)
     columns = [c for c in whole.history if c != "seconds"]
@@ -147,6 +150,16 @@ def test_last_num_ft_tunes_the_last_parameter_tensors(mini, train_set, tmp_path)
     tuned = weights_of(finetune(mini, train_set, "TeCoA", settings, tmp_path))
     changed = {k for k, v in mini.model.state_dict().items() if not torch.equal(v, tuned[k])}
     assert changed == {"visual." + name for name, _ in list(mini.visual.named_parameters())[-2:]}
+    visual = nn.ModuleDict({"resblocks": mini.frozen_copy().visual.transformer.resblocks[-1:]})
+    visual["resblocks"][0].ls_1 = nn.PReLU(3)  # as other architectures have more than OpenAI's
+    names = {id(p): name for name, p in visual.named_parameters()}
+    assert [names[id(p)].split(".")[2] for p in in_openai_order(visual)] == [
+        *4 * ["attn"],
+        *2 * ["ln_1"],
+        *4 * ["mlp"],
+        *2 * ["ln_2"],
+        "ls_1",
+    ]
 
 
 def test_passes_through_the_encoder_in_one_step(mini, train_set, tmp_path, monkeypatch, passes):

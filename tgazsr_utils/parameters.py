@@ -47,8 +47,9 @@ class Parameters(Settings):
     """What a notebook takes, checked at once."""
 
     def only(self, model: "type[AnySettings]", **changes: Any) -> "AnySettings":
-        """The part of these settings that ``model`` knows, perhaps with changes."""
-        return validate(model, {name: getattr(self, name) for name in model.model_fields} | changes)
+        """The part of these settings that ``model`` knows and that were given, perhaps with changes."""
+        given = self.model_fields_set & set(model.model_fields)
+        return validate(model, {name: getattr(self, name) for name in given} | changes)
 
 
 class WorkbookSettings(Parameters):

@@ -1,7 +1,8 @@
 """Adversarial images: what a bounded attacker adds to pixels so that zero-shot CLIP fails."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ def pgd(
     *,
     norm: Norm = "linf",
     protocol: Protocol = "last",
+    start: Literal["cut", "uncut"] = "cut",
     loss: AttackLoss | None = None,
     logit_loss: LogitLoss = summed_cross_entropy,
     generator: Generators = None,
@@ -51,7 +53,8 @@ def pgd(
     or ``loss(tokens)`` if given. ``images`` x ``[B,3,H,W]`` in [0,1]; ``labels`` ``[B]``; ``text`` ``[C,D]`` unit
     norm; ``eps`` and ``step_size`` in [0,1] pixel units (l2: lengths of the whole perturbation). ``generator`` seeds
     the start; with one for each image it does not depend on the rest of the batch. Only the pixels' gradient is taken.
-    The result lies within ``eps`` of ``images`` (exactly for linf, up to rounding for l2) and inside [0,1].
+    The result lies within ``eps`` of ``images`` (exactly for linf, up to rounding for l2) and inside [0,1]; with
+    ``start`` "uncut" the start itself may leave [0,1], the images after the first step do not.
 
     ``protocol`` "last" returns the last iterate. "worst" returns the first image of the clean one, the start and all
     iterates that is misclassified, and the last iterate where none is; what is fooled leaves the batch.
@@ -64,63 +67,51 @@ def pgd(
         raise ValueError(f"protocol {protocol!r} is unknown; choose 'last' or 'worst'")
     if not len(images):
         return images
-    adversarial = _random_start(images, eps, norm, generator)
+    adversarial = _random_start(images, eps, norm, generator, cut=start == "cut" or not steps)
     bounds = ball(images, eps) if norm == "linf" else (images,)
-    fixed = text, eps, step_size, norm, loss, logit_loss
+    ascent = _Ascent(text, eps, step_size, norm, loss, logit_loss)
     if protocol == "last":
         for _ in range(steps):
-            adversarial, _ = clip.run(_step, adversarial.requires_grad_(True), bounds, labels, *fixed)
+            adversarial, _ = clip.run(_step, adversarial.requires_grad_(True), bounds, labels, ascent)
         return adversarial
     if loss is not None:
         raise ValueError("protocol 'worst' takes no loss of one's own: fooled images leave the batch it is made for")
-    return _until_fooled(clip, images, adversarial, bounds, labels, text, steps, fixed)
-
-
-def _until_fooled(
-    clip: Clip,
-    images: Tensor,
-    adversarial: Tensor,
-    bounds: tuple[Tensor, ...],
-    labels: Tensor,
-    text: Tensor,
-    steps: int,
-    fixed: tuple,
-) -> Tensor:
-    """``pgd`` under protocol "worst", from a random start ``adversarial``."""
     fooled = clip.logits(images, text).argmax(1) != labels
     adversarial[fooled] = images[fooled]
     active = (~fooled).nonzero().flatten()
     for _ in range(steps):
         if len(active):
             rows = adversarial[active].requires_grad_(True), tuple(bound[active] for bound in bounds), labels[active]
-            moved, right = clip.run(_step, *rows, *fixed)
+            moved, right = clip.run(_step, *rows, ascent)
             active = active[right]
             adversarial[active] = moved[right]
     return adversarial
 
 
+class _Ascent(NamedTuple):
+    """What is the same at every step of ``pgd``."""
+
+    text: Tensor
+    eps: float
+    step_size: float
+    norm: Norm
+    loss: AttackLoss | None
+    logit_loss: LogitLoss
+
+
 def _step(
-    clip: Clip,
-    current: Tensor,
-    bounds: tuple[Tensor, ...],
-    labels: Tensor,
-    text: Tensor,
-    eps: float,
-    step_size: float,
-    norm: Norm,
-    loss: AttackLoss | None,
-    logit_loss: LogitLoss,
+    clip: Clip, current: Tensor, bounds: tuple[Tensor, ...], labels: Tensor, ascent: _Ascent
 ) -> tuple[Tensor, Tensor]:
     """One step of ``pgd`` from ``current``, which requires a gradient: the next images, and which were right."""
     with torch.enable_grad():
         tokens = encode(clip, current)
-        logits = clip.similarity(tokens.pooled, text)
-        value = logit_loss(logits, labels) if loss is None else loss(tokens)
+        logits = clip.similarity(tokens.pooled, ascent.text)
+        value = ascent.logit_loss(logits, labels) if ascent.loss is None else ascent.loss(tokens)
         (gradient,) = torch.autograd.grad(value, current)
-    if norm == "linf":
-        moved = torch.clamp(current + step_size * gradient.sign(), *bounds)
+    if ascent.norm == "linf":
+        moved = torch.clamp(current + ascent.step_size * gradient.sign(), *bounds)
     else:
-        moved = _project_l2(current + step_size * _unit(gradient), bounds[0], eps)
+        moved = _project_l2(current + ascent.step_size * _unit(gradient), bounds[0], ascent.eps)
     return moved, logits.argmax(1) == labels
 
 
@@ -153,9 +144,28 @@ def run_attack(
 ) -> Tensor:
     """Adversarial images ``[B,3,H,W]`` by the attack that ``settings`` name, with all that they say of it."""
     options: dict[str, Any] = {"version": settings.autoattack_version} if settings.attack == "autoattack" else {}
-    eps, step_size = settings.test_eps / 255, settings.test_stepsize / 255
     options |= {"norm": settings.norm, "protocol": protocol, "generator": generator}
-    return ATTACKS[settings.attack].run(clip, images, labels, text, eps, step_size, settings.test_numsteps, **options)
+    run = ATTACKS[settings.attack].run
+    if settings.attack_precision == "released-fp16":
+        clip, run = clip.under_autocast("amp_fp16"), functools.partial(_as_released, run)
+    eps, step_size = settings.test_eps / 255, settings.test_stepsize / 255
+    return run(clip, images, labels, text, eps, step_size, settings.test_numsteps, **options)
+
+
+RELEASED_BATCH = 256  # images that the released code attacks at once
+
+
+def _as_released(run: Callable[..., Tensor], clip: Clip, images: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """Under fp16 autocast throughout, the mean cross-entropy of a batch as released and no scaling of the loss.
+
+    So gradients below fp16's smallest number are zero, and those of images with a small loss are so small.
+    """
+    if options["protocol"] != "last":
+        raise ValueError("attack_precision 'released-fp16' is read at the last iterate, protocol 'last'")
+    if run is pgd:
+        options["logit_loss"] = lambda logits, labels: summed_cross_entropy(logits, labels) / RELEASED_BATCH
+    with torch.autocast(images.device.type, torch.float16):
+        return run(clip, images, *arguments, **options)
 
 
 def start_generators(device: torch.device, rows: Iterable[int], *parts: Any) -> list[torch.Generator]:
@@ -173,8 +183,8 @@ def check_arguments(images: Tensor, norm: str, **numbers: float) -> None:
         raise ValueError(f"pixels range from {float(images.min()):g} to {float(images.max()):g}; attacks need [0, 1]")
 
 
-def _random_start(images: Tensor, eps: float, norm: Norm, generator: Generators) -> Tensor:
-    """Uniform in the eps-ball around each image, cut with [0,1]; drawn where the generators are."""
+def _random_start(images: Tensor, eps: float, norm: Norm, generator: Generators, cut: bool) -> Tensor:
+    """Uniform in the eps-ball around each image, perhaps cut with [0,1]; drawn where the generators are."""
 
     def draw(kind: Callable[..., Tensor], *shape: int) -> Tensor:
         if isinstance(generator, Sequence):
@@ -186,10 +196,12 @@ def _random_start(images: Tensor, eps: float, norm: Norm, generator: Generators)
         return drawn.to(images.device, images.dtype)
 
     if norm == "linf":
-        return torch.clamp(images + eps * (2 * draw(torch.rand, *images.shape[1:]) - 1), *ball(images, eps))
+        start = images + eps * (2 * draw(torch.rand, *images.shape[1:]) - 1)
+        return torch.clamp(start, *ball(images, eps)) if cut else start
     direction = _unit(draw(torch.randn, *images.shape[1:]))
     radius = draw(torch.rand, 1, 1, 1) ** (1 / images.shape[1:].numel())
-    return _project_l2(images + eps * radius * direction, images, eps)
+    start = images + eps * radius * direction
+    return _project_l2(start, images, eps) if cut else start
 
 
 def _length(x: Tensor) -> Tensor:

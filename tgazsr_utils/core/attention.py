@@ -13,6 +13,7 @@ from tgazsr_utils.core.models import Clip, ImageTokens, encode
 Variant = Literal["reference", "cosine"]
 Metric = Literal["l2", "l1", "cos"]
 Backend = Literal["auto", "triton", "torch"]
+Target = Literal["batch", "true"]  # of Grad-CAM
 
 
 def text_guided_attention(
@@ -49,11 +50,22 @@ def complementary_attention(
 ) -> Tensor:
     """``A(text) * (1 - A(not_text))`` (Comp-TGA, TPAMI 2026): what a prompt finds and its negation does not.
 
-    Arguments and shapes as in ``text_guided_attention``; the product is taken on the patch grid, then resized.
+    Arguments as in ``text_guided_attention``. As released, both maps are resized to ``size`` before they are
+    multiplied, which is not the resized product of the patch grids. ``size`` None: at the patches and halfway between
+    them, ``[B,2h-1,2w-1]``. A product of two bilinear interpolants is quadratic in either direction between patches, so
+    these three values an interval hold it at any size: ``attention_distance(..., degree=2)`` compares such maps.
     """
-    found, excluded = _maps(tokens, [text, not_text], variant, grid, backend)
-    maps = found * (1 - excluded)
-    return maps if size is None else resize(maps, size)
+    found, excluded = (
+        _halfway(maps) if size is None else resize(maps, size)
+        for maps in _maps(tokens, [text, not_text], variant, grid, backend)
+    )
+    return found * (1 - excluded)
+
+
+def _halfway(maps: Tensor) -> Tensor:
+    """Maps ``[B,h,w]`` with the values halfway between patches: ``[B,2h-1,2w-1]``."""
+    size = [2 * n - 1 for n in maps.shape[-2:]]
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=True)[:, 0]
 
 
 def _maps(
@@ -84,14 +96,33 @@ def _kernel_takes(tokens: ImageTokens) -> bool:
     return tokens.patches.shape[1] <= MAX_PATCHES and tokens.patches.shape[2] <= MAX_CHANNELS
 
 
-def grad_cam(clip: Clip, images: Tensor, text: Tensor, labels: Tensor, differentiable: bool = False) -> Tensor:
-    """Grad-CAM maps ``[B,h,w]`` in [0,1] for each image's true class (Selvaraju et al. 2017): attention without text.
+def grad_cam(
+    clip: Clip,
+    images: Tensor,
+    text: Tensor,
+    labels: Tensor,
+    target: Target = "batch",
+    size: int | tuple[int, int] | None = None,
+    differentiable: bool = False,
+) -> Tensor:
+    """Grad-CAM maps ``[B,h,w]`` in [0,1] of a class for each image (Selvaraju et al. 2017): attention without text.
 
     Activations A are the patch tokens that enter the last block's self-attention (after its first layer norm), the
-    last ones that the class token still reads: ``min_max(relu(sum_d mean_p(d logit_y / d A_pd) * A_pd))``.
-    ``images`` ``[B,3,H,W]`` in [0,1], ``text`` ``[C,D]`` unit norm, ``labels`` ``[B]``. ``differentiable`` keeps the
-    graph, so that a loss on the maps trains the weights (a second derivative); otherwise the maps are constants.
+    last ones that the class token still reads: ``relu(sum_d mean_p(d logit / d A_pd) * A_pd)``, resized to ``size`` if
+    given and, as released, scaled to [0,1] after that. ``images`` ``[B,3,H,W]`` in [0,1], ``text`` ``[C,D]`` unit norm,
+    ``labels`` ``[B]``. ``target``: the logit is that of the best among the batch's own classes ("batch", as released),
+    or of the true class ("true"). ``differentiable`` keeps the graph, so that a loss on the maps trains the weights (a
+    second derivative); otherwise the maps are constants.
     """
+    scores = grad_cam_scores(clip, images, text, labels, target, differentiable)
+    resized = scores if size is None else resize(scores, size)
+    return min_max(resized.flatten(1)).view_as(resized)
+
+
+def grad_cam_scores(
+    clip: Clip, images: Tensor, text: Tensor, labels: Tensor, target: Target = "batch", differentiable: bool = False
+) -> Tensor:
+    """``grad_cam`` before it is resized and scaled: at least zero, ``[B,h,w]``."""
     kept = []
     handle = clip.visual.transformer.resblocks[-1].ln_1.register_forward_hook(
         lambda module, inputs, output: kept.append(output if output.requires_grad else output.requires_grad_(True))
@@ -99,15 +130,17 @@ def grad_cam(clip: Clip, images: Tensor, text: Tensor, labels: Tensor, different
     math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # others have no second derivative
     try:
         with torch.enable_grad(), math_only:
-            pooled = encode(clip, images).pooled  # not compiled, where a hook might not be seen
-            true = clip.similarity(pooled, text).gather(1, labels[:, None]).sum()
-            (slope,) = torch.autograd.grad(true, kept[0], create_graph=differentiable)
+            logits = clip.similarity(encode(clip, images).pooled, text)  # not compiled, where a hook might not be seen
+            chosen = labels if target == "true" else labels[logits[:, labels].argmax(1)]
+            (slope,) = torch.autograd.grad(
+                logits.gather(1, chosen[:, None]).sum(), kept[0], create_graph=differentiable
+            )
     finally:
         handle.remove()
     dtype = clip.visual.proj.dtype  # maps are of the weights' type, whatever autocast computes in
     activations, slope = kept[0][:, 1:].to(dtype), slope[:, 1:].to(dtype)  # without the class token
-    maps = min_max((activations * slope.mean(1, keepdim=True)).sum(2).relu()).unflatten(1, clip.grid)
-    return maps if differentiable else maps.detach()
+    scores = (activations * slope.mean(1, keepdim=True)).sum(2).relu().unflatten(1, clip.grid)
+    return scores if differentiable else scores.detach()
 
 
 def _patch_scores(tokens: ImageTokens, text: Tensor, variant: str) -> Tensor:
@@ -125,12 +158,21 @@ def _square_grid(patches: int) -> tuple[int, int]:
     return side, side
 
 
-def min_max(scores: Tensor) -> Tensor:
-    """Scales each row of ``[B,P]`` to [0,1]; rows that are constant up to rounding become zeros."""
-    low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
+def min_max(scores: Tensor, of: Tensor | None = None) -> Tensor:
+    """Scales each row of ``[B,P]`` to [0,1]; rows that are constant up to rounding become zeros.
+
+    ``of`` ``[B,Q]``: values whose extremes go to 0 and 1, in place of the row's own.
+    """
+    of = scores if of is None else of
+    low, high = of.amin(1, keepdim=True), of.amax(1, keepdim=True)
     spread = high - low
     constant = spread <= 16 * torch.finfo(scores.dtype).eps * torch.maximum(low.abs(), high.abs())
     return torch.where(constant, (scores - low) * 0, (scores - low) / torch.where(constant, 1, spread))
+
+
+def min_max_at(scores: Tensor, size: int) -> Tensor:
+    """Scores ``[B,h,w]``, scaled so that their resize to ``size`` x ``size`` spans [0,1]: no such map is kept."""
+    return min_max(scores.flatten(1), of=resize(scores, size).flatten(1)).view_as(scores)
 
 
 def resize(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
@@ -139,15 +181,18 @@ def resize(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
     return F.interpolate(maps[:, None], size=sides, mode="bilinear", align_corners=False)[:, 0]
 
 
-def attention_distance(a: Tensor, b: Tensor, metric: Metric = "l2", size: int | None = 224) -> Tensor:
+def attention_distance(
+    a: Tensor, b: Tensor, metric: Metric = "l2", size: int | None = 224, degree: Literal[1, 2] = 1
+) -> Tensor:
     """Distance ``[B]`` of maps ``[B,h,w]``, each resized to ``size`` x ``size`` (None: as given) and taken as a vector.
 
     ``l2``: Euclidean norm of the difference; it grows with ``size``, and Alpha and Beta are meant for 224. ``l1``: mean
-    absolute difference. ``cos``: 1 - cosine (eps 1e-8). For l2 and cos no resized map is made (see ``_isometric``).
+    absolute difference. ``cos``: 1 - cosine (eps 1e-8). ``degree`` 2: maps of ``complementary_attention``, interpolated
+    quadratically. For l2 and cos no resized map is made (see ``_interpolated``).
     Raises ValueError for an unknown metric.
     """
     if size is not None:
-        a, b = (resize(maps, size) if metric == "l1" else _isometric(maps, size) for maps in (a, b))
+        a, b = (_interpolated(maps, size, degree, isometric=metric != "l1") for maps in (a, b))
     a, b = a.flatten(1), b.flatten(1)
     if metric == "l2":
         return torch.linalg.vector_norm(a - b, dim=1)
@@ -158,18 +203,33 @@ def attention_distance(a: Tensor, b: Tensor, metric: Metric = "l2", size: int | 
     raise ValueError(f"distance metric {metric!r} is unknown; choose 'l2', 'l1' or 'cos'")
 
 
-def _isometric(maps: Tensor, size: int) -> Tensor:
-    """Maps ``[B,h,w]`` of the same inner products, up to rounding, as those resized to ``size`` x ``size``.
+def _interpolated(maps: Tensor, size: int, degree: int, isometric: bool) -> Tensor:
+    """Maps ``[B,h,w]`` at ``size`` x ``size``; or, ``isometric``, small ones of the same inner products up to rounding.
 
-    A resized map is U a V' with the bilinear weights U ``[size,h]`` and V ``[size,w]``. With U = QR, Q orthonormal, the
-    inner products of R a S' are those of U a V': ``(U'U)`` applied on both sides, without forming it.
+    An interpolated map is U a V' with weights U ``[size,h]`` and V ``[size,w]``. With U = QR, Q orthonormal, the inner
+    products of R a S' are those of U a V': ``(U'U)`` applied on both sides, without forming it.
     """
-    rows, columns = (_triangle(n, size, maps.device, maps.dtype) for n in maps.shape[-2:])
+    rows, columns = (_weights(n, size, degree, isometric, maps.device, maps.dtype) for n in maps.shape[-2:])
     return rows @ maps @ columns.T
 
 
 @functools.lru_cache(maxsize=32)
-def _triangle(n: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """R of the QR decomposition of the weights ``[size,n]`` that resize n values linearly (align_corners=False)."""
-    weights = F.interpolate(torch.eye(n, dtype=torch.float64)[None], size=size, mode="linear", align_corners=False)[0].T
-    return torch.linalg.qr(weights, mode="r").R.to(device, dtype)
+def _weights(n: int, size: int, degree: int, isometric: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Weights ``[size,n]`` that interpolate n values at ``size`` places (align_corners=False); or R of their QR.
+
+    ``degree`` 1: linear between the values. 2: quadratic through each odd value and its neighbours, where every other
+    value is a patch.
+    """
+    patches = n if degree == 1 else (n + 1) // 2
+    nodes = torch.eye(patches, dtype=torch.float64)[None]
+    weights = F.interpolate(nodes, size=size, mode="linear", align_corners=False)[0].T  # [size,patches]
+    if degree == 2:
+        weights = _quadratic(weights)
+    return (torch.linalg.qr(weights, mode="r").R if isometric else weights).to(device, dtype)
+
+
+def _quadratic(linear: Tensor) -> Tensor:
+    """From linear weights u of patches ``[S,h]``: u(2u - 1) at a patch and 4 u u' halfway to the next, ``[S,2h-1]``."""
+    weights = linear.new_zeros(len(linear), 2 * linear.shape[1] - 1)
+    weights[:, ::2], weights[:, 1::2] = linear * (2 * linear - 1), 4 * linear[:, :-1] * linear[:, 1:]
+    return weights

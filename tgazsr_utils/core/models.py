@@ -29,9 +29,12 @@ class Numerics(NamedTuple):
     """How a model computes: what its numbers depend on besides its weights."""
 
     device: str = "cpu"  # type of device that it is meant for
-    # "fp32", "fp16" or "bf16" weights; "amp_bf16": fp32 weights and bfloat16 autocast in the image encoder
+    # "fp32", "fp16" or "bf16" weights; "amp_bf16", "amp_fp16": fp32 weights and such autocast in the image encoder
     precision: str = "fp32"
     compiled: bool = False  # the image encoder, and each step of an attack on it, through torch.compile
+
+
+AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
 class Clip(nn.Module):
@@ -103,9 +106,12 @@ class Clip(nn.Module):
 
     def without_autocast(self) -> "Clip":
         """The same model, sharing its weights, without autocast."""
+        return self.under_autocast("fp32") if self.numerics.precision in AUTOCAST else self
+
+    def under_autocast(self, precision: str) -> "Clip":
+        """The same model, sharing its fp32 weights, with another precision of autocast, or "fp32" for none."""
         clone = copy.copy(self)
-        if self.numerics.precision == "amp_bf16":
-            clone.numerics = self.numerics._replace(precision="fp32")
+        clone.numerics = self.numerics._replace(precision=precision)
         return clone
 
     def frozen_copy(self) -> "Clip":
@@ -124,7 +130,8 @@ def encode(clip: Clip, pixels: Tensor) -> ImageTokens:
         sizes = ["x".join(map(str, size)) for size in (pixels.shape[-2:], clip.image_size)]
         raise ValueError(f"images are {sizes[0]}; this {clip.arch} takes {sizes[1]}")
     visual, dtype = clip.visual, clip.visual.proj.dtype
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=clip.numerics.precision == "amp_bf16"):
+    kind = AUTOCAST.get(clip.numerics.precision)
+    with torch.autocast(pixels.device.type, kind or torch.bfloat16, enabled=kind is not None):
         pooled, tokens = visual(((pixels - clip.mean) / clip.std).to(dtype))
     tokens = tokens.to(dtype)
     if visual.final_ln_after_pool:

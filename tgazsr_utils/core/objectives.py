@@ -8,14 +8,21 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tgazsr_utils.core.attacks import AttackLoss
-from tgazsr_utils.core.attention import attention_distance, complementary_attention, grad_cam, text_guided_attention
+from tgazsr_utils.core.attention import (
+    Target,
+    attention_distance,
+    complementary_attention,
+    grad_cam_scores,
+    min_max_at,
+    text_guided_attention,
+)
 from tgazsr_utils.core.models import Clip, ImageTokens
 from tgazsr_utils.core.settings import FinetuneSettings, ObjectiveSettings
 
@@ -92,6 +99,12 @@ class Step:
             halves = zip(*(tokens.chunk(2) for tokens in both))
             self.adversarial_tokens, self.clean_tokens = (ImageTokens(*half) for half in halves)
 
+    @cached_property
+    def untouched(self) -> bool:
+        """Is f still f0, as at the first step? Looked at from the end, where what is tuned differs at once."""
+        pairs = zip(self.clip.visual.parameters(), self.original.visual.parameters())
+        return all(torch.equal(tuned, original) for tuned, original in reversed(list(pairs)))
+
     def cached_original(self, name: str, compute: "Compute") -> Tensor:
         """``compute(step)``, which must depend on f0, clean images and labels alone; once an image with a cache."""
         with torch.no_grad():
@@ -123,14 +136,17 @@ def negated(prompt: str) -> str:
 
 TrainingAttack = Callable[[Step], AttackLoss | None]
 # What TGA-ZSR was published with, and every other method where nothing else is said.
-PRESET = {
+PRESET: dict[str, Any] = {
     "lr": 1e-4,
     "Alpha": 0.08,
     "Beta": 0.05,
     "train_eps": 1.0,
     "train_stepsize": 1.0,
     "train_numsteps": 2,
+    "train_start": "cut",
     "batch_size": 128,
+    "optimizer": "sgd",
+    "weight_decay": 0.0,
 }
 
 
@@ -155,17 +171,18 @@ class Objective:
     terms: Callable[[Step, ObjectiveSettings], list[Term]]
     # What the training attack maximises on f's tokens; None: it trains on clean images.
     attack: TrainingAttack | None = cross_entropy_attack
-    preset: Mapping[str, float] = field(default_factory=lambda: PRESET)  # hyper-parameters it was published with
+    preset: Mapping[str, Any] = field(default_factory=lambda: PRESET)  # hyper-parameters it was published with
 
     def with_preset(self, settings: FinetuneSettings) -> FinetuneSettings:
-        """Settings in which what is None is as published."""
-        return settings.model_copy(update={k: v for k, v in self.preset.items() if getattr(settings, k) is None})
+        """Settings in which what is None, or was not given, is as published."""
+        given = {name for name in settings.model_fields_set if getattr(settings, name) is not None}
+        return settings.model_copy(update={name: v for name, v in self.preset.items() if name not in given})
 
 
 OBJECTIVES: dict[str, Objective] = {}
 
 
-def objective(name: str, *, attack: TrainingAttack | None = cross_entropy_attack, **preset: float) -> Callable:
+def objective(name: str, *, attack: TrainingAttack | None = cross_entropy_attack, **preset: Any) -> Callable:
     """Registers a loss function under its name, with what its training attack maximises and its published settings.
 
     What ``attack`` maximises must be a sum over images: it may see a part of the batch.
@@ -213,16 +230,40 @@ def tecoa(step: Step, settings: ObjectiveSettings) -> list[Term]:
     return [Term("CE", 1.0, step.cross_entropy(step.adversarial_tokens))]
 
 
-@objective("PMG-AFT", lr=5e-5, train_eps=2.0, train_numsteps=5, batch_size=256)
+def cosine_attack(step: Step) -> AttackLoss:
+    """The batch's summed cross-entropy of bare cosines, temperature 1."""
+    return lambda tokens: F.cross_entropy(_cosines(step, tokens), step.labels, reduction="sum")
+
+
+def _cosines(step: Step, tokens: ImageTokens) -> Tensor:
+    return F.normalize(tokens.pooled.float(), dim=-1) @ step.text.float().T
+
+
+@objective("PMG-AFT", attack=cosine_attack, lr=5e-5, batch_size=256)
 def pmg_aft(step: Step, settings: ObjectiveSettings) -> list[Term]:
-    """CE(f, x') + KL(p_f0(x') || p_f(x')) + KL(p_f(x) || p_f(x')), each KL summed over the batch (CVPR 2024)."""
+    """CE(f, x') + KL(p_f0(x') || p_f(x')) + KL(p_f(x) || p_f(x')), each KL summed over the batch (CVPR 2024).
+
+    As released the text is normalised once more after the temperature was applied, so that every logit, the attack's
+    too, is a bare cosine.
+    """
+    return _pre_trained_guided(step, _cosines, "sum")
+
+
+@objective("PMG-AFT-scaled", lr=5e-5, batch_size=256)
+def pmg_aft_scaled(step: Step, settings: ObjectiveSettings) -> list[Term]:
+    """PMG-AFT as its paper reads: logits with CLIP's temperature, each KL averaged over the batch."""
+    return _pre_trained_guided(step, lambda step, tokens: step.clip.similarity(tokens.pooled, step.text), "batchmean")
+
+
+def _pre_trained_guided(step: Step, logits: Callable[[Step, ImageTokens], Tensor], reduction: str) -> list[Term]:
     step.encode_both()
-    attacked = step.log_probabilities(step.adversarial_tokens)
-    divergence = lambda p: F.kl_div(attacked, p, reduction="sum", log_target=True)  # KL(p || attacked)
+    attacked = logits(step, step.adversarial_tokens)
+    of = attacked.double().log_softmax(1)  # double: a divergence of bare cosines is what is left of much larger terms
+    divergence = lambda p: F.kl_div(of, p.double().softmax(1), reduction=reduction).float()  # KL(p || attacked)
     return [
-        Term("CE", 1.0, step.cross_entropy(step.adversarial_tokens)),
-        Term("L_general", 1.0, divergence(step.log_probabilities(step.original_adversarial_tokens))),
-        Term("L_clean", 1.0, divergence(step.log_probabilities(step.clean_tokens))),
+        Term("CE", 1.0, F.cross_entropy(attacked, step.labels)),
+        Term("L_general", 1.0, divergence(logits(step, step.original_adversarial_tokens))),
+        Term("L_clean", 1.0, divergence(logits(step, step.clean_tokens))),
     ]
 
 
@@ -233,28 +274,43 @@ def fare(step: Step, settings: ObjectiveSettings) -> list[Term]:
     return [Term("L_emb", 1.0, distance)]
 
 
+# The same loss as its authors' own code (RobustVLM) trains it; the published table's row has TGA-ZSR's settings.
+objective(
+    "FARE-RobustVLM",
+    attack=embedding_attack,
+    optimizer="adamw",
+    lr=1e-5,
+    weight_decay=1e-4,
+    train_eps=2.0,
+    train_numsteps=10,
+    train_start="uncut",
+)(fare)
+
+
 @objective("Vision-based")
 def vision_based(step: Step, settings: ObjectiveSettings) -> list[Term]:
-    """TGA-ZSR with Grad-CAM maps in place of text-guided ones. As released no gradient flows through these, so that it
-    trains as TeCoA does at this learning rate.
+    """TGA-ZSR with Grad-CAM maps in place of text-guided ones, each of the best among the batch's own classes.
+
+    As released no gradient flows through these, so that it trains as TeCoA does at this learning rate.
     """
-    return _attention_regularised(
-        step, settings, "grad-cam", lambda step, side: _grad_cam(step, side, differentiable=False)
-    )
+    return _attention_regularised(step, settings, lambda step, side: _grad_cam(step, side, settings, "batch"))
 
 
 @objective("Vision-based-grad")
 def vision_based_differentiable(step: Step, settings: ObjectiveSettings) -> list[Term]:
-    """The same with Grad-CAM maps that train the weights."""
-    return _attention_regularised(
-        step, settings, "grad-cam", lambda step, side: _grad_cam(step, side, differentiable=True)
-    )
+    """The same with Grad-CAM maps of the true class, which train the weights."""
+    attend = lambda step, side: _grad_cam(step, side, settings, "true", differentiable=side != "original")
+    return _attention_regularised(step, settings, attend, cached="grad-cam")
 
 
-def _grad_cam(step: Step, side: str, differentiable: bool) -> Tensor:
+def _grad_cam(
+    step: Step, side: str, settings: ObjectiveSettings, target: Target, differentiable: bool = False
+) -> Tensor:
     clip = step.original if side == "original" else step.clip
     images = step.adversarial if side == "adversarial" else step.images
-    return grad_cam(clip, images, step.text, step.labels, differentiable=differentiable and side != "original")
+    return min_max_at(
+        grad_cam_scores(clip, images, step.text, step.labels, target, differentiable), settings.distance_size
+    )
 
 
 @objective("TGA-ZSR")
@@ -269,32 +325,47 @@ def tga_zsr(step: Step, settings: ObjectiveSettings) -> list[Term]:
     attend = lambda step, side: text_guided_attention(
         step.tokens(side), step.true_text, variant, grid=step.clip.grid, backend=backend
     )
-    return _attention_regularised(step, settings, f"text-{variant}", attend)
+    return _attention_regularised(step, settings, attend, cached=f"text-{variant}")
 
 
 @objective("Comp-TGA", Alpha=0.10, Beta=0.07)
 def comp_tga(step: Step, settings: ObjectiveSettings) -> list[Term]:
-    """TGA-ZSR with A = A(t_y) * (1 - A(t_not_y)), t_not_y from "This is not a photo of a ..." (TPAMI 2026)."""
+    """TGA-ZSR with A = A(t_y) * (1 - A(t_not_y)), t_not_y from "This is not a photo of a ..." (TPAMI 2026).
+
+    Both maps at the image's size, then multiplied.
+    """
     step.encode_both()
     variant, backend = settings.attention_variant, settings.attention_backend
     attend = lambda step, side: complementary_attention(
         step.tokens(side), step.true_text, step.not_text, variant, grid=step.clip.grid, backend=backend
     )
-    return _attention_regularised(step, settings, f"complementary-{variant}", attend)
+    return _attention_regularised(step, settings, attend, cached=f"complementary-{variant}", degree=2)
 
 
 def _attention_regularised(
-    step: Step, settings: ObjectiveSettings, name: str, attend: Callable[[Step, str], Tensor]
+    step: Step,
+    settings: ObjectiveSettings,
+    attend: Callable[[Step, str], Tensor],
+    *,
+    cached: str | None = None,
+    degree: Literal[1, 2] = 1,
 ) -> list[Term]:
     """CE + Alpha * L_AR + Beta * L_AMC from ``attend(step, side)``: maps A(f, x') of the side "adversarial", A(f, x) of
-    "clean" and A(f0, x) of "original", which are cached under ``name``.
+    "clean" and A(f0, x) of "original", which are cached under the name ``cached`` if they depend on single images.
+
+    While f is f0, L_AMC is exactly zero: the norm would make a gradient of full size of a rounding.
     """
     # Before the maps: the order of sums shows in the last bits.
     cross_entropy = step.cross_entropy(step.adversarial_tokens)
-    target = step.cached_original(name, lambda batch: attend(batch, "original"))
-    metric, size = settings.Distance_metric, settings.distance_size
+    of_original = lambda batch: attend(batch, "original")
+    target = step.cached_original(cached, of_original) if cached else of_original(step)
+    distance = lambda side: attention_distance(
+        attend(step, side), target, settings.Distance_metric, settings.distance_size, degree
+    )
     return [
         Term("CE", 1.0, cross_entropy),
-        Term("L_AR", settings.Alpha, attention_distance(attend(step, "adversarial"), target, metric, size).mean()),
-        Term("L_AMC", settings.Beta, attention_distance(attend(step, "clean"), target, metric, size).mean()),
+        Term("L_AR", settings.Alpha, distance("adversarial").mean()),
+        Term(
+            "L_AMC", settings.Beta, 0 * step.clean_tokens.patches.sum() if step.untouched else distance("clean").mean()
+        ),
     ]

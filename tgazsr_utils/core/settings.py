@@ -41,7 +41,7 @@ class ObjectiveSettings(Settings):
 
 
 class FinetuneSettings(ObjectiveSettings):
-    """One fine-tuning run, but for the method's name."""
+    """One fine-tuning run, but for the method's name. What is None or not given: see ``Objective.with_preset``."""
 
     epochs: Count
     batch_size: Count | None
@@ -50,8 +50,12 @@ class FinetuneSettings(ObjectiveSettings):
     train_eps: Eps255 | None
     train_stepsize: Eps255 | None
     train_numsteps: Natural | None
-    last_num_ft: Natural = 0  # 0: the whole image encoder; k: its last k parameter tensors
-    momentum: Annotated[float, Number, Field(ge=0, lt=1)] = 0.9
+    last_num_ft: Natural = 0  # 0: the whole image encoder; k: its last k parameter tensors, in OpenAI's order
+    train_start: Literal["cut", "uncut"] | None = (
+        None  # the attack's random start is cut to [0,1], or its first step is
+    )
+    optimizer: Literal["sgd", "adamw"] | None = None
+    momentum: Annotated[float, Number, Field(ge=0, lt=1)] = 0.9  # of sgd
     weight_decay: NonNegative = 0.0
     seed: Natural
 
@@ -65,6 +69,8 @@ class AttackSettings(Settings):
     test_eps: NonNegative  # 1/255
     test_stepsize: NonNegative  # 1/255
     test_numsteps: Count
+    # "released-fp16": as the released code attacks, under fp16 autocast with the mean cross-entropy of 256 images
+    attack_precision: Literal["model", "released-fp16"] = "model"
 
     @field_validator("test_eps", "test_stepsize")
     @classmethod
@@ -78,10 +84,16 @@ class AttackSettings(Settings):
     def _in_lower_case(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value  # "CW" in the original code
 
+    @field_validator("attack_precision")
+    @classmethod
+    def _of_these_attacks(cls, value: str, info: ValidationInfo) -> str:
+        if value != "model" and info.data.get("attack") == "autoattack":
+            raise ValueError("is for the attacks pgd and cw")
+        return value
+
     @property
     def label(self) -> str:
-        """Such as "pgd-100", with what is not usual: "pgd-10-l2", "autoattack-standard"."""
+        """Such as "pgd-100", with what is not usual: "pgd-10-l2", "autoattack-standard", "pgd-10-released-fp16"."""
         standard = self.attack == "autoattack" and self.autoattack_version == "standard"
-        return f"{self.attack}-{'standard' if standard else self.test_numsteps}" + (
-            "" if self.norm == "linf" else f"-{self.norm}"
-        )
+        unusual = [value for value in (self.norm, self.attack_precision) if value not in ("linf", "model")]
+        return "-".join([self.attack, "standard" if standard else str(self.test_numsteps), *unusual])

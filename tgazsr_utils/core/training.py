@@ -1,6 +1,7 @@
 """Adversarial fine-tuning of the image encoder: the algorithm, one optimiser step a turn."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -82,21 +83,11 @@ def attacked(
     """
     if objective.attack is None:
         return step.images
-    eps, step_size = settings.train_eps / 255, settings.train_stepsize / 255
     places = range(len(step.images)) if places is None else places
     generators = start_generators(step.images.device, places, "training", settings.seed, 1, number)
-    loss = objective.attack(step)
-    return pgd(
-        step.clip,
-        step.images,
-        step.labels,
-        step.text,
-        eps,
-        step_size,
-        settings.train_numsteps,
-        loss=loss,
-        generator=generators,
-    )
+    bounds = settings.train_eps / 255, settings.train_stepsize / 255, settings.train_numsteps
+    options = {"start": settings.train_start, "loss": objective.attack(step), "generator": generators}
+    return pgd(step.clip, step.images, step.labels, step.text, *bounds, **options)
 
 
 @torch.no_grad()
@@ -110,18 +101,31 @@ def log_values(step: Step, loss: Tensor, terms: list[Term], optimizer: torch.opt
     return dict(zip(names, torch.stack([loss, *(term.value for term in terms), accuracy, norm]).tolist()))
 
 
-def sgd(tuned: Clip, settings: FinetuneSettings) -> torch.optim.SGD:
-    """The optimiser of what is tuned; ``steps`` sets its learning rate."""
-    parameters = trainable(tuned.visual, settings.last_num_ft)
-    return torch.optim.SGD(parameters, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay)
+def optimizer_of(tuned: Clip, settings: FinetuneSettings) -> torch.optim.Optimizer:
+    """The optimiser of what is tuned, SGD or AdamW; ``steps`` sets its learning rate."""
+    parameters, decay = trainable(tuned.visual, settings.last_num_ft), settings.weight_decay
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=decay)
+    return torch.optim.SGD(parameters, lr=0.0, momentum=settings.momentum, weight_decay=decay)
+
+
+def in_openai_order(visual: nn.Module) -> list[nn.Parameter]:
+    """Parameters in the order of OpenAI's classes: in a block attn, ln_1, mlp, ln_2, where open_clip has ln_1 first."""
+    first: dict[str, int] = {}  # place of each block
+    places = []
+    for place, (name, parameter) in enumerate(visual.named_parameters()):
+        found = re.match(r"(.*resblocks\.\d+)\.(attn|ln_1|mlp|ln_2)\.", name)
+        block, part = found.groups() if found else (name, "attn")
+        places.append((first.setdefault(block, place), ("attn", "ln_1", "mlp", "ln_2").index(part), place, parameter))
+    return [parameter for *_, parameter in sorted(places, key=lambda entry: entry[:3])]
 
 
 def trainable(visual: nn.Module, last: int) -> list[nn.Parameter]:
-    """Freezes an image encoder but for its last ``last`` tensors, in the order of ``parameters()`` (0: all of them).
+    """Freezes an image encoder but for its last ``last`` tensors, in OpenAI's order (0: all of them).
 
     Raises ValueError if there are not so many.
     """
-    parameters = list(visual.requires_grad_(False).parameters())
+    parameters = in_openai_order(visual.requires_grad_(False))
     if last > len(parameters):
         raise ValueError(f"last_num_ft is {last}; the image encoder has {len(parameters)} parameter tensors (0: all)")
     for parameter in parameters[-last:]:

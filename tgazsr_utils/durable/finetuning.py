@@ -17,7 +17,7 @@ from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import Objective, find_objective
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import FinetuneSettings
-from tgazsr_utils.core.training import NotFinite, Update, sgd, steps, steps_in_all
+from tgazsr_utils.core.training import NotFinite, Update, optimizer_of, steps, steps_in_all
 from tgazsr_utils.datasets.loading import resident
 from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.checkpoints import Checkpoints
@@ -109,7 +109,7 @@ class _Run:
         self.data = resident(data, clip.device)
         self.hidden = watch is not None or not processes.is_main()
         self.cache = OriginalCache(self.original, self.data, weights.parent / "unfinished" / weights.stem, self.hidden)
-        self.optimizer = sgd(self.tuned, settings)
+        self.optimizer = optimizer_of(self.tuned, settings)
         self.parameters = self.optimizer.param_groups[0]["params"]
         processes.average_gradients_of(self.parameters)
         self.checkpoints = Checkpoints(weights.with_suffix(""))
