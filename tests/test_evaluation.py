@@ -5,12 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.collections import PathCollection
 
 from tgazsr_utils.core import evaluation as core_evaluation
 from tgazsr_utils.core.attacks import run_attack
 from tgazsr_utils.core.evaluation import predict, predictions
-from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.display import plots
@@ -170,31 +168,6 @@ def test_the_leaderboard_refuses_two_trainings_under_one_name(records):
         leaderboard([*records, *(change(r, model="another") for r in records)])
 
 
-def test_the_published_table_and_what_may_stand_beside_it(records, capsys):
-    table = results.published()
-    assert table.loc["TGA-ZSR", ["robust", "clean", "average"]].tolist() == [42.09, 56.44, 49.27]
-    np.testing.assert_allclose((table.robust + table.clean) / 2, table.average, atol=0.011)
-    beside = lambda records: results.beside_published(records, "openai", "tinyImageNet")
-    pd.testing.assert_frame_equal(beside(records), table)
-    as_published = {"arch": "ViT-B-32-quickgelu", "published": True, "world": "photographs", "available": 500}
-    attacked = {"attack": "pgd-100", "eps_255": 1.0, "settings": {"test_stepsize": 1.0}}
-    pretend = [change(r, **as_published, **(attacked if r.attack != "none" else {})) for r in records]
-    ours, both = leaderboard(pretend), beside(pretend)
-    assert both.loc["CLIP", "difference_clean"] == pytest.approx(ours.loc["CLIP", "clean"] - 64.42)
-    assert both.loc["CLIP", ["ours_sets", "ours_images"]].tolist() == ["2 of 16", "60 of 1,000"]
-    capsys.readouterr()
-    for other in (
-        {"protocol": "worst"},
-        {"published": False},
-        {"arch": "ViT-B-32-256"},
-        {"world": PLUMBING},
-        {"settings": {"test_stepsize": 2.0}},
-    ):
-        pd.testing.assert_frame_equal(beside([*pretend, change(pretend[-1], **other)]), table)
-        assert "not comparable with the published table: " in capsys.readouterr().out
-    pd.testing.assert_frame_equal(results.beside_published(pretend, "laion2b_s34b_b79k", "tinyImageNet"), table)
-
-
 def test_images_left_out_or_not_used_are_told_in_the_table(records):
     assert leaderboard(records).loc["CLIP", "images"] == "60"
     some = [change(r, n=29, correct=20, left_out=1, available=1000) for r in records]
@@ -325,16 +298,6 @@ def test_differences_of_all_pairs(records):
     assert {f"{sign}{abs(board.loc['CLIP', kind]):.1f}" for sign in "+-" for kind in ("robust", "clean")} == {
         t.split("\n")[0] for t in shown
     }
-
-
-def test_published_points_are_grey_beside_ours(records):
-    table = leaderboard(records)
-    with_published = plots.trade_off(table, "title", results.published())
-    points = [c for c in with_published.axes[0].collections if isinstance(c, PathCollection) and len(c.get_offsets())]
-    grey = [c for c in points if np.allclose(c.get_facecolor()[0][:3], 128 / 255)]
-    assert [c.get_offsets()[0].tolist() for c in grey] == [[64.42, 4.90]]
-    sizes = [c.get_sizes()[0] for c in points]
-    assert max(sizes) / min(sizes) == pytest.approx(table.average.max() / 34.66)
 
 
 def test_attention_under_attack_belongs_to_the_images(mini, sets):

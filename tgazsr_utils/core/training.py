@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def attacked(
     places = range(len(step.images)) if places is None else places
     generators = start_generators(step.images.device, places, "training", settings.seed, 1, number)
     bounds = settings.train_eps / 255, settings.train_stepsize / 255, settings.train_numsteps
-    options = {"start": settings.train_start, "loss": objective.attack(step), "generator": generators}
+    options: dict[str, Any] = {"start": settings.train_start, "loss": objective.attack(step), "generator": generators}
     return pgd(step.clip, step.images, step.labels, step.text, *bounds, **options)
 
 

@@ -1,7 +1,7 @@
 """The workbook's figures. Each function takes plain frames or arrays and returns a matplotlib Figure."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -239,13 +239,21 @@ def _names_upright(axis: Axes) -> None:
     plt.setp(axis.get_yticklabels(), rotation=0)
 
 
-def trade_off(table: pd.DataFrame, title: str, published: pd.DataFrame | None = None) -> Figure:
+_SOURCES = {  # of numbers: published ones are hollow, those of others filled, both grey
+    "paper": {"facecolors": "none", "edgecolors": "0.3", "linewidths": 1.5},
+    "UCAT": {"facecolors": "0.6", "edgecolors": "0.6"},
+}
+
+
+def trade_off(table: pd.DataFrame, title: str, published: Mapping[str, pd.DataFrame] | None = None) -> Figure:
     """Robust against clean accuracy, a point a method, its area the average; grey lines join equal averages.
 
-    ``table``: tables.leaderboard, whose 95 % intervals become error bars; ``published``: the published table, in grey.
+    ``table``: tables.leaderboard, whose 95 % intervals become error bars; ``published``: published.points, whose points
+    are grey and joined to ours.
     """
     figure, axis = plt.subplots(figsize=(8.2, 5.2), layout="constrained")
-    every = table if published is None else pd.concat([table, published])
+    published = published or {}
+    every = pd.concat([table, *published.values()])
     largest = every.average.max()
     area = lambda average: 60 if np.isnan(average) else 260 * max(average, 0) / largest  # square points
     for color, marker, (method, row) in zip(cycle(sns.color_palette()), cycle(MARKERS), table.iterrows()):
@@ -253,21 +261,50 @@ def trade_off(table: pd.DataFrame, title: str, published: pd.DataFrame | None = 
         axis.errorbar(row.clean, row.robust, **bars, fmt="none", color=color)
         style = {"color": color, "marker": marker, "label": f"{method}: {_or_dash(row.average)}", "zorder": 3}
         axis.scatter(row.clean, row.robust, area(row.average), **style)
-        if published is not None and method in published.index:
-            there = published.loc[method]
-            axis.scatter(there.clean, there.robust, area(there.average), color="grey", marker=marker, alpha=0.6)
-            axis.plot([row.clean, there.clean], [row.robust, there.robust], color="grey", lw=0.7)
+        for source, theirs in published.items():
+            for there in theirs[theirs.index == method].itertuples():
+                axis.scatter(there.clean, there.robust, area(there.average), marker=marker, **_SOURCES[source])
+                axis.plot([row.clean, there.clean], [row.robust, there.robust], color="grey", lw=0.7, zorder=0)
     top = min(100, every.robust.max() + 6) if every.robust.notna().any() else 100
     bottom = max(0, every.robust.min() - 6) if every.robust.notna().any() else 0
     axis.set(xlim=(max(0, every.clean.min() - 6), min(100, every.clean.max() + 6)), ylim=(bottom, top))
     axis.set(xlabel="clean accuracy (%)", ylabel="robust accuracy (%)", title=_wrapped(title, figure))
     _equal_averages(axis)
-    if published is not None:
-        axis.scatter([], [], color="grey", alpha=0.6, label="published")
+    for source in published:
+        axis.scatter([], [], label=f"{source}'s", **_SOURCES[source])
     legend = axis.legend(title="average (%), area", loc="center left", bbox_to_anchor=(1.04, 0.5), fontsize=9)
     for handle in legend.legend_handles:
         if isinstance(handle, PathCollection):
             handle.set_sizes([60])  # areas of the largest would push the lines of the legend apart
+    return figure
+
+
+def sources(table: pd.DataFrame, title: str) -> Figure:
+    """Accuracy of each method as each source has it, a panel for clean images and for each attack; a line joins them.
+
+    ``table``: published.beside; our 95 % intervals become error bars.
+    """
+    size = 13, 0.4 * len(table) + 1.8
+    figure, axes = plt.subplots(1, 4, figsize=size, sharex=True, sharey=True, layout="constrained")
+    y = np.arange(len(table))
+    for axis, kind in zip(axes, ("clean", "PGD", "CW", "AutoAttack")):
+        there = table[kind].reindex(columns=["UCAT", "paper", "ours", "ours ±"]).astype(float)
+        ends = there[["UCAT", "paper", "ours"]].agg(["min", "max"], axis=1)
+        axis.hlines(y, *ends.T.to_numpy(), color="grey", lw=1.5, zorder=1)
+        for source, marker in (("UCAT", "s"), ("paper", "o")):
+            axis.scatter(there[source], y, 55, marker=marker, label=f"{source}'s", zorder=2, **_SOURCES[source])
+        if "ours" in table[kind]:
+            bars = {"xerr": there["ours ±"], "capsize": 3, "color": sns.color_palette()[1]}
+            axis.errorbar(there.ours, y, fmt="D", label="ours", **bars)
+        for line, (end, gap) in enumerate(zip(ends["max"], there.UCAT - there.paper)):
+            if not np.isnan(gap):
+                axis.annotate(f"{gap:+.1f}", (end, line), (8, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.set(title=kind if kind == "clean" else f"under {kind}", xmargin=0.2)
+        axis.grid(visible=False, axis="y")
+    axes[0].set(yticks=y, yticklabels=table.index, ylim=(len(table) - 0.5, -0.5))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    figure.supxlabel("top-1 accuracy (%); the number is UCAT's minus the paper's, in points", fontsize=11)
+    figure.suptitle(title)
     return figure
 
 

@@ -13,7 +13,6 @@ from tgazsr_utils.datasets.miniworld import TASKS
 from tgazsr_utils.datasets.published_sets import DATASETS
 from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.measuring.records import Record
-from tgazsr_utils.paths import DATA
 
 PUBLISHED_SETS = 16
 _COLUMNS = {
@@ -164,47 +163,6 @@ def _refuse_mixture(frame: pd.DataFrame) -> None:
     sets = frame.groupby(["method", "seed", "kind"])["dataset"].agg(frozenset)
     if sets.nunique() > 1:
         raise ValueError("methods or seeds were measured on different sets; their means cannot be compared")
-
-
-def published() -> pd.DataFrame:
-    """The published table (ViT-B/32, Tiny-ImageNet, PGD-100, eps 1/255): method -> venue, robust, clean, average."""
-    return pd.read_csv(DATA / "published_table.csv", index_col="method")
-
-
-def beside_published(records: Sequence[Record], pretrained: str | None, tuned_on: str) -> pd.DataFrame:
-    """The published table with our rows and the difference beside it, over the published sets we measured.
-
-    Our columns stay away, and a line says why, unless all was measured as published: sets with the published counts,
-    prompts and preprocessing (perhaps cut by ``quick_eval``), OpenAI's ViT-B/32 tuned on Tiny-ImageNet, PGD-100 at
-    epsilon 1/255 with step 1/255. Numbers of the mini-world say nothing about the published ones.
-    """
-    reference = published()
-    reasons = (
-        [] if (pretrained, tuned_on) == ("openai", "tinyImageNet") else [f"{pretrained} weights tuned on {tuned_on}"]
-    )
-    reasons += dict.fromkeys(reason for r in records if (reason := _difference_from_published(r)))
-    if reasons:
-        print(f"not comparable with the published table: {'; '.join(reasons)}")
-        return reference
-    table = leaderboard(records)
-    both = reference
-    for column in ("robust", "clean", "average"):
-        both[f"ours_{column}"] = table[column]
-        both[f"difference_{column}"] = both[f"ours_{column}"] - both[column]
-    return both.join(table[["sets", "images"]].add_prefix("ours_"))
-
-
-def _difference_from_published(record: Record) -> str | None:
-    if record.world != "photographs":
-        return record.world
-    if record.arch != "ViT-B-32-quickgelu":
-        return record.arch
-    if not record.published:
-        return f"{record.dataset} is not as published"
-    attack = record.attack, record.eps_255, record.settings.get("test_stepsize", 1.0), record.protocol
-    if attack in (("none", 0.0, 1.0, "last"), ("pgd-100", 1.0, 1.0, "last")):
-        return None
-    return f"{attack[0]}, epsilon {attack[1]:g}/255, step {attack[2]:g}/255, protocol {attack[3]}"
 
 
 def paired_difference(a: Sequence[Record], b: Sequence[Record]) -> tuple[float, float, float]:

@@ -1,0 +1,161 @@
+"""Published, independently measured and own accuracies: side by side, each source in a column of its own, never mixed.
+
+All are top-1 accuracies in percent of ViT-B/32 tuned on Tiny-ImageNet, at epsilon 1/255, over the 16 published sets.
+``data/published_by_set.csv`` has them set by set, ``data/published_table.csv`` the means as they are printed.
+"""
+
+from collections.abc import Collection, Sequence
+from itertools import combinations
+
+import pandas as pd
+from scipy.stats import spearmanr
+
+from tgazsr_utils.datasets.published_sets import DATASETS
+from tgazsr_utils.measuring.records import Record
+from tgazsr_utils.measuring.tables import leaderboard
+from tgazsr_utils.paths import DATA
+
+COLUMNS = {  # the source, as both files name it -> its column
+    "TGA-ZSR paper, NeurIPS 2024": "paper",
+    "Comp-TGA paper, TPAMI 2026": "paper",
+    "UCAT paper, ICML 2026 (arXiv 2512.12997), Table 16": "UCAT",
+}
+SOURCES = ("paper", "UCAT")
+ATTACKS = {"clean": "clean", "pgd-100": "PGD", "pgd": "PGD", "cw": "CW", "autoattack": "AutoAttack"}
+KINDS = ("clean", "PGD", "average", "CW", "AutoAttack")  # average: of clean and PGD
+ROUNDING = 0.01  # what rounding explains: up to 0.005 of the mean of rounded numbers, and 0.005 of the printed mean
+_AS_PUBLISHED = {  # Record.attack -> its column, epsilon and step (1/255; None: it chooses its own), protocol
+    "none": ("clean", 0.0, 1.0, "last"),
+    "pgd-100": ("PGD", 1.0, 1.0, "last"),
+    "cw-100": ("CW", 1.0, 1.0, "last"),
+    "autoattack-100": ("AutoAttack", 1.0, None, "worst"),
+}
+
+
+def by_set() -> pd.DataFrame:
+    """Accuracy as published set by set: (source, attack, method) x the keys of ``DATASETS``."""
+    rows = pd.read_csv(DATA / "published_by_set.csv").replace({"attack": ATTACKS})
+    return rows.pivot(index=["source", "attack", "method"], columns="set", values="accuracy")[list(DATASETS)]
+
+
+def means() -> pd.DataFrame:
+    """(source, attack, method) -> ``printed``, the mean over the 16 sets as printed, and ``of_sets``, that of its row.
+
+    NaN where the printed one is not known, or where no row was published.
+    """
+    table = pd.read_csv(DATA / "published_table.csv")
+    printed = table.melt(["source", "method", "venue"], var_name="attack", value_name="printed")
+    printed = printed.set_index(["source", "attack", "method"]).printed
+    return pd.DataFrame({"printed": printed, "of_sets": by_set().mean(axis=1)}).dropna(how="all")
+
+
+def misprints() -> pd.DataFrame:
+    """Those of ``means`` whose printed mean is not that of its row; ``difference``: printed minus that of the row."""
+    table = means().eval("difference = printed - of_sets")
+    return table[table.difference.abs() > ROUNDING]
+
+
+def published(sets: Collection[str] = tuple(DATASETS)) -> pd.DataFrame:
+    """Means over sets: method x (one of ``KINDS``, one of ``SOURCES``), NaN for what nobody published.
+
+    Over all 16 as printed, where that is known, else of the rows. "paper" is the TGA-ZSR paper's table (PGD-100; its
+    AutoAttack on TGA-ZSR is of another model, at Beta 0.009), and for Comp-TGA its own paper's; "UCAT" is what UCAT's
+    authors measured (PGD, its steps are not known here): their own method, and the others trained anew.
+    """
+    both = means()
+    whole = set(sets) == set(DATASETS)
+    return _side_by_side(both.printed.fillna(both.of_sets) if whole else by_set()[sorted(sets)].mean(axis=1))
+
+
+def _side_by_side(accuracy: pd.Series) -> pd.DataFrame:
+    """(source, attack, method) -> accuracy as method x (kind, source), methods as in the file, with the averages."""
+    table = accuracy.rename(index=COLUMNS, level="source").unstack(["attack", "source"])
+    for source in SOURCES:
+        table["average", source] = (table["clean", source] + table["PGD", source]) / 2
+    methods = pd.read_csv(DATA / "published_table.csv").method.unique()
+    columns = pd.MultiIndex.from_product([KINDS, SOURCES])
+    return table.reindex(index=pd.Index(methods, name="method"), columns=columns)
+
+
+def beside(records: Sequence[Record], pretrained: str | None, tuned_on: str) -> pd.DataFrame:
+    """``published`` over the sets we measured, with (kind, "ours") and (kind, "ours - paper") beside it.
+
+    Our columns are of the attack we measured under; (kind, "ours ±") is half the 95 % interval of ``summary``. They
+    stay away, and a line says why, unless all was measured as published: sets with the published counts, prompts and
+    preprocessing (perhaps cut by ``quick_eval``), OpenAI's ViT-B/32 tuned on Tiny-ImageNet, epsilon 1/255, and PGD-100
+    or CW-100 with step 1/255 or AutoAttack's version "apgd" with 100 steps. Numbers of the mini-world say nothing about
+    the published ones. Raises ValueError for records that no one table may mix.
+    """
+    known = (pretrained, tuned_on) == ("openai", "tinyImageNet")
+    reasons = [] if known else [f"{pretrained} weights tuned on {tuned_on}"]
+    reasons += dict.fromkeys(reason for r in records if (reason := _difference_from_published(r)))
+    if reasons:
+        print(f"not comparable with the published table: {'; '.join(reasons)}")
+        return published()
+    board, table = leaderboard(records), published({r.dataset for r in records})
+    attack = next((_AS_PUBLISHED[r.attack][0] for r in records if r.attack != "none"), "PGD")
+    kinds = {"clean": "clean", attack: "robust"} | ({"average": "average"} if attack == "PGD" else {})
+    table = table.reindex(table.index.union(board.index, sort=False).rename("method"))
+    for kind, column in kinds.items():
+        table[kind, "ours"], table[kind, "ours ±"] = board[column], board[f"{column}_ci"]
+        for source in SOURCES:
+            table[kind, f"ours - {source}"] = table[kind, "ours"] - table[kind, source]
+    table = table[[column for kind in KINDS for column in table if column[0] == kind]]
+    return table.join(pd.concat({"ours": board[["sets", "images"]]}, axis=1))
+
+
+def _difference_from_published(record: Record) -> str | None:
+    if record.world != "photographs":
+        return record.world
+    if record.arch != "ViT-B-32-quickgelu":
+        return record.arch
+    if not record.published:
+        return f"{record.dataset} is not as published"
+    step = record.settings.get("test_stepsize", 1.0)
+    _, eps, published_step, protocol = _AS_PUBLISHED.get(record.attack, (None, None, None, None))
+    if (record.eps_255, record.protocol) == (eps, protocol) and published_step in (step, None):
+        return None
+    return f"{record.attack}, epsilon {record.eps_255:g}/255, step {step:g}/255, protocol {record.protocol}"
+
+
+def points(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Of a table of ``beside``: source -> robust, clean and average of its methods at the attack ours were measured at.
+
+    Empty where ours stay away.
+    """
+    attack = next((kind for kind in ("PGD", "CW", "AutoAttack") if (kind, "ours") in table), None)
+    sources = SOURCES if attack else ()
+    found = {s: pd.DataFrame({"robust": table[attack, s], "clean": table["clean", s]}).dropna() for s in sources}
+    return {source: rows.assign(average=rows.mean(axis=1)) for source, rows in found.items()}
+
+
+def ranks(board: pd.DataFrame) -> pd.DataFrame:
+    """Ranks by average, of each two of ``leaderboard`` ("here"), "paper" and "UCAT", among the methods that both have.
+
+    method x ("here and paper", "here"), ...; 1 is best, equal ones share the mean of theirs. An order may be compared
+    where numbers may not: those of other models, images and epsilons.
+    """
+    averages = {"here": board.average} | {source: published()["average", source] for source in SOURCES}
+    pairs = {f"{a} and {b}": pd.DataFrame({a: averages[a], b: averages[b]}) for a, b in combinations(averages, 2)}
+    ranked = {name: pair.dropna().round(6).rank(ascending=False) for name, pair in pairs.items()}
+    methods = board.index.union(published().index, sort=False).rename("method")
+    return pd.concat(ranked, axis=1).reindex(methods).dropna(how="all")
+
+
+def agreement(table: pd.DataFrame) -> str:
+    """Of a table of ``ranks``, a line for each two: Spearman's rank correlation and how many methods it is over."""
+    lines = []
+    for pair in table.columns.unique(0):
+        a, b = (table[pair].dropna()[side] for side in table[pair])
+        if len(a) < 3 or min(a.nunique(), b.nunique()) < 2:
+            lines.append(f"{pair}: no order to compare ({len(a)} methods in common)")
+            continue
+        best = ", ".join(f"{' = '.join(side.index[side == side.min()])} ({side.name})" for side in (a, b))
+        lines.append(f"{pair}: rank correlation {spearmanr(a, b).statistic:+.2f} over {len(a)} methods; best: {best}")
+    return "\n".join(lines)
+
+
+def readable(table: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
+    """To look at: numbers with so many digits, and nothing where there is none."""
+    shown = lambda value: f"{value:.{digits}f}" if isinstance(value, float) else value
+    return table.map(shown, na_action="ignore").astype(object).where(table.notna(), "")
