@@ -146,6 +146,27 @@ def test_released_checkpoints_hold_an_image_encoder(mini, vit_b_32, tmp_path, pr
         load_clip("ViT-B-16-plus", path, "cpu")
 
 
+USUAL = ["", "module.", "_orig_mod.", "model.", "module._orig_mod."]
+
+
+@pytest.mark.parametrize(
+    "encoder_only, prefix",
+    [*((False, p) for p in USUAL), *((True, p) for p in USUAL), (True, "visual."), (True, "module.visual.")],
+)
+@pytest.mark.parametrize("outer", [None, "state_dict", "model"])
+def test_weights_are_found_below_usual_names(mini, tmp_path, encoder_only, prefix, outer):
+    """RobustVLM releases an image encoder alone; training code puts prefixes before names, and dictionaries around."""
+    changed = {name: value + 0.01 for name, value in mini.model.state_dict().items()}
+    if encoder_only:
+        changed = {name.removeprefix("visual."): v for name, v in changed.items() if name.startswith("visual.")}
+    state = {prefix + name: value for name, value in changed.items()}
+    torch.save({outer: state, "epoch": 3} if outer else state, tmp_path / "w.pt")
+    clip = load_clip("mini-clip", tmp_path / "w.pt", "cpu")
+    assert torch.equal(clip.visual.proj, mini.visual.proj + 0.01)
+    expected = mini.model.text_projection + (0 if encoder_only else 0.01)
+    assert torch.equal(clip.model.text_projection, expected)
+
+
 class _RunsCode:
     def __reduce__(self):
         return pytest.fail, ("pickled code was executed",)

@@ -32,6 +32,7 @@ _DIGESTS = {
 }  # they were written without one in them
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SCHEMAS = ("hf-hub:", "local-dir:")
+_PREFIXES = ("module.", "model.", "_orig_mod.", "visual.")
 # Released checkpoints keep an accuracy beside the weights as a NumPy scalar, whose name depends on NumPy's version.
 _scalar = np.float64(0).__reduce__()[0]
 _NUMPY_SCALARS = [
@@ -55,8 +56,8 @@ def load_clip(
 
     ``arch``: any open_clip ViT with a class token, or "mini-clip". ``pretrained``: an open_clip tag ("openai",
     "laion2b_s34b_b79k", ...) or "hf-hub:OWNER/NAME", both downloaded when first used; "local-dir:FOLDER"; a weights
-    file; a checkpoint released with TGA-ZSR or TeCoA, which holds an image encoder only (the rest then comes from
-    "openai"); "mini" or "mini-tga-zsr" (shipped, for "mini-clip"); or None for random weights (by ``seed``).
+    file, also of an image encoder alone as RobustVLM, TeCoA and TGA-ZSR release it (the rest then comes from "openai");
+    "mini" or "mini-tga-zsr" (shipped, for "mini-clip"); or None for random weights (by ``seed``).
     ``precision``: see ``core.models.Numerics``; "auto": "amp_bf16" on CUDA, else "fp32". ``image_size``: side in
     pixels, other than the architecture's own; position embeddings are interpolated. ``compiled``: through
     torch.compile; None: on CUDA. ``waiting``: it stays on the CPU for processes that will each have a device of their
@@ -112,23 +113,35 @@ def _build(arch: str, source: str | Path | None, seed: int, **options: Any) -> n
 
 def _with_weights_of(path: Path, arch: str, seed: int, options: dict[str, Any]) -> nn.Module:
     """A model with the weights of a file: all of them, or those of the image encoder, the rest then from OpenAI."""
-    state = _read_checkpoint(path)
-    encoder = state.get("vision_encoder_state_dict")
-    if encoder is None:
+    state = _unwrapped(_read_checkpoint(path))
+    encoder_only = "class_embedding" in state
+    if not encoder_only:
         model = _build(arch, None, seed, **options)
     elif arch != MINI_ARCH and "openai" not in open_clip.list_pretrained_tags_by_model(arch):
         raise ValueError(f"this file holds an image encoder only, and {arch} has no 'openai' weights for the rest")
     else:
         model = _build(arch, SHIPPED["mini"] if arch == MINI_ARCH else "openai", seed, **options)
-        state = {f"visual.{name.removeprefix('module.')}": value for name, value in encoder.items()}
+        state = {f"visual.{name}": value for name, value in state.items()}
     # In fp32, since position embeddings in fp16 cannot be interpolated on the CPU.
-    state = {name.removeprefix("module."): value.float() for name, value in state.items()}
+    state = {name: value.float() for name, value in state.items()}
     resize_pos_embed(state, model)
-    if encoder is None:
-        model.load_state_dict(state)
-    else:
+    if encoder_only:
         model.visual.load_state_dict({name.removeprefix("visual."): value for name, value in state.items()})
+    else:
+        model.load_state_dict(state)
     return model
+
+
+def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
+    """Weights without the dictionaries and the prefixes of every name that training code puts around them.
+
+    What is left of an image encoder alone is its own state dict, as RobustVLM, TeCoA and TGA-ZSR release it.
+    """
+    for outer in ("state_dict", "model", "vision_encoder_state_dict"):
+        state = state.get(outer, state)
+    while prefix := next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
@@ -145,7 +158,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError("reading this file would run code that it brings along, which is refused") from None
-    return checkpoint.get("state_dict", checkpoint)
+    return checkpoint
 
 
 @contextlib.contextmanager
