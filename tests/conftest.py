@@ -25,7 +25,7 @@ from filelock import FileLock  # noqa: E402
 from open_clip.transformer import VisionTransformer  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from tgazsr_utils import load_clip, load_dataset  # noqa: E402
+from tgazsr_utils import FinetuneSettings, load_clip, load_dataset  # noqa: E402
 from tgazsr_utils.paths import ROOT  # noqa: E402
 
 OPTIONS = []  # pytest's, once it has read them
@@ -57,6 +57,14 @@ def size(short, long):
 def only_long(*values):
     """Parameters that are tried with --long only."""
     return [pytest.param(value, marks=pytest.mark.long) for value in values]
+
+
+def train_settings(**changes):
+    """Settings of a training that takes a second or two, but for ``changes``."""
+    usual = {"Alpha": 0.08, "Beta": 0.05, "Distance_metric": "l2", "attention_variant": "reference", "seed": 0}
+    usual |= {"epochs": 1, "batch_size": 8, "lr": 1e-3, "warmup_steps": 2}
+    usual |= {"train_eps": 3, "train_stepsize": 3, "train_numsteps": 1}
+    return FinetuneSettings(**usual | changes)
 
 
 def own_environment():

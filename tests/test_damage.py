@@ -10,12 +10,12 @@ import sys
 
 import pytest
 import torch
-from conftest import size
+from conftest import size, train_settings
 from miniatures import tiny_imagenet
 from PIL import Image
 from safetensors.torch import save_file
 
-from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import decoded, load_dataset
 from tgazsr_utils.durable import weights
 from tgazsr_utils.durable.checkpoints import Checkpoints
@@ -34,20 +34,7 @@ from tgazsr_utils.paths import DATA, ROOT
 from tgazsr_utils.profiles import load_profile
 from tgazsr_utils.runner import load_manifest
 
-SETTINGS = FinetuneSettings(
-    Alpha=0.08,
-    Beta=0.05,
-    Distance_metric="l2",
-    attention_variant="reference",
-    epochs=4,
-    batch_size=8,
-    lr=1e-3,
-    warmup_steps=2,
-    train_eps=3,
-    train_stepsize=3,
-    train_numsteps=1,
-    seed=0,
-)
+SETTINGS = train_settings(epochs=4)
 ATTACK = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=2)
 FLIPS = size(15, 60)  # single bits, at random places
 

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 import torch
-from conftest import only_long
+from conftest import only_long, train_settings
 
 from tgazsr_utils.core.attacks import ATTACKS
 from tgazsr_utils.core.evaluation import predictions
 from tgazsr_utils.core.objectives import Objective, Term
-from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.durable.finetuning import finetune
 from tgazsr_utils.durable.fingerprints import fingerprint
@@ -24,20 +24,7 @@ from tgazsr_utils.parameters import SettingsError, TrainNotebook, validate
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.runner import main
 
-SETTINGS = FinetuneSettings(
-    Alpha=0.08,
-    Beta=0.0,
-    Distance_metric="l2",
-    attention_variant="reference",
-    epochs=2,
-    batch_size=8,
-    lr=1e-3,
-    warmup_steps=2,
-    train_eps=3,
-    train_stepsize=3,
-    train_numsteps=1,
-    seed=0,
-)
+SETTINGS = train_settings(Beta=0.0, epochs=2)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import only_long, size
+from conftest import only_long, size, train_settings
 from torch._dynamo.utils import counters
 
 from tgazsr_utils.core import models
@@ -13,27 +13,14 @@ from tgazsr_utils.core.attacks import pgd
 from tgazsr_utils.core.attention import grad_cam
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import OBJECTIVES
-from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.durable.finetuning import finetune
 from tgazsr_utils.durable.fingerprints import fingerprint
 from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring.measure import evaluate
 
-SETTINGS = FinetuneSettings(
-    Alpha=0.08,
-    Beta=0.0,
-    Distance_metric="l2",
-    attention_variant="reference",
-    epochs=1,
-    batch_size=8,
-    lr=1e-4,
-    warmup_steps=2,
-    train_eps=3,
-    train_stepsize=3,
-    train_numsteps=2,
-    seed=0,
-)
+SETTINGS = train_settings(Beta=0.0, lr=1e-4, train_numsteps=2)
 ATTACK = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import train_settings
 from safetensors import safe_open
 
 from tgazsr_utils.core.attacks import cw, pgd
 from tgazsr_utils.core.attention import complementary_attention, grad_cam, text_guided_attention
 from tgazsr_utils.core.objectives import Step, find_objective, negated, weighted_sum
-from tgazsr_utils.core.settings import FinetuneSettings
 from tgazsr_utils.core.training import optimizer_of, trainable, warmup_cosine
 from tgazsr_utils.datasets.layouts import _raw_name
 from tgazsr_utils.datasets.loading import load_dataset
@@ -67,18 +67,12 @@ def text(f0):
     return f0.encode_text(PROMPTS)
 
 
-def settings(**changes):
-    usual = {"Alpha": 0.08, "Beta": 0.05, "Distance_metric": "l2", "attention_variant": "reference", "seed": 0}
-    usual |= {"epochs": 1, "batch_size": 8, "lr": 1e-2, "warmup_steps": 0}
-    return FinetuneSettings(**usual | {"train_eps": 3.5, "train_stepsize": 3.5, "train_numsteps": 2} | changes)
-
-
 def differentiated(f, f0, method, attacked, weights=None, **changes):
     """(unweighted terms and their sum, the model with its gradients) of a method on given attacked images."""
     tuned = f.frozen_copy()
     trainable(tuned.visual, 0)
     step = Step(tuned, f0, X, Y, PROMPTS, adversarial=attacked)
-    terms = find_objective(method).terms(step, settings(**changes))
+    terms = find_objective(method).terms(step, train_settings(**changes))
     terms = [term._replace(weight=weight) for term, weight in zip(terms, weights or [t.weight for t in terms])]
     total = weighted_sum(terms)
     total.backward()
@@ -207,7 +201,7 @@ def test_learning_rates(warmup, total):
 
 def test_one_step_of_sgd(f, f0):
     _, tuned = differentiated(f, f0, "TGA-ZSR", PGD2)
-    optimizer = optimizer_of(tuned, find_objective("TGA-ZSR").with_preset(settings()))
+    optimizer = optimizer_of(tuned, find_objective("TGA-ZSR").with_preset(train_settings()))
     optimizer.param_groups[0]["lr"] = 1e-2
     optimizer.step()
     before = dict(f.visual.named_parameters())

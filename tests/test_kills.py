@@ -12,10 +12,10 @@ import subprocess
 import time
 
 import torch
-from conftest import own_environment, run_all, size
+from conftest import own_environment, run_all, size, train_settings
 from safetensors.torch import load_file
 
-from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.durable.finetuning import finetune
 from tgazsr_utils.durable.weights import load_clip
@@ -29,20 +29,7 @@ from tgazsr_utils.paths import ROOT
 from tgazsr_utils.profiles import default_parameters
 from tgazsr_utils.runner import main
 
-SETTINGS = FinetuneSettings(
-    Alpha=0.08,
-    Beta=0.05,
-    Distance_metric="l2",
-    attention_variant="reference",
-    epochs=4,
-    batch_size=8,
-    lr=1e-3,
-    warmup_steps=2,
-    train_eps=3,
-    train_stepsize=3,
-    train_numsteps=1,
-    seed=0,
-)
+SETTINGS = train_settings(epochs=4)
 fork = multiprocessing.get_context("fork")  # a child has all that is imported
 
 

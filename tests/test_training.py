@@ -5,10 +5,10 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from conftest import train_settings
 from torch import nn
 
 from tgazsr_utils.core.objectives import Objective, Term
-from tgazsr_utils.core.settings import FinetuneSettings
 from tgazsr_utils.core.training import in_openai_order, warmup_cosine
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.durable import finetuning
@@ -20,20 +20,7 @@ from tgazsr_utils.measuring.measure import evaluate
 from tgazsr_utils.parameters import PretrainNotebook
 from tgazsr_utils.pretraining import contrastive_loss, miniworld_pairs, photo_pairs, pretrain
 
-SETTINGS = FinetuneSettings(
-    Alpha=0.08,
-    Beta=0.05,
-    Distance_metric="l2",
-    attention_variant="reference",
-    epochs=2,
-    batch_size=8,
-    lr=1e-3,
-    warmup_steps=2,
-    train_eps=3,
-    train_stepsize=3,
-    train_numsteps=1,
-    seed=0,
-)
+SETTINGS = train_settings(epochs=2)
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,11 @@ import multiprocessing
 
 import pytest
 import torch
+from conftest import train_settings
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.durable.finetuning import finetune
 from tgazsr_utils.durable.weights import load_clip
@@ -15,20 +16,7 @@ from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.runner import environment_of, main
 
-SETTINGS = FinetuneSettings(
-    Alpha=0.08,
-    Beta=0.05,
-    Distance_metric="l2",
-    attention_variant="reference",
-    epochs=3,
-    batch_size=8,
-    lr=1e-3,
-    warmup_steps=2,
-    train_eps=3,
-    train_stepsize=3,
-    train_numsteps=1,
-    seed=0,
-)
+SETTINGS = train_settings(epochs=3)
 
 
 def test_a_second_headless_run_into_a_folder_is_refused(tmp_path, capsys):

@@ -1,8 +1,9 @@
 """Labelled images as the method sees them: batches of pixels in [0,1], labels, and the prompts of the classes."""
 
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class Batch(NamedTuple):
     labels: Tensor  # [B] int64, on the device
 
 
-class ImageReader(Protocol):
+class ImageReader(typing.Protocol):
     """Images that are read when they are asked for; ``datasets.loading`` has those for files."""
 
     def read(self, chunks: Sequence[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -74,17 +74,17 @@ def steps(
 
 
 def attacked(
-    step: Step, objective: Objective, settings: FinetuneSettings, number: int, places: range | None = None
+    step: Step, objective: Objective, settings: FinetuneSettings, number: int, positions: range | None = None
 ) -> Tensor:
     """x' ``[B,3,H,W]``: the step's images as the objective's attack makes them against the model being tuned.
 
-    An image's random start is seeded by ``number``, that of the step, and its place in the batch (one of ``places``;
-    None: all).
+    An image's random start is seeded by ``number``, that of the step, and its position in the batch; ``positions``: of
+    these images there, if they are a part of it.
     """
     if objective.attack is None:
         return step.images
-    places = range(len(step.images)) if places is None else places
-    generators = start_generators(step.images.device, places, "training", settings.seed, 1, number)
+    positions = range(len(step.images)) if positions is None else positions
+    generators = start_generators(step.images.device, positions, "training", settings.seed, 1, number)
     bounds = settings.train_eps / 255, settings.train_stepsize / 255, settings.train_numsteps
     options: dict[str, Any] = {"start": settings.train_start, "loss": objective.attack(step), "generator": generators}
     return pgd(step.clip, step.images, step.labels, step.text, *bounds, **options)
@@ -112,12 +112,12 @@ def optimizer_of(tuned: Clip, settings: FinetuneSettings) -> torch.optim.Optimiz
 def in_openai_order(visual: nn.Module) -> list[nn.Parameter]:
     """Parameters in the order of OpenAI's classes: in a block attn, ln_1, mlp, ln_2, where open_clip has ln_1 first."""
     first: dict[str, int] = {}  # place of each block
-    places = []
+    entries = []
     for place, (name, parameter) in enumerate(visual.named_parameters()):
         found = re.match(r"(.*resblocks\.\d+)\.(attn|ln_1|mlp|ln_2)\.", name)
         block, part = found.groups() if found else (name, "attn")
-        places.append((first.setdefault(block, place), ("attn", "ln_1", "mlp", "ln_2").index(part), place, parameter))
-    return [parameter for *_, parameter in sorted(places, key=lambda entry: entry[:3])]
+        entries.append((first.setdefault(block, place), ("attn", "ln_1", "mlp", "ln_2").index(part), place, parameter))
+    return [parameter for *_, parameter in sorted(entries, key=lambda entry: entry[:3])]
 
 
 def trainable(visual: nn.Module, last: int) -> list[nn.Parameter]:
