@@ -28,7 +28,9 @@ EOF
 }
 
 # Read by PyTorch in whatever is started here: threads that wait and spin make a busy machine ten times slower.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+if [[ -z ${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-} ]]; then
+  export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=1000
+fi
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here"

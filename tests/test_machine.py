@@ -63,14 +63,15 @@ def test_without_an_affinity_all_processors_count(monkeypatch):
 @pytest.mark.parametrize(
     ("own", "allowed", "expected"),
     [
-        ({}, 4, {"OMP_WAIT_POLICY": "PASSIVE"}),  # all there are: PyTorch's own choice
-        ({}, 2, {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}),
+        ({}, 4, machine.WAITING),  # all there are: PyTorch's own choice
+        ({}, 2, machine.WAITING | {"OMP_NUM_THREADS": "2"}),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, 2, {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "2"}),
-        ({"OMP_NUM_THREADS": "3"}, 2, {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "3"}),
+        ({"GOMP_SPINCOUNT": "7"}, 4, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_NUM_THREADS": "3"}, 2, machine.WAITING | {"OMP_NUM_THREADS": "3"}),
     ],
 )
 def test_threads_are_set_where_the_user_has_not(monkeypatch, own, allowed, expected):
-    names = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
     for name in names:
         monkeypatch.delenv(name, raising=False)
     for name, value in own.items():
@@ -87,7 +88,7 @@ plain, seen = builtins.__import__, []
 
 def watched(name, *rest, **options):
     if name.split(".")[0] == "torch" and not seen:
-        seen.append((os.environ.get("OMP_WAIT_POLICY"), os.environ.get("OMP_NUM_THREADS")))
+        seen.append([os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")])
     return plain(name, *rest, **options)
 
 os.cpu_count = lambda: 1 + len(os.sched_getaffinity(0))  # as in a container that has fewer than it shows
@@ -101,10 +102,10 @@ print(*seen[0], torch.get_num_threads())
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system knows no affinity")
 def test_they_are_set_before_pytorch_is_imported():
-    """A fresh process that may use one of its processors: PyTorch finds both variables set, and follows."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    """A fresh process that may use one of its processors: PyTorch finds the variables set, and follows."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     one = sorted(os.sched_getaffinity(0))[0]
     pinned = f"import os; os.sched_setaffinity(0, {{{one}}})\n"
     done = subprocess.run([sys.executable, "-c", pinned + SCRIPT], env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["PASSIVE", "1", "1"]
+    assert done.stdout.split() == ["PASSIVE", "1000", "1", "1"]
