@@ -17,7 +17,9 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torchvision does
 
-import tgazsr_utils.core  # noqa: E402, F401  (before open_clip: it mends torchvision's import)
+from tgazsr_utils.core.libraries import open_clip  # noqa: E402
+
+open_clip()  # mends torchvision's import before a test asks for it
 
 # isort: split
 import pytest  # noqa: E402

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from conftest import train_settings
 from safetensors import safe_open
 
@@ -21,7 +22,6 @@ from tgazsr_utils.core.training import optimizer_of, trainable, warmup_cosine
 from tgazsr_utils.datasets.layouts import _raw_name
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.datasets.published_sets import DATASETS
-from tgazsr_utils.datasets.torchvision_sets import torchvision
 from tgazsr_utils.durable.fingerprints import fingerprint
 from tgazsr_utils.durable.weights import load_clip
 

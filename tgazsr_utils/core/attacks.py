@@ -62,9 +62,7 @@ def pgd(
     Raises ValueError for pixels outside [0,1], a negative ``eps``, ``step_size`` or ``steps``, an unknown ``norm`` or
     ``protocol``, or "worst" with a ``loss`` of one's own, which knows whole batches only.
     """
-    check_arguments(images, norm, eps=eps, step_size=step_size, steps=steps)
-    if protocol not in get_args(Protocol):
-        raise ValueError(f"protocol {protocol!r} is unknown; choose 'last' or 'worst'")
+    check_arguments(images, norm, protocol, eps=eps, step_size=step_size, steps=steps)
     if not len(images):
         return images
     adversarial = _random_start(images, eps, norm, generator, cut=start == "cut" or not steps)
@@ -173,7 +171,9 @@ def start_generators(device: torch.device, rows: Iterable[int], *parts: Any) -> 
     return [seeded(device, *parts, row) for row in rows]
 
 
-def check_arguments(images: Tensor, norm: str, **numbers: float) -> None:
+def check_arguments(images: Tensor, norm: str, protocol: str = "last", **numbers: float) -> None:
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"protocol {protocol!r} is unknown; choose 'last' or 'worst'")
     if norm not in get_args(Norm):
         raise ValueError(f"norm {norm!r} is unknown; choose 'linf' or 'l2'")
     for name, value in numbers.items():

@@ -3,19 +3,15 @@
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution, and fp32 is to mean fp32
+from tgazsr_utils.core.libraries import open_clip
 
-for _config in (Path(__file__).parent / "model_configs").glob("*.json"):
-    open_clip.add_model_config(_config)
+torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution, and fp32 is to mean fp32
 
 
 class ImageTokens(NamedTuple):
@@ -47,8 +43,12 @@ class Clip(nn.Module):
 
     def __init__(self, model: nn.Module, arch: str, numerics: Numerics = Numerics()):
         super().__init__()
-        visual = model.visual
-        if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.pool_type != "tok":
+        visual, library = model.visual, open_clip()
+        if (
+            not isinstance(visual, library.transformer.VisionTransformer)
+            or visual.attn_pool is not None
+            or visual.pool_type != "tok"
+        ):
             raise ValueError(
                 f"arch {arch!r} has no class token with patch tokens beside it, which text-guided attention needs; "
                 "use a ViT with a class token such as ViT-B-32-quickgelu"
@@ -58,10 +58,10 @@ class Clip(nn.Module):
         self.arch, self.numerics = arch, numerics
         # What made the weights, where that is known: method, settings, data and code.
         self.training_record: dict[str, Any] = {}
-        self.tokenizer = open_clip.get_tokenizer(arch)
+        self.tokenizer = library.get_tokenizer(arch)
         self.grid: tuple[int, int] = visual.grid_size
         self.image_size: tuple[int, int] = visual.image_size
-        preprocess = open_clip.get_model_preprocess_cfg(model)
+        preprocess = library.get_model_preprocess_cfg(model)
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1))
         self._prompts: dict[str, Tensor] = {}
@@ -74,7 +74,8 @@ class Clip(nn.Module):
         return self.mean.device
 
     @property
-    def visual(self) -> VisionTransformer:
+    def visual(self) -> Any:
+        """The image encoder, open_clip's ``VisionTransformer``."""
         return self.model.visual
 
     def encode_image(self, pixels: Tensor) -> ImageTokens:

@@ -2,5 +2,3 @@
 
 ``python -m tgazsr_utils.datasets`` lists, checks and fetches them.
 """
-
-import tgazsr_utils.core  # noqa: F401  (before anything imports torchvision)

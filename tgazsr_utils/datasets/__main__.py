@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import torchvision.datasets
-from torchvision.datasets.utils import download_and_extract_archive
 
+from tgazsr_utils.core.libraries import torchvision
 from tgazsr_utils.datasets.layouts import is_there, list_datasets, missing_parts
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_ROOT
@@ -121,9 +120,9 @@ def fetch_set(key: str, root: Path) -> str:
     _clear(staging, but_for=_ARCHIVES if checked else ())
     with _members_stay_inside(checked):
         if key == "tinyImageNet":
-            download_and_extract_archive(spec.source, str(staging))
+            torchvision().datasets.utils.download_and_extract_archive(spec.source, str(staging))
         else:
-            getattr(torchvision.datasets, spec.torchvision)(str(staging), download=True, **spec.test)
+            getattr(torchvision().datasets, spec.torchvision)(str(staging), download=True, **spec.test)
     (staging / spec.folder).rename(root / spec.folder)
     shutil.rmtree(staging)
     return "fetched"

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo
 
 from tgazsr_utils.datasets import miniworld
 from tgazsr_utils.datasets.published_sets import DATASETS, DatasetSpec
@@ -195,7 +194,9 @@ def _raw_name(folder_name: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _wordnet() -> ImageNetInfo:
+def _wordnet() -> Any:
+    from timm.data import ImageNetInfo  # slow to import
+
     return ImageNetInfo("imagenet-22k")
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import functional as TF
 
 from tgazsr_utils.core.images import ImageSet
+from tgazsr_utils.core.libraries import torchvision
 from tgazsr_utils.datasets import miniworld
 from tgazsr_utils.datasets.layouts import Box, Source, Split, existing_root, list_datasets, open_source
 from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_PROMPT, Preprocess, clean_name
@@ -260,27 +260,27 @@ def _load_miniworld(key: str, split: Split, n: int, image_size: int, seed: int, 
     task = miniworld.TASKS[key]
     images, labels, masks = miniworld.task_images(key, n, split, seed)
     if image_size != miniworld.SIDE:
-        images = TF.resize(images, [image_size, image_size])
-        masks = TF.resize(masks, [image_size, image_size], TF.InterpolationMode.NEAREST)
+        images, masks = fit(images, image_size, "resize"), fit(masks, image_size, "resize", "nearest")
     return ImageSet(key, world or "mini-world", images, labels, task.class_names, tuple(task.prompts), masks)
 
 
 def _box_mask(box: Box, size: tuple[int, int], side: int, preprocess: Preprocess) -> Tensor:
     mask = Image.new("L", size)
     mask.paste(255, (box[0], box[1], box[2] + 1, box[3] + 1))
-    return torch.from_numpy(np.array(fit(mask, side, preprocess, TF.InterpolationMode.NEAREST))) > 127
+    return torch.from_numpy(np.array(fit(mask, side, preprocess, "nearest"))) > 127
 
 
 Pixels = TypeVar("Pixels", Image.Image, Tensor)
 
 
-def fit(
-    image: Pixels, side: int, preprocess: Preprocess, mode: TF.InterpolationMode = TF.InterpolationMode.BILINEAR
-) -> Pixels:
+def fit(image: Pixels, side: int, preprocess: Preprocess, mode: Literal["bilinear", "nearest"] = "bilinear") -> Pixels:
     """An image, or images ``[...,H,W]``, at ``side`` x ``side``: "resize" both sides, or "crop" the centre.
 
     Before that crop the shorter side is brought to 256/224 of ``side``.
     """
+    transforms = torchvision().transforms
+    interpolation = transforms.InterpolationMode(mode)
     if preprocess == "resize":
-        return TF.resize(image, [side, side], mode)
-    return TF.center_crop(TF.resize(image, round(side * 256 / 224), mode), [side, side])
+        return transforms.functional.resize(image, [side, side], interpolation)
+    resized = transforms.functional.resize(image, round(side * 256 / 224), interpolation)
+    return transforms.functional.center_crop(resized, [side, side])

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import h5py
 import torch
-import torchvision
 from PIL import Image
 
+from tgazsr_utils.core.libraries import torchvision
 from tgazsr_utils.core.seeds import digest
 
 
@@ -71,14 +71,14 @@ def read_lists(name: str, root: Path, arguments: Mapping[str, Any]) -> Lists:
 @lru_cache(maxsize=64)
 def reader(name: str, root: Path, arguments: tuple[tuple[str, Any], ...]) -> Any:
     """torchvision's data set, which reads its lists (and some all their images) when it is made."""
-    return getattr(torchvision.datasets, name)(str(root), **dict(arguments))
+    return getattr(torchvision().datasets, name)(str(root), **dict(arguments))
 
 
 def _attribute(data: Any, name: str) -> Any:
     try:
         return getattr(data, name)
     except AttributeError:
-        made = f"torchvision {torchvision.__version__}'s {type(data).__name__}"
+        made = f"torchvision {torchvision().__version__}'s {type(data).__name__}"
         raise ValueError(f"{made} has no {name!r}, where its lists are read; another version has") from None
 
 

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import open_clip
 import torch
-from open_clip.model import resize_pos_embed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tgazsr_utils.core.libraries import open_clip
 from tgazsr_utils.core.models import Clip, Numerics
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import Precision
@@ -64,7 +63,7 @@ def load_clip(
     own (``processes.launch``). Raises ValueError, one line, for an unknown name, or a file that is unreadable, of
     another architecture, or needs pickled code to be read.
     """
-    if arch not in open_clip.list_models():
+    if arch not in open_clip().list_models():
         raise ValueError(f"arch {arch!r} is unknown to open_clip; the workbook's own is {MINI_ARCH!r}")
     if precision not in get_args(Precision):
         raise ValueError(f"precision {precision!r} is unknown; choose one of {', '.join(get_args(Precision))}")
@@ -101,14 +100,14 @@ def _build(arch: str, source: str | Path | None, seed: int, **options: Any) -> n
     if isinstance(source, Path):
         return _with_weights_of(source, arch, seed, options)
     if source is not None and source.startswith(_SCHEMAS):
-        model = open_clip.create_model(source, **options)
-        if repr(model) != repr(open_clip.create_model(arch, **options)):
+        model = open_clip().create_model(source, **options)
+        if repr(model) != repr(open_clip().create_model(arch, **options)):
             raise ValueError(f"what it holds is another architecture than {arch}")
         return model
     device = options["device"]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return open_clip.create_model(arch, pretrained=source, **options)
+        return open_clip().create_model(arch, pretrained=source, **options)
 
 
 def _with_weights_of(path: Path, arch: str, seed: int, options: dict[str, Any]) -> nn.Module:
@@ -117,14 +116,14 @@ def _with_weights_of(path: Path, arch: str, seed: int, options: dict[str, Any]) 
     encoder_only = "class_embedding" in state
     if not encoder_only:
         model = _build(arch, None, seed, **options)
-    elif arch != MINI_ARCH and "openai" not in open_clip.list_pretrained_tags_by_model(arch):
+    elif arch != MINI_ARCH and "openai" not in open_clip().list_pretrained_tags_by_model(arch):
         raise ValueError(f"this file holds an image encoder only, and {arch} has no 'openai' weights for the rest")
     else:
         model = _build(arch, SHIPPED["mini"] if arch == MINI_ARCH else "openai", seed, **options)
         state = {f"visual.{name}": value for name, value in state.items()}
     # In fp32, since position embeddings in fp16 cannot be interpolated on the CPU.
     state = {name: value.float() for name, value in state.items()}
-    resize_pos_embed(state, model)
+    open_clip().model.resize_pos_embed(state, model)
     if encoder_only:
         model.visual.load_state_dict({name.removeprefix("visual."): value for name, value in state.items()})
     else:
@@ -185,7 +184,7 @@ def _quiet() -> Iterator[None]:
 
 def locate_weights(arch: str, pretrained: str | Path | None) -> str | Path | None:
     """A weights file that is there, or a name that open_clip knows for ``arch``. Raises ValueError for other things."""
-    tags = open_clip.list_pretrained_tags_by_model(arch)
+    tags = open_clip().list_pretrained_tags_by_model(arch)
     if pretrained is None or pretrained in tags or str(pretrained).startswith(_SCHEMAS):
         return pretrained
     path = SHIPPED.get(str(pretrained)) or resolve(pretrained)
@@ -220,7 +219,7 @@ def pick_device(device: str) -> torch.device:
 
 def model_config(arch: str) -> dict[str, Any]:
     """open_clip's description of an architecture. Raises ValueError for an unknown one."""
-    config = open_clip.get_model_config(arch)
+    config = open_clip().get_model_config(arch)
     if config is None:
         raise ValueError(f"arch {arch!r} is unknown to open_clip; the workbook's own is {MINI_ARCH!r}")
     return config
