@@ -3,7 +3,7 @@
 import difflib
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
@@ -22,6 +22,7 @@ from tgazsr_utils.core.settings import (
     Protocol,
     Settings,
 )
+from tgazsr_utils.measuring.ablations import ABLATIONS
 from tgazsr_utils.paths import resolve
 
 Item = TypeVar("Item")
@@ -43,15 +44,7 @@ class SettingsError(ValueError):
         super().__init__(" ".join(text.split()))  # one line, whatever a name or value is
 
 
-class Parameters(Settings):
-    """What a notebook takes, checked at once."""
-
-    def only(self, model: "type[AnySettings]", **changes: Any) -> "AnySettings":
-        """The part of these settings that ``model`` knows, perhaps with changes."""
-        return validate(model, {name: getattr(self, name) for name in model.model_fields} | changes)
-
-
-class WorkbookSettings(Parameters):
+class WorkbookSettings(Settings):
     """What every notebook knows."""
 
     arch: str  # an open_clip architecture with patch tokens
@@ -84,13 +77,12 @@ class WorkbookSettings(Parameters):
     @property
     def data_options(self) -> dict[str, Any]:
         """How ``load_dataset`` is to read sets."""
-        return {
-            "root": self.data_root,
-            "preprocess": self.preprocess,
-            "prompt": self.prompt,
-            "test_fraction": self.test_fraction,
-            "on_bad_image": self.on_bad_image,
-        }
+        names = {"preprocess", "prompt", "test_fraction", "on_bad_image"}
+        return self.model_dump(include=names) | {"root": self.data_root}
+
+    def only(self, model: "type[AnySettings]", **changes: Any) -> "AnySettings":
+        """The part of these settings that ``model`` knows, perhaps with changes."""
+        return validate(model, {name: getattr(self, name) for name in model.model_fields} | changes)
 
 
 class ModelSettings(WorkbookSettings):
@@ -204,15 +196,10 @@ class EvaluateNotebook(TrainNotebook):
         return _distinct(value) if isinstance(value, list) else value
 
 
-AblationName = Literal["loss_parts", "distance", "attention", "alpha_beta", "epsilon", "tuned_part", "attacks", "seeds"]
-
-
 class AblationNotebook(EvaluateNotebook):
     """03_ablations"""
 
-    ablations: (
-        str | Distinct[str]
-    )  # "cut": a few runs of each; "all"; a list of AblationName, or one: all runs of these
+    ablations: str | Distinct[str]  # "cut": a few runs of each; "all"; a list of ABLATIONS, or one: all runs of these
     Alpha_list: Distinct[NonNegative]
     Beta_list: Distinct[NonNegative]
     train_eps_list: Distinct[Eps255]
@@ -235,8 +222,8 @@ class AblationNotebook(EvaluateNotebook):
             return value
         names = [value] if isinstance(value, str) else value
         for name in names:
-            if name not in get_args(AblationName):
-                raise ValueError(f"{name!r} is unknown; choose 'cut', 'all', or of {', '.join(get_args(AblationName))}")
+            if name not in ABLATIONS:
+                raise ValueError(f"{name!r} is unknown; choose 'cut', 'all', or of {', '.join(ABLATIONS)}")
         return names
 
 

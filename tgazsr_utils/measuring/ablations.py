@@ -1,7 +1,7 @@
 """The ablations: what each one varies, and the sweep that trains and measures its variants, resumable.
 
 An ablation is one function that lists its variants from the notebook's settings; the first is what the others are
-compared with. To add one, write such a function, put it into ``ABLATIONS`` and name it in ``parameters.AblationName``.
+compared with. To add one, write such a function and put it into ``ABLATIONS``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
