@@ -39,8 +39,7 @@ class AttentionUnderAttack:
 def attention_under_attack(
     clip: Clip, data: ImageSet, attack: AttackSettings, variant: Variant = "reference", seed: int = 0
 ) -> AttentionUnderAttack:
-    """Attacks every image and measures how far the attention guided by its true class moves
-    (``attention_shift``).
+    """Attacks every image and measures how far the attention guided by its true class moves (``attention_shift``).
 
     ``flipped``: right when clean, wrong when attacked.
     """
