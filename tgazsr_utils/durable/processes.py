@@ -86,14 +86,9 @@ def shared_attack(step: Step, objective: Objective, settings: FinetuneSettings, 
     if count() == 1 or objective.attack is None:
         return attacked(step, objective, settings, number)
     own = share(n)
-    part = replace(
-        step,
-        clip=alone(step.clip),
-        original=alone(step.original),
-        images=step.images[own],
-        labels=step.labels[own],
-        rows=None if step.rows is None else step.rows[own],
-    )
+    models = {"clip": alone(step.clip), "original": alone(step.original)}
+    rows = None if step.rows is None else step.rows[own]
+    part = replace(step, **models, images=step.images[own], labels=step.labels[own], rows=rows)
     return _gather(attacked(part, objective, settings, number, range(n)[own]), n)
 
 
