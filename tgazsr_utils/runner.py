@@ -189,21 +189,14 @@ def execute(notebook: str, parameters: Mapping[str, Any], folder: Path) -> None:
     executed = folder / "notebooks" / f"{notebook}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
     html = folder / "html" / f"{notebook}.html"
+    output = {"progress_bar": False, "stdout_file": sys.stdout, "stderr_file": sys.stderr}
     with tempfile.TemporaryDirectory(prefix="tgazsr-") as sockets:
-        kernel = {"transport": "ipc", "ip": f"{sockets}/kernel", "shutdown_wait_time": 60.0}  # ipc: no open port
+        manager = {"transport": "ipc", "ip": f"{sockets}/kernel", "shutdown_wait_time": 60.0}  # ipc: no open port
+        kernel = {"kernel_name": "python3", "cwd": ROOT, "config": Config({"KernelManager": manager})}
+        kernel["extra_arguments"] = ["--IPKernelApp.log_level=50"]  # an interrupted one fills the log with its troubles
+        source = profiles.FOLDER / f"{notebook}.ipynb"
         try:
-            papermill.execute_notebook(
-                profiles.FOLDER / f"{notebook}.ipynb",
-                executed,
-                dict(parameters),
-                kernel_name="python3",
-                cwd=ROOT,
-                progress_bar=False,
-                stdout_file=sys.stdout,
-                stderr_file=sys.stderr,
-                config=Config({"KernelManager": kernel}),
-                extra_arguments=["--IPKernelApp.log_level=50"],  # an interrupted kernel fills the log with its troubles
-            )
+            papermill.execute_notebook(source, executed, dict(parameters), **kernel, **output)
         except BaseException:
             with contextlib.suppress(Exception):  # what went wrong first is what is to be told
                 export_html(executed, html)
@@ -309,12 +302,10 @@ def compare_runs(first: str, second: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./run_all.sh", description="Run the workbook's notebooks headlessly.")
-    parser.add_argument(
-        "profile", nargs="?", default="mini", help="a file of notebooks/profiles (default: mini), or compare"
-    )
-    parser.add_argument(
-        "numbers", nargs="*", help="notebooks to run, such as 01 04 (default: the profile's); two folders to compare"
-    )
+    profiles_there = "a file of notebooks/profiles (default: mini), or compare"
+    parser.add_argument("profile", nargs="?", default="mini", help=profiles_there)
+    which = "notebooks to run, such as 01 04 (default: the profile's); two folders to compare"
+    parser.add_argument("numbers", nargs="*", help=which)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     parser.add_argument("--fresh", action="store_true", help="start over; earlier results are moved aside")
     options = parser.parse_args(arguments)

@@ -92,10 +92,6 @@ class Panel:
         self.widget = widgets.VBox(children, layout=widgets.Layout(max_width="920px"))
         self.error: Exception | None = None
 
-    def html(self) -> str:
-        """What the panel shows now, but for its controls."""
-        return panels.STYLE + self.result.value + self.status.value
-
     def save(self, folder: Path, name: str) -> Path:
         """Writes ``<folder>/figures/<name>.html``, self-contained. Raises the error that the panel shows, if any."""
         if self.error is not None:
@@ -106,7 +102,8 @@ class Panel:
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         bundle = {} if os.environ.get(HEADLESS) else dict(self.widget._repr_mimebundle_(**options))
-        return bundle | {"text/html": self.html(), "text/plain": f"{self.title}: widgets, or HTML of their state"}
+        shown = panels.STYLE + self.result.value + self.status.value  # all but the controls
+        return bundle | {"text/html": shown, "text/plain": f"{self.title}: widgets, or HTML of their state"}
 
     def say(self, text: str, kind: str = "quiet") -> None:
         self.status.value = panels.sentence(text, kind)
@@ -344,10 +341,8 @@ class FineTuner(Panel):
         self.say(f"{run}: starting …")
         try:
             with self.errors_shown():
-                train, stop = self.explorer.train, self._cancelled.is_set
-                tuned = finetune(
-                    models.original, train, TGA, settings, models.run.stored_models, stop, watch=self._watch
-                )
+                what = models.original, self.explorer.train, TGA, settings, models.run.stored_models
+                tuned = finetune(*what, stop=self._cancelled.is_set, watch=self._watch)
                 models.run.show(tuned.weights)
                 self.explorer.update_model_choices()
                 self.bar.value = self.bar.max
