@@ -236,14 +236,8 @@ class ExplorerNotebook(ModelSettings, FinetuneSettings, AttackSettings):
     test_images: Count  # to choose from
 
 
-NOTEBOOKS: dict[str, type[WorkbookSettings]] = {
-    "00_pretrain_mini_clip": PretrainNotebook,
-    "01_attention_shift": AttentionShiftNotebook,
-    "02_train_tga_zsr": TrainNotebook,
-    "03_ablations": AblationNotebook,
-    "04_evaluate_16_datasets": EvaluateNotebook,
-    "05_alpha_beta_explorer": ExplorerNotebook,
-}
+_BOOKS = PretrainNotebook, AttentionShiftNotebook, TrainNotebook, AblationNotebook, EvaluateNotebook, ExplorerNotebook
+NOTEBOOKS: dict[str, type[WorkbookSettings]] = {book.__doc__: book for book in _BOOKS}  # by the name that each states
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 _SHORT = reprlib.Repr()  # of what a message quotes

@@ -139,6 +139,7 @@ class Explorer:
         preset = TGA.with_preset(training)
         self.Alpha = weight_slider("Alpha", "weight of L_AR", preset.Alpha)
         self.Beta = weight_slider("Beta", "weight of L_AMC", preset.Beta)
+        self.sliders = self.Alpha, self.Beta
         metrics, variants = ["l2", "l1", "cos"], ["reference", "cosine"]
         self.metric = control(widgets.Dropdown, "distance", 260, options=metrics, value=training.Distance_metric)
         self.variant = control(widgets.Dropdown, "attention", 260, options=variants, value=training.attention_variant)
@@ -172,12 +173,11 @@ class LossMixer(Panel):
         self.batch = control(widgets.BoundedIntText, "batch", 260, value=0, min=0, max=9999)
         reset = widgets.Button(description="published values", tooltip="put both sliders back")
         reset.layout.margin = BELOW_SLIDER
-        sliders = (explorer.Alpha, explorer.Beta)
-        marks = [published_mark(slider) for slider in sliders]
-        left = widgets.VBox([explorer.Alpha, marks[0], explorer.Beta, marks[1], reset])
+        marked = [widget for slider in explorer.sliders for widget in (slider, published_mark(slider))]
+        left = widgets.VBox([*marked, reset])
         choices = [self.model, explorer.metric, explorer.variant, self.batch]
         super().__init__(side_by_side(left, widgets.VBox(choices)), height=170)
-        on_change(sliders, self.redraw)
+        on_change(explorer.sliders, self.redraw)
         on_change(choices, self.compute)
         reset.on_click(lambda _: self.reset())
         self.compute()
@@ -202,7 +202,7 @@ class LossMixer(Panel):
             self.result.value = panels.mixture_html(self.terms, self.explorer.Alpha.value, self.explorer.Beta.value)
 
     def reset(self) -> None:
-        for slider in (self.explorer.Alpha, self.explorer.Beta):
+        for slider in self.explorer.sliders:
             slider.value = PRESET[slider.description]
 
 
@@ -277,9 +277,8 @@ class OutcomeSurface(Panel):
     def __init__(self, explorer: Explorer, folder: Path):
         self.explorer = explorer
         self.sweep, self.source = recorded_sweep(folder, explorer.data.world)
-        sliders = [explorer.Alpha, explorer.Beta]
-        super().__init__(side_by_side(*sliders), height=20 if self.sweep is None else 250)
-        on_change(sliders, self.redraw)
+        super().__init__(side_by_side(*explorer.sliders), height=20 if self.sweep is None else 250)
+        on_change(explorer.sliders, self.redraw)
         self.redraw()
 
     def redraw(self) -> None:
@@ -312,8 +311,8 @@ class FineTuner(Panel):
         self._cancelled, self._guard = threading.Event(), threading.Lock()
         self.start.on_click(lambda _: self.begin())
         self.stop.on_click(lambda _: self.cancel())
-        sliders, run = side_by_side(explorer.Alpha, explorer.Beta), widgets.HBox([self.start, self.stop, self.bar])
-        super().__init__(sliders, run, height=130)
+        run = widgets.HBox([self.start, self.stop, self.bar])
+        super().__init__(side_by_side(*explorer.sliders), run, height=130)
         kept = explorer.models.losses("tuned")
         self._draw(kept, len(kept))
         shown = "Shown: how the tuned model was trained. " if kept else ""

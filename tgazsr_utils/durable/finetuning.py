@@ -70,17 +70,11 @@ def finetune(
     settings = objective.with_preset(settings)
     weights = tuned_path(folder, objective, settings, data, clip)
     if number_of_processes > 1 and processes.count() == 1 and not weights.exists():
-        processes.launch(number_of_processes, _finetune_with_others, clip, data, objective, settings, folder)
+        processes.launch(number_of_processes, finetune, clip, data, objective, settings, folder)
     if processes.from_main(weights.exists):
         return TrainResult(load_alike(clip, weights), pd.DataFrame(read_metadata(weights)["history"]), weights)
     hidden = watch is not None or not processes.is_main()
     return _Run(clip, data, objective, settings, weights, hidden).finish(stop, watch)
-
-
-def _finetune_with_others(
-    clip: Clip, data: ImageSet, objective: Objective, settings: FinetuneSettings, folder: Path, device: torch.device
-) -> None:
-    finetune(clip.to(device), data, objective, settings, folder)
 
 
 class _Run:

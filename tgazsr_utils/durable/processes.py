@@ -156,8 +156,8 @@ def wait() -> None:
 # --- start and stop
 
 
-def launch(number: int, function: Callable[..., Any], *arguments: Any) -> None:
-    """Calls ``function(*arguments, device)`` in ``number`` processes of this machine, each with a device of its own.
+def launch(number: int, function: Callable[..., Any], clip: Clip, *arguments: Any) -> None:
+    """Calls ``function(clip, *arguments)`` in ``number`` processes of this machine, each with a device of its own.
 
     Functions that a notebook defines are known there, since processes are forked (by accelerate's notebook_launcher);
     so CUDA must not be in use yet. Raises RuntimeError with the first error of any of them, KeyboardInterrupt on
@@ -177,7 +177,7 @@ def launch(number: int, function: Callable[..., Any], *arguments: Any) -> None:
         port = free.getsockname()[1]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        notebook_launcher(_work, (function, arguments), num_processes=number, use_port=str(port))
+        notebook_launcher(_work, (function, clip, *arguments), num_processes=number, use_port=str(port))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         reason = failure.message.get("message", "") if isinstance(failure.message, dict) else failure.message
@@ -190,10 +190,10 @@ def launch(number: int, function: Callable[..., Any], *arguments: Any) -> None:
                 signal.signal(number, handler)
 
 
-def _work(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _work(function: Callable[..., Any], clip: Clip, *arguments: Any) -> None:
     torch.set_num_threads(1)  # the threads of the process that was forked are not here, and waiting for them never ends
     with joined() as device:
-        function(*arguments, device)
+        function(clip.to(device), *arguments)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tgazsr_utils.core.images import PLUMBING, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.settings import AttackSettings, Protocol
@@ -30,12 +28,7 @@ class Bench:
 
     @classmethod
     def checking(
-        cls,
-        store: RecordStore,
-        attack: AttackSettings,
-        sets: Sequence[ImageSet],
-        images: int,
-        number_of_processes: int = 1,
+        cls, store: RecordStore, attack: AttackSettings, sets: list[ImageSet], images: int, number_of_processes: int = 1
     ) -> "Bench":
         """With a check on about so many images of ``sets``; on none where random weights or epsilon 0 leave nothing."""
         nothing = not images or not attack.test_eps or sets[0].world == PLUMBING
@@ -59,7 +52,7 @@ class Bench:
         """
         wanted = [Measurement(clip, data, kind, protocol, method, seed) for data in sets for kind in (None, attack)]
         if self.number_of_processes > 1 and processes.count() == 1 and any(self._to_do(clip, wanted)):
-            processes.launch(self.number_of_processes, _work_with_others, self, clip, wanted)
+            processes.launch(self.number_of_processes, self._work, clip, wanted)
         else:
             self._work(clip, wanted)
         records = processes.from_main(lambda: [self.store.get(m.key) for m in wanted])
@@ -128,7 +121,3 @@ def _whole(path: Path) -> tuple[Answers, float] | None:
         return None
     answers = Answers(**tensors)
     return None if (answers.states == NOT_YET).any() else (answers, about["seconds"])
-
-
-def _work_with_others(bench: Bench, clip: Clip, wanted: Sequence[Measurement], device: torch.device) -> None:
-    bench._work(clip.to(device), wanted)
