@@ -254,14 +254,11 @@ class AttackViewer(Panel):
             data, i, text = self.explorer.data, self.image.value, self.text.value
             if not text.strip():
                 raise ValueError("the prompt is empty; attention needs a text that guides it")
-            image, label, mask = self.own, None, None
-            if self.own is None:
-                image, label = next(data.batches([torch.tensor([i])])).images[0], int(data.labels[i])
-                mask = None if data.masks is None else data.masks[i]
             clip, variant = self.explorer.models[self.model.value], self.explorer.variant.value
             started = time.perf_counter()
             eps, steps = self.eps.value, self.steps.value
-            self.attacked = attack_image(clip, image, label, data, text, eps, steps, variant, mask)
+            image = i if self.own is None else self.own
+            self.attacked = attack_image(clip, data, image, text, eps, steps, variant)
             self.result.value = panels.attacked_image_html(self.attacked)
             source = f"image {i} of {data.key}, {data.world}" if self.own is None else "your image"
             attack = f"PGD-{steps} at epsilon {eps:g}/255 with step epsilon/4"
