@@ -211,8 +211,7 @@ def export_html(executed: Path, target: Path) -> None:
 
 
 def take_part(batch: Batch, first: bool) -> int:
-    """Runs notebooks' cells as one of the processes that torchrun started: together they train and measure what is
-    asked.
+    """Runs notebooks' cells as one of the processes that torchrun started, which train and measure together.
 
     Tables and figures are written, executed copies are not; ``./run_all.sh`` makes these from what is stored then.
     """

@@ -27,8 +27,7 @@ from tgazsr_utils.profiles import default_parameters, folder_name, shown
 
 
 def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":
-    """Checks the parameters that a notebook's cells have set (``namespace``: its ``globals()``) and says where results
-    go.
+    """Checks the parameters that a notebook's cells have set (``namespace``: its ``globals()``); says where results go.
 
     Raises SettingsError, one line, for a bad one; ValueError for a method that is not there.
     """

@@ -55,8 +55,7 @@ def finetune(
     number_of_processes: int = 1,
     watch: Watch | None = None,
 ) -> TrainResult:
-    """Tunes a copy of ``clip``'s image encoder on ``data`` and writes its weights to ``folder``; see
-    ``core.training.steps``.
+    """Tunes a copy of ``clip``'s image encoder on ``data`` (``core.training.steps``); writes its weights to ``folder``.
 
     A checkpoint is written each epoch and on Ctrl-C, or when ``stop()`` is true after a step (both raise
     KeyboardInterrupt); the same call then goes on from there, and a finished run is only loaded. ``clip`` itself is

@@ -59,8 +59,7 @@ def check_key(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> s
 
 
 def check_attack(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> AttackCheck:
-    """Attacks all images of ``sets`` with noise, PGD, Square and ``attack``, and says what does not fit together
-    (``problems``).
+    """Attacks all images of ``sets`` with noise, PGD, Square and ``attack``; ``problems``: what does not fit together.
 
     All have its epsilon and norm. PGD has steps of a quarter of epsilon, on cross-entropy, from the same noise
     whatever their number. Raises ValueError if none of the images can be read.
