@@ -84,7 +84,7 @@ def test_a_term_without_a_gradient_has_no_direction():
 
 def test_an_attacked_image_and_its_measures(mini, shapes):
     image, label = shapes.images[3] / 255, int(shapes.labels[3])
-    seen = attack_image(mini, image, label, shapes, "a cross", 3.5, 10, "reference", shapes.masks[3])
+    seen = attack_image(mini, shapes, 3, "a cross", 3.5, 10, "reference")
     assert 0 < (seen.adversarial - image).abs().max() <= 3.5 / 255 + 1e-6 and seen.label == shapes.class_names[label]
     for top in (seen.before, seen.after):
         assert (
@@ -93,7 +93,7 @@ def test_an_attacked_image_and_its_measures(mini, shapes):
             and sum(p for _, p in top) <= 1.001
         )
     assert {"l2", "cosine", "iou_top20", "centre_move", "energy_clean"} <= set(seen.shift.index) and seen.shift.l2 > 0
-    other = attack_image(mini, image, None, shapes, "something else", 0.0, 1, "cosine")
+    other = attack_image(mini, shapes, image, "something else", 0.0, 1, "cosine")
     assert other.before == other.after and other.label == other.before[0][0] and "energy_clean" not in other.shift
     assert not torch.equal(other.clean_map, seen.clean_map)
     assert panels.attacked_image_html(seen).count("<img") == 4

@@ -164,7 +164,7 @@ def test_what_a_person_passes_is_never_run(smoke, tmp_path, capsys):
 
 
 def test_names_from_outside_are_text_in_the_explorers_html(mini, shapes):
-    attacked = attack_image(mini, shapes.images[0] / 255, 0, shapes, "a cross", 1.0, 1, "reference")
+    attacked = attack_image(mini, shapes, 0, "a cross", 1.0, 1, "reference")
     evil = "<img src=x onerror=alert(1)>"
     shown = attacked_image_html(replace(attacked, label=evil, before=[(evil, 0.9)], after=[(evil, 0.8)]))
     assert evil not in shown and shown.count("&lt;img src=x onerror=alert(1)&gt;") == 3

@@ -3,7 +3,7 @@
 import difflib
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
@@ -22,6 +22,7 @@ from tgazsr_utils.core.settings import (
     Protocol,
     Settings,
 )
+from tgazsr_utils.measuring.ablations import ABLATIONS
 from tgazsr_utils.paths import resolve
 
 Item = TypeVar("Item")
@@ -43,16 +44,7 @@ class SettingsError(ValueError):
         super().__init__(" ".join(text.split()))  # one line, whatever a name or value is
 
 
-class Parameters(Settings):
-    """What a notebook takes, checked at once."""
-
-    def only(self, model: "type[AnySettings]", **changes: Any) -> "AnySettings":
-        """The part of these settings that ``model`` knows and that were given, perhaps with changes."""
-        given = self.model_fields_set & set(model.model_fields)
-        return validate(model, {name: getattr(self, name) for name in given} | changes)
-
-
-class WorkbookSettings(Parameters):
+class WorkbookSettings(Settings):
     """What every notebook knows."""
 
     arch: str  # an open_clip architecture with patch tokens
@@ -85,13 +77,13 @@ class WorkbookSettings(Parameters):
     @property
     def data_options(self) -> dict[str, Any]:
         """How ``load_dataset`` is to read sets."""
-        return {
-            "root": self.data_root,
-            "preprocess": self.preprocess,
-            "prompt": self.prompt,
-            "test_fraction": self.test_fraction,
-            "on_bad_image": self.on_bad_image,
-        }
+        names = {"preprocess", "prompt", "test_fraction", "on_bad_image"}
+        return self.model_dump(include=names) | {"root": self.data_root}
+
+    def only(self, model: "type[AnySettings]", **changes: Any) -> "AnySettings":
+        """The part of these settings that ``model`` knows and that were given, perhaps with changes."""
+        given = self.model_fields_set & set(model.model_fields)
+        return validate(model, {name: getattr(self, name) for name in given} | changes)
 
 
 class ModelSettings(WorkbookSettings):
@@ -205,15 +197,10 @@ class EvaluateNotebook(TrainNotebook):
         return _distinct(value) if isinstance(value, list) else value
 
 
-AblationName = Literal["loss_parts", "distance", "attention", "alpha_beta", "epsilon", "tuned_part", "attacks", "seeds"]
-
-
 class AblationNotebook(EvaluateNotebook):
     """03_ablations"""
 
-    ablations: (
-        str | Distinct[str]
-    )  # "cut": a few runs of each; "all"; a list of AblationName, or one: all runs of these
+    ablations: str | Distinct[str]  # "cut": a few runs of each; "all"; a list of ABLATIONS, or one: all runs of these
     Alpha_list: Distinct[NonNegative]
     Beta_list: Distinct[NonNegative]
     train_eps_list: Distinct[Eps255]
@@ -236,8 +223,8 @@ class AblationNotebook(EvaluateNotebook):
             return value
         names = [value] if isinstance(value, str) else value
         for name in names:
-            if name not in get_args(AblationName):
-                raise ValueError(f"{name!r} is unknown; choose 'cut', 'all', or of {', '.join(get_args(AblationName))}")
+            if name not in ABLATIONS:
+                raise ValueError(f"{name!r} is unknown; choose 'cut', 'all', or of {', '.join(ABLATIONS)}")
         return names
 
 
@@ -250,14 +237,8 @@ class ExplorerNotebook(ModelSettings, FinetuneSettings, AttackSettings):
     test_images: Count  # to choose from
 
 
-NOTEBOOKS: dict[str, type[WorkbookSettings]] = {
-    "00_pretrain_mini_clip": PretrainNotebook,
-    "01_attention_shift": AttentionShiftNotebook,
-    "02_train_tga_zsr": TrainNotebook,
-    "03_ablations": AblationNotebook,
-    "04_evaluate_16_datasets": EvaluateNotebook,
-    "05_alpha_beta_explorer": ExplorerNotebook,
-}
+_BOOKS = PretrainNotebook, AttentionShiftNotebook, TrainNotebook, AblationNotebook, EvaluateNotebook, ExplorerNotebook
+NOTEBOOKS: dict[str, type[WorkbookSettings]] = {book.__doc__: book for book in _BOOKS}  # by the name that each states
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 _SHORT = reprlib.Repr()  # of what a message quotes

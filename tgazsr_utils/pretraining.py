@@ -176,10 +176,9 @@ def _step(
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(clip.model.parameters(), 1.0)
     if not (loss.isfinite() and norm.isfinite()):
-        raise FloatingPointError(
-            f"pre-training is not finite at step {step}: contrastive loss {loss.item():g}, norm of its gradient "
-            f"{norm.item():g}; nothing was changed by this step, {checkpoints.description()}"
-        )
+        problem = f"contrastive loss {loss.item():g}, norm of its gradient {norm.item():g}"
+        kept = f"nothing was changed by this step, {checkpoints.description()}"
+        raise FloatingPointError(f"pre-training is not finite at step {step}: {problem}; {kept}")
     optimizer.step()
     with torch.no_grad():
         clip.model.logit_scale.clamp_(0, math.log(100))

@@ -1,8 +1,10 @@
 """Profiles: YAML files that say which notebooks a run is made of, and with which parameters."""
 
 import ast
+import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import nbformat
@@ -48,9 +50,8 @@ def load_profile(name: str) -> Profile:
         raise SettingsError(f"profile {name!r}: {error}") from None
     for notebook in (*profile.notebooks, *profile.by_notebook):
         if notebook not in NOTEBOOKS:
-            raise SettingsError(
-                f"profile {name!r}: notebook {notebook!r} is unknown; there are: {', '.join(NOTEBOOKS)}"
-            )
+            there = ", ".join(NOTEBOOKS)
+            raise SettingsError(f"profile {name!r}: notebook {notebook!r} is unknown; there are: {there}")
     return profile
 
 
@@ -84,10 +85,9 @@ def cells_digest(notebook: str) -> str:
 
 def registered_in(notebook: str) -> set[str]:
     """Methods that a notebook's own cells add, with ``@objective("NAME", ...)``."""
-    calls = (
-        node for cell in code_cells(notebook) for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)
-    )
-    named = [call.args[0] for call in calls if call.args and ast.unparse(call.func).split(".")[-1] == "objective"]
+    nodes = [node for cell in code_cells(notebook) for node in ast.walk(ast.parse(cell.source))]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and node.args]
+    named = [call.args[0] for call in calls if ast.unparse(call.func).split(".")[-1] == "objective"]
     return {name.value for name in named if isinstance(name, ast.Constant)}
 
 
@@ -155,7 +155,11 @@ def given_value(name: str, text: str) -> Any:
 def folder_name(profile: str, changes: Mapping[str, Any]) -> str:
     """The folder below runs/ of a profile with these parameters changed: "mini", "mini-Alpha-0.1"."""
     named = {name: value for name, value in sorted(changes.items()) if name not in _UNNAMED}
-    name = "-".join(
-        [profile, *(f"{key}-{re.sub(r'[^A-Za-z0-9._]+', '_', str(value)).strip('_')}" for key, value in named.items())]
-    )
+    plain = lambda value: re.sub(r"[^A-Za-z0-9._]+", "_", str(value)).strip("_")
+    name = "-".join([profile, *(f"{key}-{plain(value)}" for key, value in named.items())])
     return name if len(name) <= 80 else f"{name[:72]}-{digest(named)[:6]}"
+
+
+def shown(path: Path) -> str:
+    """As it is said: relative to the workbook, if it is there."""
+    return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else str(path)

@@ -40,20 +40,10 @@ from tgazsr_utils.measuring.records import Record
 from tgazsr_utils.measuring.tables import compare
 from tgazsr_utils.parameters import SettingsError
 from tgazsr_utils.paths import ROOT, resolve
-from tgazsr_utils.profiles import Profile, cells_digest, check_choices, check_names, default_parameters, parameters_of
+from tgazsr_utils.profiles import Profile, cells_digest, default_parameters, parameters_of, shown
 from tgazsr_utils.progress import HEADLESS
 
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "open_clip_torch",
-    "numpy",
-    "pandas",
-    "seaborn",
-    "papermill",
-    "jupyterlab",
-    "ipywidgets",
-)
+_PACKAGES = "torch torchvision open_clip_torch numpy pandas seaborn papermill jupyterlab ipywidgets"
 _WRITTEN = {"output", "weights"}  # parameters that name what a notebook writes, not what it reads
 
 
@@ -67,7 +57,7 @@ class Batch:
         in_order = [*(name for name in chosen if name not in profile.notebooks), *profile.notebooks]
         self.parameters = {name: parameters_of(name, profile, str(folder), given) for name in in_order}
         for name in chosen:
-            check_choices(name, self.parameters[name])
+            profiles.check_choices(name, self.parameters[name])
         self.manifest_path = folder / "manifest.json"
 
     def run(self, fresh: bool) -> int:
@@ -78,9 +68,8 @@ class Batch:
         self.folder.mkdir(exist_ok=True)
         tempfile.TemporaryFile(dir=self.folder).close()  # raises OSError now rather than after hours
         manifest = load_manifest(self.manifest_path) | {"profile": self.profile_name}
-        print(
-            f"{self.profile_name}: {self.profile.description.strip()}\nresults go to {shown(self.folder)}", flush=True
-        )
+        print(f"{self.profile_name}: {self.profile.description.strip()}")
+        print(f"results go to {shown(self.folder)}", flush=True)
         before = ""
         for name, parameters in self.parameters.items():
             inputs = before = fingerprint(name, parameters, before)
@@ -136,21 +125,15 @@ def run(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any], fre
     """Runs a profile; 0, or 1 after a notebook failed. Raises SettingsError before anything starts."""
     profile = profiles.load_profile(profile_name)
     chosen = profiles.select(profile, numbers)
-    check_names(profile, given, chosen)
+    profiles.check_names(profile, given, chosen)
     folder = folder_of(profile_name, profile, chosen, given)
     batch = Batch(profile_name, profile, chosen, given, folder)
     together = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if together:
-        own = [
-            name
-            for name in ("device", "processes")
-            for p in batch.parameters.values()
-            if p.get(name, "auto") not in ("auto", 1)
-        ]
-        if own or fresh or "00_pretrain_mini_clip" in chosen:
-            raise SettingsError(
-                "under torchrun each process takes its own device: no device, no processes, no --fresh, not notebook 00"
-            )
+    own = any(p["device"] != "auto" or p.get("processes", 1) > 1 for p in batch.parameters.values())
+    if together and (own or fresh or "00_pretrain_mini_clip" in chosen):
+        raise SettingsError(
+            "under torchrun each process takes its own device: no device, no processes, no --fresh, not notebook 00"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes of torchrun
     try:
@@ -172,10 +155,6 @@ def folder_of(profile_name: str, profile: Profile, chosen: Sequence[str], given:
         usual, wanted = (parameters_of(name, profile, "", values) for values in ({}, given))
         changes |= {key: given[key] for key in given if key in wanted and wanted[key] != usual.get(key)}
     return ROOT / "runs" / profiles.folder_name(profile_name, changes)
-
-
-def shown(path: Path) -> str:
-    return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else str(path)
 
 
 def start_over(folder: Path) -> None:
@@ -210,21 +189,14 @@ def execute(notebook: str, parameters: Mapping[str, Any], folder: Path) -> None:
     executed = folder / "notebooks" / f"{notebook}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
     html = folder / "html" / f"{notebook}.html"
+    output = {"progress_bar": False, "stdout_file": sys.stdout, "stderr_file": sys.stderr}
     with tempfile.TemporaryDirectory(prefix="tgazsr-") as sockets:
-        kernel = {"transport": "ipc", "ip": f"{sockets}/kernel", "shutdown_wait_time": 60.0}  # ipc: no open port
+        manager = {"transport": "ipc", "ip": f"{sockets}/kernel", "shutdown_wait_time": 60.0}  # ipc: no open port
+        kernel = {"kernel_name": "python3", "cwd": ROOT, "config": Config({"KernelManager": manager})}
+        kernel["extra_arguments"] = ["--IPKernelApp.log_level=50"]  # an interrupted one fills the log with its troubles
+        source = profiles.FOLDER / f"{notebook}.ipynb"
         try:
-            papermill.execute_notebook(
-                profiles.FOLDER / f"{notebook}.ipynb",
-                executed,
-                dict(parameters),
-                kernel_name="python3",
-                cwd=ROOT,
-                progress_bar=False,
-                stdout_file=sys.stdout,
-                stderr_file=sys.stderr,
-                config=Config({"KernelManager": kernel}),
-                extra_arguments=["--IPKernelApp.log_level=50"],  # an interrupted kernel fills the log with its troubles
-            )
+            papermill.execute_notebook(source, executed, dict(parameters), **kernel, **output)
         except BaseException:
             with contextlib.suppress(Exception):  # what went wrong first is what is to be told
                 export_html(executed, html)
@@ -239,8 +211,7 @@ def export_html(executed: Path, target: Path) -> None:
 
 
 def take_part(batch: Batch, first: bool) -> int:
-    """Runs notebooks' cells as one of the processes that torchrun started: together they train and measure what is
-    asked.
+    """Runs notebooks' cells as one of the processes that torchrun started, which train and measure together.
 
     Tables and figures are written, executed copies are not; ``./run_all.sh`` makes these from what is stored then.
     """
@@ -262,7 +233,7 @@ def environment_of(device: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "packages": {name: metadata.version(name) for name in _PACKAGES.split()},
         "device": torch.cuda.get_device_name(target) if target.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "code": code_version(),
@@ -321,10 +292,8 @@ def compare_runs(first: str, second: str) -> int:
     if not both:
         print("no notebook has left records in both")
     for name in both[-1:]:
-        records = [
-            [Record.model_validate_json(line) for line in paths[name].read_text(encoding="utf-8").splitlines()]
-            for paths in kept
-        ]
+        lines = [paths[name].read_text(encoding="utf-8").splitlines() for paths in kept]
+        records = [[Record.model_validate_json(line) for line in part] for part in lines]
         print(f"\n{name}: {first} minus {second}, percentage points [95 % interval over images], on the same images")
         print(compare(*records).to_string())
     return 0
@@ -332,12 +301,10 @@ def compare_runs(first: str, second: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./run_all.sh", description="Run the workbook's notebooks headlessly.")
-    parser.add_argument(
-        "profile", nargs="?", default="mini", help="a file of notebooks/profiles (default: mini), or compare"
-    )
-    parser.add_argument(
-        "numbers", nargs="*", help="notebooks to run, such as 01 04 (default: the profile's); two folders to compare"
-    )
+    profiles_there = "a file of notebooks/profiles (default: mini), or compare"
+    parser.add_argument("profile", nargs="?", default="mini", help=profiles_there)
+    which = "notebooks to run, such as 01 04 (default: the profile's); two folders to compare"
+    parser.add_argument("numbers", nargs="*", help=which)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     parser.add_argument("--fresh", action="store_true", help="start over; earlier results are moved aside")
     options = parser.parse_args(arguments)
@@ -345,9 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if profile.isdigit():
         profile, numbers = "mini", [profile, *numbers]
     os.environ[HEADLESS] = "1"
-    logging.getLogger("papermill").setLevel(
-        logging.ERROR
-    )  # it warns of names a cell does not list; all are checked here
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of what no cell lists; all is checked here
     # This environment's kernel, not one of the same name in the home folder.
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     try:

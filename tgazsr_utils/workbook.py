@@ -1,6 +1,5 @@
 """What the notebooks set up alike, in one call: checked parameters, the run's folder, models, image sets, the bench."""
 
-import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,25 +23,20 @@ from tgazsr_utils.measuring.records import Record, RecordStore
 from tgazsr_utils.measuring.tables import save_table
 from tgazsr_utils.parameters import NOTEBOOKS, WorkbookSettings, from_notebook, validate
 from tgazsr_utils.paths import ROOT, resolve
-from tgazsr_utils.profiles import default_parameters, folder_name
+from tgazsr_utils.profiles import default_parameters, folder_name, shown
 
 
 def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":
-    """Checks the parameters that a notebook's cells have set (``namespace``: its ``globals()``) and says where results
-    go.
+    """Checks the parameters that a notebook's cells have set (``namespace``: its ``globals()``); says where results go.
 
     Raises SettingsError, one line, for a bad one; ValueError for a method that is not there.
     """
     settings = from_notebook(NOTEBOOKS[notebook], namespace)
     for method in [*getattr(settings, "methods", []), *getattr(settings, "overrides", {})]:
         find_objective(method)
-    folder = (
-        resolve(settings.output)
-        if settings.output
-        else ROOT / "runs" / folder_name("mini", changes(notebook, settings))
-    )
-    shown = os.path.relpath(folder, ROOT) if folder.is_relative_to(ROOT) else folder
-    print(f"results go to {shown}", flush=True)
+    usual = ROOT / "runs" / folder_name("mini", changes(notebook, settings))
+    folder = resolve(settings.output) if settings.output else usual
+    print(f"results go to {shown(folder)}", flush=True)
     return Workbook(notebook, settings, Run(folder))
 
 
@@ -102,14 +96,8 @@ class Workbook:
         """The original model fine-tuned by a method; the latest of this run then."""
         name = method if isinstance(method, str) else method.name
         settings = self.settings.finetuning(name, **({} if seed is None else {"seed": seed}))
-        tuned = finetune(
-            self.original,
-            self.train,
-            method,
-            settings,
-            self.run.stored_models,
-            number_of_processes=self.settings.processes,
-        )
+        options = {"number_of_processes": self.settings.processes}
+        tuned = finetune(self.original, self.train, method, settings, self.run.stored_models, **options)
         self.run.show(tuned.weights)
         return tuned
 

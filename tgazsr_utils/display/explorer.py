@@ -92,10 +92,6 @@ class Panel:
         self.widget = widgets.VBox(children, layout=widgets.Layout(max_width="920px"))
         self.error: Exception | None = None
 
-    def html(self) -> str:
-        """What the panel shows now, but for its controls."""
-        return panels.STYLE + self.result.value + self.status.value
-
     def save(self, folder: Path, name: str) -> Path:
         """Writes ``<folder>/figures/<name>.html``, self-contained. Raises the error that the panel shows, if any."""
         if self.error is not None:
@@ -106,7 +102,8 @@ class Panel:
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         bundle = {} if os.environ.get(HEADLESS) else dict(self.widget._repr_mimebundle_(**options))
-        return bundle | {"text/html": self.html(), "text/plain": f"{self.title}: widgets, or HTML of their state"}
+        shown = panels.STYLE + self.result.value + self.status.value  # all but the controls
+        return bundle | {"text/html": shown, "text/plain": f"{self.title}: widgets, or HTML of their state"}
 
     def say(self, text: str, kind: str = "quiet") -> None:
         self.status.value = panels.sentence(text, kind)
@@ -142,6 +139,7 @@ class Explorer:
         preset = TGA.with_preset(training)
         self.Alpha = weight_slider("Alpha", "weight of L_AR", preset.Alpha)
         self.Beta = weight_slider("Beta", "weight of L_AMC", preset.Beta)
+        self.sliders = self.Alpha, self.Beta
         metrics, variants = ["l2", "l1", "cos"], ["reference", "cosine"]
         self.metric = control(widgets.Dropdown, "distance", 260, options=metrics, value=training.Distance_metric)
         self.variant = control(widgets.Dropdown, "attention", 260, options=variants, value=training.attention_variant)
@@ -175,12 +173,11 @@ class LossMixer(Panel):
         self.batch = control(widgets.BoundedIntText, "batch", 260, value=0, min=0, max=9999)
         reset = widgets.Button(description="published values", tooltip="put both sliders back")
         reset.layout.margin = BELOW_SLIDER
-        sliders = (explorer.Alpha, explorer.Beta)
-        marks = [published_mark(slider) for slider in sliders]
-        left = widgets.VBox([explorer.Alpha, marks[0], explorer.Beta, marks[1], reset])
+        marked = [widget for slider in explorer.sliders for widget in (slider, published_mark(slider))]
+        left = widgets.VBox([*marked, reset])
         choices = [self.model, explorer.metric, explorer.variant, self.batch]
         super().__init__(side_by_side(left, widgets.VBox(choices)), height=170)
-        on_change(sliders, self.redraw)
+        on_change(explorer.sliders, self.redraw)
         on_change(choices, self.compute)
         reset.on_click(lambda _: self.reset())
         self.compute()
@@ -205,7 +202,7 @@ class LossMixer(Panel):
             self.result.value = panels.mixture_html(self.terms, self.explorer.Alpha.value, self.explorer.Beta.value)
 
     def reset(self) -> None:
-        for slider in (self.explorer.Alpha, self.explorer.Beta):
+        for slider in self.explorer.sliders:
             slider.value = PRESET[slider.description]
 
 
@@ -257,14 +254,11 @@ class AttackViewer(Panel):
             data, i, text = self.explorer.data, self.image.value, self.text.value
             if not text.strip():
                 raise ValueError("the prompt is empty; attention needs a text that guides it")
-            image, label, mask = self.own, None, None
-            if self.own is None:
-                image, label = next(data.batches([torch.tensor([i])])).images[0], int(data.labels[i])
-                mask = None if data.masks is None else data.masks[i]
             clip, variant = self.explorer.models[self.model.value], self.explorer.variant.value
             started = time.perf_counter()
             eps, steps = self.eps.value, self.steps.value
-            self.attacked = attack_image(clip, image, label, data, text, eps, steps, variant, mask)
+            image = i if self.own is None else self.own
+            self.attacked = attack_image(clip, data, image, text, eps, steps, variant)
             self.result.value = panels.attacked_image_html(self.attacked)
             source = f"image {i} of {data.key}, {data.world}" if self.own is None else "your image"
             attack = f"PGD-{steps} at epsilon {eps:g}/255 with step epsilon/4"
@@ -280,9 +274,8 @@ class OutcomeSurface(Panel):
     def __init__(self, explorer: Explorer, folder: Path):
         self.explorer = explorer
         self.sweep, self.source = recorded_sweep(folder, explorer.data.world)
-        sliders = [explorer.Alpha, explorer.Beta]
-        super().__init__(side_by_side(*sliders), height=20 if self.sweep is None else 250)
-        on_change(sliders, self.redraw)
+        super().__init__(side_by_side(*explorer.sliders), height=20 if self.sweep is None else 250)
+        on_change(explorer.sliders, self.redraw)
         self.redraw()
 
     def redraw(self) -> None:
@@ -315,8 +308,8 @@ class FineTuner(Panel):
         self._cancelled, self._guard = threading.Event(), threading.Lock()
         self.start.on_click(lambda _: self.begin())
         self.stop.on_click(lambda _: self.cancel())
-        sliders, run = side_by_side(explorer.Alpha, explorer.Beta), widgets.HBox([self.start, self.stop, self.bar])
-        super().__init__(sliders, run, height=130)
+        run = widgets.HBox([self.start, self.stop, self.bar])
+        super().__init__(side_by_side(*explorer.sliders), run, height=130)
         kept = explorer.models.losses("tuned")
         self._draw(kept, len(kept))
         shown = "Shown: how the tuned model was trained. " if kept else ""
@@ -344,10 +337,8 @@ class FineTuner(Panel):
         self.say(f"{run}: starting …")
         try:
             with self.errors_shown():
-                train, stop = self.explorer.train, self._cancelled.is_set
-                tuned = finetune(
-                    models.original, train, TGA, settings, models.run.stored_models, stop, watch=self._watch
-                )
+                what = models.original, self.explorer.train, TGA, settings, models.run.stored_models
+                tuned = finetune(*what, stop=self._cancelled.is_set, watch=self._watch)
                 models.run.show(tuned.weights)
                 self.explorer.update_model_choices()
                 self.bar.value = self.bar.max

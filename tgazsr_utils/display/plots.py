@@ -25,12 +25,8 @@ from tgazsr_utils.measuring.recorded_sweep import KINDS
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "h")
 
-sns.set_theme(
-    style="whitegrid",
-    palette="colorblind",
-    context="notebook",
-    rc={"figure.dpi": 100, "svg.hashsalt": "tgazsr", "text.parse_math": False},  # a class name may hold dollars
-)
+_RC = {"figure.dpi": 100, "svg.hashsalt": "tgazsr", "text.parse_math": False}  # a class name may hold dollars
+sns.set_theme(style="whitegrid", palette="colorblind", rc=_RC)
 
 
 def save(figure: Figure, folder: Path, name: str) -> Figure:
@@ -43,12 +39,7 @@ def save(figure: Figure, folder: Path, name: str) -> Figure:
 
 
 def attention_panels(
-    images: Tensor,
-    clean: Tensor,
-    adversarial: Tensor,
-    attacked: Tensor,
-    captions: Sequence[tuple[str, str]],
-    title: str,
+    images: Tensor, clean: Tensor, adversarial: Tensor, attacked: Tensor, captions: list[tuple[str, str]], title: str
 ) -> Figure:
     """One row an image: image, clean attention, perturbation (amplified), attacked attention.
 
@@ -405,14 +396,19 @@ def budgets(table: pd.DataFrame, title: str) -> Figure:
     """Robust accuracy against the test's epsilon, a line a training epsilon, and against its steps, a line a number of
     training steps. ``table``: that of ablations.epsilon."""
     frame = table.reset_index()
-    base = frame.iloc[0]
-    same = {column: frame[column] == base[column] for column in frame}
+    eps = "test_eps", "train_eps", "trained at {:g}/255", "test epsilon (1/255)"
+    steps = "test_numsteps", "train_numsteps", "trained with {:g} steps", "PGD steps of the test"
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.2), layout="constrained")
-    by_eps, by_steps = (same["test_numsteps"] & same["train_numsteps"]), (same["test_eps"] & same["train_eps"])
-    _budget_lines(axes[0], frame[by_eps], "test_eps", "train_eps", "trained at {:g}/255")
-    _budget_lines(axes[1], frame[by_steps], "test_numsteps", "train_numsteps", "trained with {:g} steps")
-    axes[0].set_xlabel("test epsilon (1/255)")
-    axes[1].set_xlabel("PGD steps of the test")
+    for axis, (x, hue, legend, name), other in zip(axes, (eps, steps), (steps, eps)):
+        fixed = list(other[:2])
+        shown = frame[(frame[fixed] == frame[fixed].iloc[0]).all(axis=1)]
+        for style, marker, (value, line) in zip(cycle(STYLES), cycle(MARKERS), shown.groupby(hue, sort=False)):
+            line = line.sort_values(x)
+            bars = {"yerr": line.robust_ci.fillna(0), "capsize": 3}
+            label = value if isinstance(value, str) else legend.format(value)  # a string: the untuned model
+            axis.errorbar(line[x], line.robust, fmt=marker, ls=style, label=label, **bars)
+        axis.set(xlabel=name, ylabel="robust accuracy (%)", xticks=sorted(shown[x].unique()), ylim=(0, None))
+        axis.legend(fontsize=9)
     figure.suptitle(_wrapped(title, figure))
     return figure
 
@@ -425,14 +421,3 @@ def of_ablation(name: str, table: pd.DataFrame, seeds: pd.DataFrame, title: str)
     if name == "epsilon":
         return budgets(table, title)
     return ablation(table, seeds, title, ("robust",) if name == "attacks" else ("robust", "clean", "average"))
-
-
-def _budget_lines(axis: Axes, frame: pd.DataFrame, x: str, hue: str, legend: str) -> None:
-    """Robust accuracy against the column ``x``, a line a value of ``hue``; ``legend`` says a number in words."""
-    for style, marker, (value, line) in zip(cycle(STYLES), cycle(MARKERS), frame.groupby(hue, sort=False)):
-        line = line.sort_values(x)
-        name = value if isinstance(value, str) else legend.format(value)
-        error = line.robust_ci.fillna(0)
-        axis.errorbar(line[x], line.robust, yerr=error, fmt=marker, ls=style, capsize=3, label=name)
-    axis.set(ylabel="robust accuracy (%)", xticks=sorted(frame[x].unique()), ylim=(0, None))
-    axis.legend(fontsize=9)

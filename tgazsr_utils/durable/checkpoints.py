@@ -58,9 +58,8 @@ class Checkpoints:
         if path is None:
             return {"step": 0, "history": []}
         tensors, about = load_tensors(path, run=self.run.name)
-        module.load_state_dict(
-            {name.removeprefix("module."): value for name, value in tensors.items() if name.startswith("module.")}
-        )
+        own = {name: value for name, value in tensors.items() if name.startswith("module.")}
+        module.load_state_dict({name.removeprefix("module."): value for name, value in own.items()})
         states: dict[int, dict[str, Any]] = {}
         for name, value in tensors.items():
             if name.startswith("optimizer."):

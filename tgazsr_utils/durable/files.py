@@ -26,25 +26,21 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> Path:
 
     Raises OSError, which names ``path``, where that cannot be done; what was there before is then still there.
     """
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
-        return _write_atomic(path, write)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.stem)}-*{path.suffix}"):  # by a process that was killed
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.lstat().st_mtime > 3600:
+                    left.unlink()
+        write(temporary)
+        os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise OSError(f"{path} cannot be written: {reason}") from error
-
-
-def _write_atomic(path: Path, write: Callable[[Path], None]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.stem)}-*{path.suffix}"):  # by a process that was killed
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong first is what is to be told
+            temporary.unlink()
     return path
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -26,9 +25,8 @@ from tgazsr_utils.durable.original_cache import OriginalCache
 from tgazsr_utils.durable.weights import load_alike, read_metadata, save_clip
 from tgazsr_utils.progress import progress
 
-Watch = Callable[
-    [int, int, Mapping[str, float]], None
-]  # (steps done, steps in all, what the history keeps of the last one)
+# Called with steps done, steps in all, what the history keeps of the last one.
+Watch = Callable[[int, int, Mapping[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,9 @@ def tuned_path(folder: Path, objective: Objective, settings: FinetuneSettings, d
     """The weights file of a run; its name holds a digest of all the run depends on."""
     # Also of functions that a notebook cell defines.
     source = [inspect.getsource(part) for part in (objective.terms, objective.attack) if part is not None]
-    depends = [
-        settings.model_dump(),
-        fingerprint(data),
-        fingerprint(original),
-        original.numerics,
-        code_version(__name__),
-    ]
-    return folder / f"{objective.name}_seed{settings.seed}_{digest(source, *depends)}.safetensors"
+    depends = [settings.model_dump(), fingerprint(data), fingerprint(original), original.numerics]
+    key = digest(source, *depends, code_version(__name__))
+    return folder / f"{objective.name}_seed{settings.seed}_{key}.safetensors"
 
 
 def finetune(
@@ -62,8 +55,7 @@ def finetune(
     number_of_processes: int = 1,
     watch: Watch | None = None,
 ) -> TrainResult:
-    """Tunes a copy of ``clip``'s image encoder on ``data`` and writes its weights to ``folder``; see
-    ``core.training.steps``.
+    """Tunes a copy of ``clip``'s image encoder on ``data`` (``core.training.steps``); writes its weights to ``folder``.
 
     A checkpoint is written each epoch and on Ctrl-C, or when ``stop()`` is true after a step (both raise
     KeyboardInterrupt); the same call then goes on from there, and a finished run is only loaded. ``clip`` itself is
@@ -77,45 +69,32 @@ def finetune(
     settings = objective.with_preset(settings)
     weights = tuned_path(folder, objective, settings, data, clip)
     if number_of_processes > 1 and processes.count() == 1 and not weights.exists():
-        processes.launch(number_of_processes, _finetune_with_others, clip, data, objective, settings, folder)
+        processes.launch(number_of_processes, finetune, clip, data, objective, settings, folder)
     if processes.from_main(weights.exists):
         return TrainResult(load_alike(clip, weights), pd.DataFrame(read_metadata(weights)["history"]), weights)
-    return _Run(clip, data, objective, settings, weights, stop, watch).finish()
-
-
-def _finetune_with_others(
-    clip: Clip, data: ImageSet, objective: Objective, settings: FinetuneSettings, folder: Path, device: torch.device
-) -> None:
-    finetune(clip.to(device), data, objective, settings, folder)
+    hidden = watch is not None or not processes.is_main()
+    return _Run(clip, data, objective, settings, weights, hidden).finish(stop, watch)
 
 
 class _Run:
     """One training under way: what ``core.training.steps`` needs, and where its state is kept."""
 
     def __init__(
-        self,
-        clip: Clip,
-        data: ImageSet,
-        objective: Objective,
-        settings: FinetuneSettings,
-        weights: Path,
-        stop: Callable[[], bool],
-        watch: Watch | None,
+        self, clip: Clip, data: ImageSet, objective: Objective, settings: FinetuneSettings, weights: Path, hidden: bool
     ):
-        self.objective, self.settings, self.weights, self.stop, self.watch = objective, settings, weights, stop, watch
+        self.objective, self.settings, self.weights, self.hidden = objective, settings, weights, hidden
         self.original, self.tuned = (processes.shared(clip.frozen_copy()) for _ in range(2))
         about = {"method": objective.name, "settings": settings.model_dump(), "data": fingerprint(data)}
         self.tuned.training_record = about | {"code": code_version(__name__)}
         self.data = resident(data, clip.device)
-        self.hidden = watch is not None or not processes.is_main()
-        self.cache = OriginalCache(self.original, self.data, weights.parent / "unfinished" / weights.stem, self.hidden)
+        self.cache = OriginalCache(self.original, self.data, weights.parent / "unfinished" / weights.stem, hidden)
         self.optimizer = optimizer_of(self.tuned, settings)
         self.parameters = self.optimizer.param_groups[0]["params"]
         processes.average_gradients_of(self.parameters)
         self.checkpoints = Checkpoints(weights.with_suffix(""))
         self.state = self.checkpoints.load(self.tuned.visual, self.optimizer)
 
-    def finish(self) -> TrainResult:
+    def finish(self, stop: Callable[[], bool], watch: Watch | None) -> TrainResult:
         per_epoch, total = math.ceil(len(self.data) / self.settings.batch_size), steps_in_all(self.data, self.settings)
         name = f"{self.objective.name} seed {self.settings.seed}"
         bar = progress(total=total, initial=self.state["step"], desc=name, disable=self.hidden)
@@ -124,8 +103,12 @@ class _Run:
                 row = {"step": update.number, **update.values, "seconds": seconds}
                 self.state["history"].append(row)
                 self.state["step"] = done = update.number + 1
-                self._show(bar, row, total)
-                wanted = processes.in_any(self.stop() or interrupted(), self.tuned.device)
+                shown = row.keys() - {"step", "lr", "robust_batch_accuracy", "gradient_norm", "seconds"}
+                bar.set_postfix({name: f"{row[name]:.3f}" for name in row if name in shown}, refresh=False)
+                bar.update()
+                if watch is not None:
+                    watch(done, total, row)
+                wanted = processes.in_any(stop() or interrupted(), self.tuned.device)
                 if wanted or done % per_epoch == 0:
                     self._keep(update)
                 if wanted:
@@ -135,42 +118,30 @@ class _Run:
             self.checkpoints.remove()
             self.cache.remove()
         processes.wait()
-        return TrainResult(
-            processes.alone(self.tuned).requires_grad_(False), pd.DataFrame(self.state["history"]), self.weights
-        )
+        tuned = processes.alone(self.tuned).requires_grad_(False)
+        return TrainResult(tuned, pd.DataFrame(self.state["history"]), self.weights)
 
     def _updates(self) -> Iterator[tuple[Update, float]]:
         """Steps and their seconds; what is not finite is told with the term at fault and the last good checkpoint."""
         started = time.perf_counter()
+        what = self.tuned, self.original, self.data, self.objective, self.settings, self.optimizer
         options = {"start": self.state["step"], "cache": self.cache, "make_adversarial": processes.shared_attack}
         try:
-            for update in steps(
-                self.tuned, self.original, self.data, self.objective, self.settings, self.optimizer, **options
-            ):
+            for update in steps(*what, **options):
                 yield update, time.perf_counter() - started
                 started = time.perf_counter()
         except NotFinite as error:
             problem = diagnosis(error, self.objective, self.settings, self.parameters)
-            raise FloatingPointError(
-                f"{problem}; nothing was changed by this step, {self.checkpoints.description()}"
-            ) from None
-
-    def _show(self, bar: Any, row: Mapping[str, float], total: int) -> None:
-        shown = row.keys() - {"step", "lr", "robust_batch_accuracy", "gradient_norm", "seconds"}
-        bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name in shown}, refresh=False)
-        bar.update()
-        if self.watch is not None:
-            self.watch(row["step"] + 1, total, row)
+            kept = f"nothing was changed by this step, {self.checkpoints.description()}"
+            raise FloatingPointError(f"{problem}; {kept}") from None
 
     def _keep(self, update: Update) -> None:
         """Writes a checkpoint, of a model that still works."""
         with torch.no_grad():
             tokens = self.tuned.encode_image(update.step.images[:8])
         if not all(part.isfinite().all() for part in tokens):
-            raise FloatingPointError(
-                f"{self.objective.name} has diverged: its model gives no finite numbers after step {update.number}; "
-                f"{self.checkpoints.description()}"
-            )
+            problem = f"its model gives no finite numbers after step {update.number}"
+            raise FloatingPointError(f"{self.objective.name} has diverged: {problem}; {self.checkpoints.description()}")
         if processes.is_main():
             self.checkpoints.save(self.state, self.tuned.visual, self.optimizer)
 
@@ -189,6 +160,5 @@ def diagnosis(
         slopes = torch.autograd.grad(term.value, parameters, retain_graph=True, allow_unused=True)
         if not all(torch.isfinite(slope).all() for slope in slopes if slope is not None):
             faults.append(term.name)
-    return (
-        f"gradient of {objective.name} is not finite at step {error.number}: that of {', '.join(faults) or 'their sum'}"
-    )
+    at_fault = ", ".join(faults) or "their sum"
+    return f"gradient of {objective.name} is not finite at step {error.number}: that of {at_fault}"

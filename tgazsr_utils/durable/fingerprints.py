@@ -60,11 +60,8 @@ def _version(asking: str | None, sources: tuple[tuple[str, str], ...]) -> str:
     while waiting:
         path = waiting.pop()
         found.add(path)
-        waiting += [
-            other
-            for other in _imports(texts[path])
-            if other in texts and other not in found and other.split("/")[:-1] == room
-        ]
+        near = [other for other in _imports(texts[path]) if other in texts and other.split("/")[:-1] == room]
+        waiting += [other for other in near if other not in found]
     return digest({path: texts[path] for path in sorted(found)})
 
 

@@ -86,14 +86,9 @@ def shared_attack(step: Step, objective: Objective, settings: FinetuneSettings, 
     if count() == 1 or objective.attack is None:
         return attacked(step, objective, settings, number)
     own = share(n)
-    part = replace(
-        step,
-        clip=alone(step.clip),
-        original=alone(step.original),
-        images=step.images[own],
-        labels=step.labels[own],
-        rows=None if step.rows is None else step.rows[own],
-    )
+    models = {"clip": alone(step.clip), "original": alone(step.original)}
+    rows = None if step.rows is None else step.rows[own]
+    part = replace(step, **models, images=step.images[own], labels=step.labels[own], rows=rows)
     return _gather(attacked(part, objective, settings, number, range(n)[own]), n)
 
 
@@ -161,8 +156,8 @@ def wait() -> None:
 # --- start and stop
 
 
-def launch(number: int, function: Callable[..., Any], *arguments: Any) -> None:
-    """Calls ``function(*arguments, device)`` in ``number`` processes of this machine, each with a device of its own.
+def launch(number: int, function: Callable[..., Any], clip: Clip, *arguments: Any) -> None:
+    """Calls ``function(clip, *arguments)`` in ``number`` processes of this machine, each with a device of its own.
 
     Functions that a notebook defines are known there, since processes are forked (by accelerate's notebook_launcher);
     so CUDA must not be in use yet. Raises RuntimeError with the first error of any of them, KeyboardInterrupt on
@@ -182,7 +177,7 @@ def launch(number: int, function: Callable[..., Any], *arguments: Any) -> None:
         port = free.getsockname()[1]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        notebook_launcher(_work, (function, arguments), num_processes=number, use_port=str(port))
+        notebook_launcher(_work, (function, clip, *arguments), num_processes=number, use_port=str(port))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         reason = failure.message.get("message", "") if isinstance(failure.message, dict) else failure.message
@@ -195,10 +190,10 @@ def launch(number: int, function: Callable[..., Any], *arguments: Any) -> None:
                 signal.signal(number, handler)
 
 
-def _work(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _work(function: Callable[..., Any], clip: Clip, *arguments: Any) -> None:
     torch.set_num_threads(1)  # the threads of the process that was forked are not here, and waiting for them never ends
     with joined() as device:
-        function(*arguments, device)
+        function(clip.to(device), *arguments)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,11 @@
 """A run's folder, which people read, and the store beside it, where models and records lie by content for all runs."""
 
-import contextlib
 import os
 import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
+
+from tgazsr_utils.durable.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,13 @@ class Run:
 
     def show(self, weights: Path) -> Path:
         """Puts stored weights among the models of this run, as the latest of their name (a link, or else a copy)."""
-        link = self.models / weights.name
         if weights.parent == self.models:
             return weights
-        self.models.mkdir(parents=True, exist_ok=True)
-        temporary = self.models / f".{weights.stem}-{uuid.uuid4().hex[:8]}{weights.suffix}"
-        try:
-            temporary.symlink_to(os.path.relpath(weights, self.models))
-        except OSError:  # Windows lets only some make links
-            shutil.copy(weights, temporary)
-        try:
-            os.replace(temporary, link)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-        return link
+
+        def link(temporary: Path) -> None:
+            try:
+                temporary.symlink_to(os.path.relpath(weights, self.models))
+            except OSError:  # Windows lets only some make links
+                shutil.copy(weights, temporary)
+
+        return write_atomic(self.models / weights.name, link)

@@ -1,15 +1,14 @@
 """The ablations: what each one varies, and the sweep that trains and measures its variants, resumable.
 
 An ablation is one function that lists its variants from the notebook's settings; the first is what the others are
-compared with. To add one, write such a function, put it into ``ABLATIONS`` and name it in ``parameters.AblationName``.
+compared with. To add one, write such a function and put it into ``ABLATIONS``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
-from typing import Protocol as Interface
 
 import pandas as pd
 
@@ -23,30 +22,7 @@ from tgazsr_utils.measuring.records import Record
 from tgazsr_utils.measuring.tables import difference, per_seed, summary
 
 UNTUNED = "CLIP"
-
-
-class AblationSettings(Interface):
-    """What variants are made from, as notebook 03 takes it (``parameters.AblationNotebook``)."""
-
-    seed: int
-    seeds: list[int] | None
-    methods: list[str]
-    ablations: str | list[str]  # "cut", "all", or names
-    protocol: Protocol
-    test_eps: float  # 1/255, as in all below
-    test_stepsize: float
-    test_numsteps: int
-    Alpha_list: list[float]
-    Beta_list: list[float]
-    train_eps_list: list[float]
-    test_eps_list: list[float]
-    train_numsteps_list: list[int]
-    test_numsteps_list: list[int]
-    last_num_ft_list: list[int]
-
-    def finetuning(self, method: str) -> FinetuneSettings: ...
-
-    def only(self, model: type[AttackSettings], **changes: Any) -> AttackSettings: ...
+AblationSettings = Any  # ``parameters.AblationNotebook``, which is in a room that this one does not import
 
 
 @dataclass(frozen=True)
@@ -63,9 +39,9 @@ class Variant:
     in_cut: bool = True  # part of the quick look
 
 
-def base_training(s: AblationSettings) -> FinetuneSettings:
-    """The settings of TGA-ZSR, which variants start from whatever their method, so that one thing varies."""
-    return find_objective("TGA-ZSR").with_preset(s.finetuning("TGA-ZSR"))
+def base_training(s: AblationSettings, method: str = "TGA-ZSR") -> FinetuneSettings:
+    """As notebook 04 trains a method. TGA-ZSR's is where variants start, whatever theirs, so that one thing varies."""
+    return find_objective(method).with_preset(s.finetuning(method))
 
 
 def variant(
@@ -73,7 +49,7 @@ def variant(
     label: Mapping[str, Any],
     method: str = "TGA-ZSR",
     *,
-    training: FinetuneSettings | None = None,
+    own: bool = False,
     attack: Mapping[str, Any] = {},
     protocol: Protocol | None = None,
     seeds: Sequence[int] | None = None,
@@ -81,18 +57,14 @@ def variant(
     in_cut: bool = True,
     **changes: Any,
 ) -> Variant:
-    """A variant trained with ``base_training`` (or ``training``) but for ``changes``."""
-    trained = FinetuneSettings(**(training or base_training(s)).model_dump() | changes)
-    return Variant(
-        label,
-        method,
-        None if method == UNTUNED else trained,
-        s.only(AttackSettings, **attack),
-        protocol or s.protocol,
-        (s.seed,) if method == UNTUNED else tuple(seeds or s.seeds or [s.seed]),
-        few_images,
-        in_cut,
-    )
+    """A variant trained with ``base_training``, that of its ``own`` method or of TGA-ZSR, but for ``changes``."""
+    training, seeds = None, tuple(seeds or s.seeds or [s.seed])
+    if method == UNTUNED:
+        seeds = (s.seed,)
+    else:
+        training = FinetuneSettings(**base_training(s, method if own else "TGA-ZSR").model_dump() | changes)
+    attacked = s.only(AttackSettings, **attack)
+    return Variant(label, method, training, attacked, protocol or s.protocol, seeds, few_images, in_cut)
 
 
 def loss_parts(s: AblationSettings) -> Iterator[Variant]:
@@ -125,43 +97,32 @@ def alpha_beta(s: AblationSettings) -> Iterator[Variant]:
     quick = {*product((0.0, base.Alpha), (0.0, base.Beta)), (max(s.Alpha_list), max(s.Beta_list))}
     grid = product(sorted({*s.Alpha_list, base.Alpha}), sorted({*s.Beta_list, base.Beta}))
     for a, b in _first((base.Alpha, base.Beta), grid):
-        # Without both terms it is TeCoA, under whose name other ablations have trained it.
-        yield variant(
-            s,
-            {"Alpha": a, "Beta": b},
-            "TeCoA" if a == b == 0 else "TGA-ZSR",
-            **({} if a == b == 0 else {"Alpha": a, "Beta": b}),
-            in_cut=(a, b) in quick,
-        )
+        label, in_cut = {"Alpha": a, "Beta": b}, (a, b) in quick
+        if a == b == 0:  # it is TeCoA, under whose name other ablations have trained it
+            yield variant(s, label, "TeCoA", in_cut=in_cut)
+        else:
+            yield variant(s, label, in_cut=in_cut, **label)
 
 
 def epsilon(s: AblationSettings) -> Iterator[Variant]:
     """How do the budgets and steps of training and of testing act together?"""
     base = base_training(s)
     stride = base.train_stepsize / base.train_eps if base.train_eps else 1.0
-    for train_eps, test_eps in product(
-        [*_first(base.train_eps, s.train_eps_list), UNTUNED], _first(s.test_eps, s.test_eps_list)
-    ):
-        same = train_eps in (UNTUNED, base.train_eps)  # stride * eps would be off by a rounding
-        changes = {} if same else {"train_eps": train_eps, "train_stepsize": stride * train_eps}
-        in_cut = train_eps in (base.train_eps, max(s.train_eps_list), UNTUNED)
-        yield _trained_and_tested(s, train_eps, base.train_numsteps, test_eps, s.test_numsteps, in_cut, changes)
-    for train_steps, test_steps in product(
-        _first(base.train_numsteps, s.train_numsteps_list), _first(s.test_numsteps, s.test_numsteps_list)
-    ):
-        if (train_steps, test_steps) != (base.train_numsteps, s.test_numsteps):
-            changes, in_cut = {"train_numsteps": train_steps}, train_steps == base.train_numsteps
-            yield _trained_and_tested(s, base.train_eps, train_steps, s.test_eps, test_steps, in_cut, changes)
-
-
-def _trained_and_tested(s, train_eps, train_steps, test_eps, test_steps, in_cut, changes) -> Variant:
-    """A variant of ``epsilon``; the attack's step is the same part of its epsilon throughout."""
-    label = {"train_eps": train_eps, "train_numsteps": train_steps, "test_eps": test_eps, "test_numsteps": test_steps}
-    attack = {"test_eps": test_eps, "test_numsteps": test_steps}
-    if s.test_eps not in (0, test_eps):
-        attack["test_stepsize"] = s.test_stepsize * test_eps / s.test_eps
-    method = UNTUNED if train_eps == UNTUNED else "TGA-ZSR"
-    return variant(s, label, method, attack=attack, few_images=True, in_cut=in_cut, **changes)
+    budgets = product([*_first(base.train_eps, s.train_eps_list), UNTUNED], _first(s.test_eps, s.test_eps_list))
+    steps = product(_first(base.train_numsteps, s.train_numsteps_list), _first(s.test_numsteps, s.test_numsteps_list))
+    points = [(train, base.train_numsteps, test, s.test_numsteps) for train, test in budgets]
+    points += [(base.train_eps, train, s.test_eps, test) for train, test in steps]
+    for train_eps, train_steps, test_eps, test_steps in dict.fromkeys(points):  # where both start is there once
+        trained = {"train_eps": train_eps, "train_numsteps": train_steps}
+        attack = {"test_eps": test_eps, "test_numsteps": test_steps}
+        label, method = trained | attack, UNTUNED if train_eps == UNTUNED else "TGA-ZSR"
+        # An attack's step is the same part of its epsilon throughout; stride * eps would be off by a rounding.
+        if train_eps not in (UNTUNED, base.train_eps):
+            trained["train_stepsize"] = stride * train_eps
+        if s.test_eps not in (0, test_eps):
+            attack["test_stepsize"] = s.test_stepsize * test_eps / s.test_eps
+        quick = train_eps in (base.train_eps, max(s.train_eps_list), UNTUNED) and train_steps == base.train_numsteps
+        yield variant(s, label, method, attack=attack, few_images=True, in_cut=quick, **trained)
 
 
 def tuned_part(s: AblationSettings) -> Iterator[Variant]:
@@ -174,39 +135,20 @@ def tuned_part(s: AblationSettings) -> Iterator[Variant]:
 def attacks(s: AblationSettings) -> Iterator[Variant]:
     """Does robustness hold against stronger attacks, and when every iterate counts?"""
     steps, strong = s.test_numsteps, [n for n in s.test_numsteps_list if n > s.test_numsteps][-1:]
-    kinds = [
-        *(
-            (f"PGD-{n}, {protocol}", "pgd", n, protocol, n == steps)
-            for n in (steps, *strong)
-            for protocol in ("last", "worst")
-        ),
-        (f"CW-{steps}, last", "cw", steps, "last", True),
-        ("AutoAttack", "autoattack", 100, "worst", True),
-    ]
-    for method, (kind, attack, n, protocol, in_cut) in product([*s.methods, UNTUNED], kinds):
-        training = None if method == UNTUNED else _own_training(s, method)
-        yield variant(
-            s,
-            {"method": method, "attack": kind},
-            method,
-            training=training,
-            protocol=protocol,
-            few_images=True,
-            attack={"attack": attack, "test_numsteps": n},
-            in_cut=in_cut and method != UNTUNED,
-        )
+    pgd = product((steps, *strong), ("last", "worst"))
+    kinds = [(f"PGD-{n}, {protocol}", "pgd", n, protocol) for n, protocol in pgd]
+    kinds += [(f"CW-{steps}, last", "cw", steps, "last"), ("AutoAttack", "autoattack", 100, "worst")]
+    for method, (kind, name, n, protocol) in product([*s.methods, UNTUNED], kinds):
+        label, attack = {"method": method, "attack": kind}, {"attack": name, "test_numsteps": n}
+        quick = method != UNTUNED and (name != "pgd" or n == steps)
+        yield variant(s, label, method, own=True, attack=attack, protocol=protocol, few_images=True, in_cut=quick)
 
 
 def seeds(s: AblationSettings) -> Iterator[Variant]:
     """How much is chance?"""
     several = s.seeds if s.seeds and len(s.seeds) > 1 else [s.seed, s.seed + 1, s.seed + 2]
     for method in s.methods:
-        yield variant(s, {"method": method}, method, training=_own_training(s, method), seeds=several)
-
-
-def _own_training(s: AblationSettings, method: str) -> FinetuneSettings:
-    """As notebook 04 trains a method."""
-    return find_objective(method).with_preset(s.finetuning(method))
+        yield variant(s, {"method": method}, method, own=True, seeds=several)
 
 
 def _first(base: Any, values: Sequence | Iterator) -> list:
@@ -229,31 +171,17 @@ def plan(s: AblationSettings) -> dict[str, list[Variant]]:
     return {name: [v for v in ABLATIONS[name](s) if v.in_cut or s.ablations != "cut"] for name in names}
 
 
+@dataclass
 class Sweep:
-    """Trains and measures variants, each once however many ablations ask for it; what is done is only read.
+    """Trains and measures variants, each once however many ablations ask for it; what is done is only read."""
 
-    ``tests``: the sets that variants are measured on; ``parts`` of them are for variants with ``few_images``. Tuned
-    models go to ``models``; records to the ``bench``, which measures all variants of a model alike.
-    """
-
-    def __init__(
-        self,
-        original: Clip,
-        train: ImageSet,
-        tests: Sequence[ImageSet],
-        parts: Sequence[ImageSet],
-        models: Path,
-        bench: Bench,
-    ):
-        self.original, self.train, self.tests, self.parts, self.models, self.bench = (
-            original,
-            train,
-            tests,
-            parts,
-            models,
-            bench,
-        )
-        self._loaded: dict[Path, Clip] = {}
+    original: Clip
+    train: ImageSet
+    tests: Sequence[ImageSet]  # that variants are measured on
+    parts: Sequence[ImageSet]  # of them, for variants with ``few_images``
+    models: Path  # folder of tuned models
+    bench: Bench  # which measures all variants of a model alike, and keeps the records
+    _loaded: dict[Path, Clip] = field(default_factory=dict)
 
     def run(self, name: str, variants: Sequence[Variant]) -> list[tuple[Variant, list[Record]]]:
         """An ablation's variants, each with its records."""
@@ -268,9 +196,8 @@ class Sweep:
         records = []
         for seed in v.seeds:
             clip = self.original if v.training is None else self._tuned(v, seed)
-            records += self.bench.measure(
-                clip, self.parts if v.few_images else self.tests, v.attack, v.protocol, method=v.method, seed=seed
-            )
+            sets = self.parts if v.few_images else self.tests
+            records += self.bench.measure(clip, sets, v.attack, v.protocol, method=v.method, seed=seed)
         return records
 
     def _tuned(self, v: Variant, seed: int) -> Clip:
@@ -278,10 +205,9 @@ class Sweep:
         training = v.training.model_copy(update={"seed": seed})
         path = tuned_path(self.models, find_objective(v.method), training, self.train, self.original)
         if path not in self._loaded:
-            processes = self.bench.number_of_processes
-            self._loaded[path] = finetune(
-                self.original, self.train, v.method, training, self.models, number_of_processes=processes
-            ).clip
+            options = {"number_of_processes": self.bench.number_of_processes}
+            tuned = finetune(self.original, self.train, v.method, training, self.models, **options)
+            self._loaded[path] = tuned.clip
             if len(self._loaded) > 4:
                 del self._loaded[next(iter(self._loaded))]
         return self._loaded[path]

@@ -29,42 +29,30 @@ class AttackedImage:
 
 @torch.no_grad()
 def attack_image(
-    clip: Clip,
-    image: Tensor,
-    label: int | None,
-    data: ImageSet,
-    text: str,
-    eps_255: float,
-    steps: int,
-    variant: Variant,
-    mask: Tensor | None = None,
+    clip: Clip, data: ImageSet, image: int | Tensor, text: str, eps_255: float, steps: int, variant: Variant
 ) -> AttackedImage:
-    """Attacks ``image`` ``[3,H,W]`` in [0,1] by PGD (linf, step eps/4) and measures the attention that ``text`` guides.
+    """Attacks an image by PGD (linf, step eps/4) and measures the attention that ``text`` guides.
 
-    The attack leads away from class ``label`` of ``data``, None: from what the image is seen as; ``mask`` ``[H,W]``, if
-    there is one, is where the object is.
+    ``image``: a row of ``data``, which the attack leads away from its class; or an image of one's own ``[3,H,W]`` in
+    [0,1], led away from what it is seen as among the classes of ``data``, and measured without a mask.
     """
     prompts, guide = clip.encode_text(data.prompts), clip.encode_text([text])
-    pixels = image[None].to(clip.device)
-    if label is None:
-        label = int(clip.logits(pixels, prompts).argmax())
+    masks = None
+    if isinstance(image, int):
+        _, _, pixels, labels = next(data.batches([torch.tensor([image])], clip.device))
+        if data.masks is not None:
+            masks = data.masks[image][None].to(clip.device)
+    else:
+        pixels = image[None].to(clip.device)
+        labels = clip.logits(pixels, prompts).argmax(1)
     start, eps = torch.Generator(clip.device).manual_seed(0), eps_255 / 255
-    labels = torch.tensor([label], device=clip.device)
     adversarial = pgd(clip, pixels, labels, prompts, eps, eps / 4, steps, generator=start)
     tokens = clip.encode_image(torch.cat([pixels, adversarial]))
     maps = text_guided_attention(tokens, guide[0], variant, grid=clip.grid)
-    masks = None if mask is None else mask[None].to(clip.device)
-    before, after = likeliest(clip.similarity(tokens.pooled, prompts), data.class_names)
-    return AttackedImage(
-        image=image.cpu(),
-        adversarial=adversarial[0].cpu(),
-        clean_map=maps[0].cpu(),
-        attacked_map=maps[1].cpu(),
-        before=before,
-        after=after,
-        shift=as_frame(attention_shift(maps[:1], maps[1:], masks)).iloc[0],
-        label=data.class_names[label],
-    )
+    shift = as_frame(attention_shift(maps[:1], maps[1:], masks)).iloc[0]
+    answers = likeliest(clip.similarity(tokens.pooled, prompts), data.class_names)
+    shown = (part.cpu() for part in (pixels[0], adversarial[0], *maps))
+    return AttackedImage(*shown, *answers, shift, data.class_names[int(labels)])
 
 
 def likeliest(logits: Tensor, class_names: tuple[str, ...], n: int = 5) -> list[list[tuple[str, float]]]:

@@ -26,9 +26,7 @@ class AttentionUnderAttack:
     attacked_maps: Tensor  # [N,h,w]
     frame: pd.DataFrame  # attention_shift's measures, label, predictions, clean_correct, flipped
 
-    def panels(
-        self, rows: list[int], class_names: Sequence[str]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[str, str]]]:
+    def panels(self, rows: list[int], class_names: Sequence[str]) -> tuple[Tensor | list[tuple[str, str]], ...]:
         """What ``plots.attention_panels`` shows of these rows: images, maps, attacked images, maps, captions."""
         guesses = zip(self.frame.clean_prediction[rows], self.frame.attacked_prediction[rows])
         captions = [(f"seen as {class_names[a]}", f"seen as {class_names[b]}") for a, b in guesses]
@@ -39,8 +37,7 @@ class AttentionUnderAttack:
 def attention_under_attack(
     clip: Clip, data: ImageSet, attack: AttackSettings, variant: Variant = "reference", seed: int = 0
 ) -> AttentionUnderAttack:
-    """Attacks every image and measures how far the attention guided by its true class moves
-    (``attention_shift``).
+    """Attacks every image and measures how far the attention guided by its true class moves (``attention_shift``).
 
     ``flipped``: right when clean, wrong when attacked.
     """

@@ -1,28 +1,18 @@
 """AutoAttack and its Square attack, through pyautoattack: all that is known here of that library's inside."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tgazsr_utils.core.attacks import ATTACKS, Attack, Generators, ball, check_arguments
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.settings import Norm, Protocol
 
 BATCH = 64  # images at once, always of the same rows
-
-
-class _Logits(nn.Module):
-    """Pixels to logits, as attack libraries want a model."""
-
-    def __init__(self, clip: Clip, text: Tensor):
-        super().__init__()
-        self.clip, self.text = clip, text
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.clip.logits(pixels, self.text)
+NORMS = {"linf": "Linf", "l2": "L2"}  # their names there
 
 
 def autoattack(
@@ -56,8 +46,8 @@ def autoattack(
         raise ValueError(f"AutoAttack's standard version needs at least 4 classes (targeted DLR); there are {classes}")
     first = generator[0] if isinstance(generator, Sequence) else generator
     seed = int(torch.randint(2**31, (), generator=first, device=None if first is None else first.device))
-    options = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed, "device": images.device}
-    attack = _configured(_Logits(clip, text), version, classes, steps, options)
+    options = {"norm": NORMS[norm], "eps": eps, "seed": seed, "device": images.device}
+    attack = _configured(lambda pixels: clip.logits(pixels, text), version, classes, steps, options)
     attack.logger.setLevel("ERROR")  # its warnings repeat for each batch, and one is wrong for three classes
     tracer = sys.gettrace()
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds the global generator
@@ -66,18 +56,19 @@ def autoattack(
     return torch.clamp(adversarial, *ball(images, eps)) if norm == "linf" else adversarial.clamp(0, 1)
 
 
-def _configured(model: nn.Module, version: str, classes: int, steps: int, options: dict[str, Any]) -> Any:
+def _configured(
+    logits: Callable[[Tensor], Tensor], version: str, classes: int, steps: int, options: dict[str, Any]
+) -> Any:
     """pyautoattack's AutoAttack of a version, with no more targets than there are, and ``steps`` for APGD."""
     from pyautoattack import AutoAttack  # slow to import, and rarely needed
 
     if version == "standard":
-        attack = AutoAttack(model, version="standard", **options)
+        attack = AutoAttack(logits, version="standard", **options)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
     elif version == "apgd":
-        attack = AutoAttack(
-            model, version="custom", attacks=["apgd-ce", "apgd-dlr"][: 1 if classes < 3 else 2], **options
-        )
-        attack.apgd = type(attack.apgd)(model, n_iter=steps, n_restarts=1, logger=attack.logger, **options)
+        losses = ["apgd-ce"] if classes < 3 else ["apgd-ce", "apgd-dlr"]
+        attack = AutoAttack(logits, version="custom", attacks=losses, **options)
+        attack.apgd = type(attack.apgd)(logits, n_iter=steps, n_restarts=1, logger=attack.logger, **options)
     else:
         raise ValueError(f"AutoAttack version {version!r} is unknown; choose 'apgd' or 'standard'")
     return attack
@@ -96,9 +87,8 @@ def square(
     from pyautoattack.square import SquareAttack  # slow to import
 
     logits = lambda pixels: clip.logits(pixels, text).nan_to_num()
-    attack = SquareAttack(
-        logits, norm={"linf": "Linf", "l2": "L2"}[norm], n_queries=queries, eps=eps, seed=0, device=images.device
-    )
+    options = {"norm": NORMS[norm], "eps": eps, "seed": 0, "device": images.device}
+    attack = SquareAttack(logits, n_queries=queries, **options)
     leads = attack.margin_and_loss(images, labels)[0] > 0
     adversarial = images.clone()
     if leads.any():

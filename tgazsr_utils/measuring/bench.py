@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tgazsr_utils.core.images import PLUMBING, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.settings import AttackSettings, Protocol
@@ -30,12 +28,7 @@ class Bench:
 
     @classmethod
     def checking(
-        cls,
-        store: RecordStore,
-        attack: AttackSettings,
-        sets: Sequence[ImageSet],
-        images: int,
-        number_of_processes: int = 1,
+        cls, store: RecordStore, attack: AttackSettings, sets: list[ImageSet], images: int, number_of_processes: int = 1
     ) -> "Bench":
         """With a check on about so many images of ``sets``; on none where random weights or epsilon 0 leave nothing."""
         nothing = not images or not attack.test_eps or sets[0].world == PLUMBING
@@ -58,43 +51,41 @@ class Bench:
         though stored, are not returned.
         """
         wanted = [Measurement(clip, data, kind, protocol, method, seed) for data in sets for kind in (None, attack)]
-        missing, unchecked = processes.from_main(lambda: (self._missing(wanted), self._unchecked(clip)))
-        if (missing or unchecked) and self.number_of_processes > 1 and processes.count() == 1:
-            processes.launch(self.number_of_processes, _measure_with_others, self, clip, wanted)
-        elif missing or unchecked:
-            self._work(clip, [m for m in wanted if m.key in missing], unchecked)
-            processes.wait()
+        if self.number_of_processes > 1 and processes.count() == 1 and any(self._to_do(clip, wanted)):
+            processes.launch(self.number_of_processes, self._work, clip, wanted)
+        else:
+            self._work(clip, wanted)
         records = processes.from_main(lambda: [self.store.get(m.key) for m in wanted])
         if None in records:
             raise RuntimeError(f"{records.count(None)} measurements of {method} were made by no process")
         return self._trusted(records, clip, method, seed)
 
-    def _missing(self, wanted: Sequence[Measurement]) -> set[str]:
-        return {m.key for m in wanted if self.store.get(m.key) is None}
+    def _check(self, clip: Clip) -> AttackCheck | None:
+        return self.store.checks.get(check_key(clip, self.checked_on, self.checked_with))
 
-    def _unchecked(self, clip: Clip) -> bool:
-        return (
-            bool(self.checked_on) and self.store.checks.get(check_key(clip, self.checked_on, self.checked_with)) is None
-        )
+    def _to_do(self, clip: Clip, wanted: Sequence[Measurement]) -> tuple[set[str], bool]:
+        """Keys of what is not measured, and whether the attack is still to be checked; all processes see the same."""
+        missing = lambda: {m.key for m in wanted if self.store.get(m.key) is None}
+        unchecked = lambda: bool(self.checked_on) and self._check(clip) is None
+        return processes.from_main(lambda: (missing(), unchecked()))
 
     def _trusted(self, records: list[Record], clip: Clip, method: str, seed: int) -> list[Record]:
         """Without the attacked ones, if the check of the attack says so."""
         if not self.checked_on:
             return records
-        check = processes.from_main(lambda: self.store.checks.get(check_key(clip, self.checked_on, self.checked_with)))
+        check = processes.from_main(lambda: self._check(clip))
         self.checks[method, seed] = check
         if not check.problems:
             return records
         if processes.is_main():
-            print(
-                f"robust accuracy of {method} (seed {seed}) is not counted, as the attack cannot be trusted: "
-                + "; ".join(check.problems),
-                flush=True,
-            )
+            why = f"as the attack cannot be trusted: {'; '.join(check.problems)}"
+            print(f"robust accuracy of {method} (seed {seed}) is not counted, {why}", flush=True)
         return [record for record in records if record.attack == "none"]
 
-    def _work(self, clip: Clip, missing: Sequence[Measurement], unchecked: bool) -> None:
-        """Does this process's part of the jobs: the check, and slices of measurements."""
+    def _work(self, clip: Clip, wanted: Sequence[Measurement]) -> None:
+        """Does this process's part of the jobs: the check, and slices of measurements. Ends when all processes have."""
+        keys, unchecked = self._to_do(clip, wanted)
+        missing = [m for m in wanted if m.key in keys]
         jobs: list[Callable[[Any], None]] = []
         if unchecked:
             jobs.append(lambda bar: self.store.checks.add(check_attack(clip, self.checked_on, self.checked_with)))
@@ -105,6 +96,7 @@ class Bench:
         with progress(total=total, desc=name, unit="image", disable=not missing or not processes.is_main()) as bar:
             for job in own:
                 job(bar)
+        processes.wait()
 
     def _answer(self, m: Measurement, rows: range, bar: Any) -> None:
         """One slice; who does the last one of a measurement writes its record."""
@@ -129,9 +121,3 @@ def _whole(path: Path) -> tuple[Answers, float] | None:
         return None
     answers = Answers(**tensors)
     return None if (answers.states == NOT_YET).any() else (answers, about["seconds"])
-
-
-def _measure_with_others(bench: Bench, clip: Clip, wanted: Sequence[Measurement], device: torch.device) -> None:
-    clip = clip.to(device)
-    missing, unchecked = processes.from_main(lambda: (bench._missing(wanted), bench._unchecked(clip)))
-    bench._work(clip, [m for m in wanted if m.key in missing], unchecked)

@@ -106,6 +106,5 @@ class RecordStore(Generic[Kept]):
                 raise ValueError(f"it is that of {content.get('key')}")
             return self.kind.model_validate_json(json.dumps(content))
         except (ValueError, RecursionError) as error:  # also of pydantic, and of bytes that are no text
-            raise DamagedFile(
-                f"record {path} is damaged ({str(error).splitlines()[0]}); remove it to measure again"
-            ) from None
+            reason = str(error).splitlines()[0]
+            raise DamagedFile(f"record {path} is damaged ({reason}); remove it to measure again") from None

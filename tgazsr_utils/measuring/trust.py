@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -30,10 +31,7 @@ from tgazsr_utils.measuring.measure import batch_that_fits
 from tgazsr_utils.measuring.records import AttackCheck, Outcome
 from tgazsr_utils.progress import progress
 
-CONFIDENCE, P = (
-    0.999,
-    0.005,
-)  # a finding is beyond chance: each model is looked at in many ways, and sound ones are to pass
+CONFIDENCE, P = 0.999, 0.005  # a finding is beyond chance: each model is looked at in many ways; sound ones are to pass
 FROM_A_SET = 8  # images, before another set is taken
 STEPS = (1, 10, 100)  # of PGD
 LARGE_EPS, LARGE_STEPS = (16.0, 64.0), 20  # 1/255; hardly an image should stay recognised
@@ -61,8 +59,7 @@ def check_key(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> s
 
 
 def check_attack(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> AttackCheck:
-    """Attacks all images of ``sets`` with noise, PGD, Square and ``attack``, and says what does not fit together
-    (``problems``).
+    """Attacks all images of ``sets`` with noise, PGD, Square and ``attack``; ``problems``: what does not fit together.
 
     All have its epsilon and norm. PGD has steps of a quarter of epsilon, on cross-entropy, from the same noise
     whatever their number. Raises ValueError if none of the images can be read.
@@ -75,11 +72,11 @@ def check_attack(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -
     right, loss = (pd.concat([batch[i] for batch in batches], ignore_index=True) for i in (0, 1))
     zero = sum(batch[2] for batch in batches)
     eps = dict.fromkeys(right, attack.test_eps) | {"clean": 0.0} | dict(zip(LARGE, large_eps(attack)))
-    means = {name: float(loss[name].mean()) for name in loss}
-    outcomes = [
-        Outcome(attack=name, eps_255=eps[name], correct=right[name].sum(), loss=mean if math.isfinite(mean) else None)
-        for name, mean in means.items()
-    ]
+    outcomes = []
+    for name in loss:
+        mean = float(loss[name].mean())
+        known = mean if math.isfinite(mean) else None
+        outcomes.append(Outcome(attack=name, eps_255=eps[name], correct=right[name].sum(), loss=known))
     return AttackCheck(
         key=check_key(clip, sets, attack),
         model=fingerprint(clip),
@@ -122,21 +119,17 @@ def problems(right: pd.DataFrame, loss: pd.DataFrame, zero: int, large: Sequence
         means = f"{loss[last].mean():.2f} against {loss.noise.mean():.2f} on average"
         yield f"{last} raises the loss of {raised} of {n} images over random noise ({means})"
     if MEASURED in right and _chance_of_falling(loss[MEASURED] - loss.noise - WEAK * (loss[last] - loss.noise)) < P:
-        yield (
-            f"the attack itself hardly raises the loss over random noise ({loss[MEASURED].mean():.2f} against "
-            f"{loss.noise.mean():.2f}), "
-            f"and {last} does ({loss[last].mean():.2f}): give it more or larger steps"
-        )
+        means = f"{loss[MEASURED].mean():.2f} against {loss.noise.mean():.2f}"
+        does = f"{last} does ({loss[last].mean():.2f}): give it more or larger steps"
+        yield f"the attack itself hardly raises the loss over random noise ({means}), and {does}"
     for fewer, more in pairwise(["noise", *by_steps]):
         if _chance_of_falling(loss[more] - loss[fewer]) < P:
             yield f"{more} reaches a lower loss than {fewer} ({loss[more].mean():.2f} against {loss[fewer].mean():.2f})"
     for weak, strong in [*pairwise(by_steps), ("Square", last)]:
         only_weak, only_strong = int((right[strong] & ~right[weak]).sum()), int((right[weak] & ~right[strong]).sum())
         if only_weak and binomtest(only_weak, only_weak + only_strong, alternative="greater").pvalue < P:
-            yield (
-                f"{weak} fools {only_weak} of {n} images that {strong} does not, "
-                f"and {strong} {only_strong} that {weak} does not"
-            )
+            fewer = f"{strong} {only_strong} that {weak} does not"
+            yield f"{weak} fools {only_weak} of {n} images that {strong} does not, and {fewer}"
     left = [int(right[name].sum()) for name in LARGE]
     if all(map(more_than_few, left)):
         larger = f"{left[1]} at {large[1]:g}/255"
@@ -162,10 +155,8 @@ def _attacked(clip: Clip, data: ImageSet, attack: AttackSettings) -> Iterator[tu
         images = _attacks(clip, data.key, batch, text, attack)
         logits = {name: reader.logits(pixels, text) for name, pixels in images.items()}
         right = {name: (classes_of(values) == batch.labels).cpu().numpy() for name, values in logits.items()}
-        loss = {
-            name: F.cross_entropy(values, batch.labels, reduction="none").cpu().numpy()
-            for name, values in logits.items()
-        }
+        cross_entropy = partial(F.cross_entropy, target=batch.labels, reduction="none")
+        loss = {name: cross_entropy(values).cpu().numpy() for name, values in logits.items()}
         with torch.enable_grad():
             pixels = images["noise"].requires_grad_(True)
             (slope,) = torch.autograd.grad(summed_cross_entropy(clip.logits(pixels, text), batch.labels), pixels)
@@ -190,10 +181,7 @@ def table(found: Mapping[tuple[str, int], AttackCheck]) -> pd.DataFrame:
     """One row a method and seed: accuracy in percent under each attack of its check, and the verdict."""
     rows = []
     for (method, seed), check in found.items():
-        shares = {outcome.attack: 100 * outcome.correct / check.n for outcome in check.outcomes}
-        rows.append(
-            {"method": method, "seed": seed}
-            | shares
-            | {"images": check.n, "verdict": "; ".join(check.problems) or "passed"}
-        )
+        row = {outcome.attack: 100 * outcome.correct / check.n for outcome in check.outcomes}
+        row |= {"images": check.n, "verdict": "; ".join(check.problems) or "passed"}
+        rows.append({"method": method, "seed": seed} | row)
     return pd.DataFrame(rows).set_index(["method", "seed"]) if rows else pd.DataFrame()
