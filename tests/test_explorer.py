@@ -160,9 +160,12 @@ def test_an_image_of_ones_own_or_a_file_that_is_none(explorer):
     assert (
         panel.own.shape == (3, 56, 56) and "your image" in panel.status.value and panel.attacked.image[0].mean() > 0.9
     )
+    assert panel.text.value == f"This is a photo of a {panel.attacked.before[0][0]}"  # not of the image before
     shown = panel.result.value
     upload(panel, b"not an image")
-    assert 'class="error"' in panel.status.value and panel.result.value == shown
+    assert "mine.png is not an image I can read" in panel.status.value and panel.result.value == shown
+    upload(panel, file.getvalue()[:90])
+    assert "mine.png is not an image I can read: " in panel.status.value and panel.result.value == shown
     panel.image.value = 5
     assert panel.own is None and "image 5 of shapes" in panel.status.value
     panel.text.value = "<script>alert(1)</script>"

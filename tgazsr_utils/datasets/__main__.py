@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from tgazsr_utils.core.libraries import torchvision
-from tgazsr_utils.datasets.layouts import is_there, list_datasets, missing_parts
+from tgazsr_utils.datasets.layouts import is_there, list_datasets, missing_parts, open_source
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_ROOT
 from tgazsr_utils.paths import resolve
@@ -23,19 +23,19 @@ _ARCHIVES = (".zip", ".tgz", ".gz", ".tar")
 _NO_CHECKSUM = {"tinyImageNet", "fgvc_aircraft"}  # half an archive of these cannot be told from a whole one
 
 
-def list_sets(root: Path) -> pd.DataFrame:
-    """One row a published set: what it holds, what it costs to download, whether it is below ``root``."""
-    rows = [
-        (s.images, s.classes, s.split, f"{s.gigabytes:g} GB", _state(key, root), s.licence)
-        for key, s in DATASETS.items()
-    ]
-    return pd.DataFrame(rows, [*DATASETS], ["images", "classes", "split", "size", "there", "licence"])
-
-
-def _state(key: str, root: Path) -> str:
-    if not is_there(key, root):
-        return "no"
-    return "yes" if (root / key).is_dir() or not missing_parts(key, root) else "incomplete"
+def list_sets(root: Path) -> tuple[pd.DataFrame, list[str]]:
+    """(a row a published set: what it holds, what it costs to download, whether it is there; what is wrong there)."""
+    rows, problems = [], []
+    for key, s in DATASETS.items():
+        there = "yes" if is_there(key, root) else "no"
+        try:
+            if there == "yes":
+                open_source(key, "test", root)  # never a yes to what ``check`` then refuses
+        except ValueError as error:
+            there = "incomplete"
+            problems.append(str(error))
+        rows.append((s.images, s.classes, s.split, f"{s.gigabytes:g} GB", there, s.licence))
+    return pd.DataFrame(rows, [*DATASETS], ["images", "classes", "split", "size", "there", "licence"]), problems
 
 
 def check_set(key: str, root: Path, every_image: bool = False) -> tuple[bool, list[str]]:
@@ -56,8 +56,6 @@ def check_set(key: str, root: Path, every_image: bool = False) -> tuple[bool, li
         found = f"usable, but not the published set: {found} instead of {spec.images:,} and {spec.classes}"
     some = prompts if len(prompts) <= 4 else (*prompts[:3], "...", prompts[-1])
     lines = [found, "prompts: " + "; ".join(some)]
-    if repeated := len(prompts) - len(set(prompts)):
-        lines.append(f"{repeated} prompts are the same as another class's")
     chosen = [torch.arange(len(part)) if every_image else _one_of_each_class(part.labels) for part in parts]
     total = sum(map(len, chosen))
     with progress(total=total, desc=f"decode {key}", unit="image", leave=False) as bar:
@@ -152,7 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"data root: {root}")
     keys = options.keys or (own if check else list(DATASETS))
     if options.action == "list":
-        print(list_sets(root).loc[keys].to_string())
+        sets, problems = list_sets(root)
+        print(sets.loc[keys].to_string(), *problems, sep="\n")
         total = sum(DATASETS[key].gigabytes for key in keys)
         print(f"{total:.0f} GB to download in all; once unpacked they take about as much again")
         return 0

@@ -3,39 +3,19 @@
 The published layouts, through torchvision's own classes where it has them; Tiny-ImageNet's; and class folders.
 """
 
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from PIL import Image
+from typing import Any
 
 from tgazsr_utils.datasets import miniworld
-from tgazsr_utils.datasets.published_sets import DATASETS, DatasetSpec
+from tgazsr_utils.datasets.class_folders import Box, Source, Split, class_folders, folders, from_files, images_below
+from tgazsr_utils.datasets.published_sets import DATASETS, DatasetSpec, clean_name
 from tgazsr_utils.datasets.torchvision_sets import read_lists
 from tgazsr_utils.paths import resolve
 
-Split = Literal["train", "test"]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 TEST_FRACTION = 0.2  # of each class, for folders that come without a split
-
-Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, inclusive
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """One part of a set as it lies on the disk, nothing decoded yet."""
-
-    labels: list[int]
-    classes: list[str]  # raw names
-    where: list[str]  # what to call each image in an error: its file
-    open: Callable[[int], Image.Image]
-    contents: list[Any]  # what tells these images from others: for a fingerprint
-    boxes: list[Box] | None = None
 
 
 def list_datasets(root: str | Path | None) -> list[str]:
@@ -48,7 +28,7 @@ def list_datasets(root: str | Path | None) -> list[str]:
     folder = existing_root(root)
     there = [key for key in DATASETS if is_there(key, folder)]
     known = {name for key in there for name in (key, DATASETS[key].folder)}
-    return there + [p.name for p in _folders(folder) if p.name not in known]
+    return there + [p.name for p in folders(folder) if p.name not in known]
 
 
 def existing_root(root: str | Path) -> Path:
@@ -79,6 +59,9 @@ def open_source(key: str, split: Split, root: Path, test_fraction: float | None 
         reason = " ".join(str(error).split()) or type(error).__name__
         fetch = f"(python -m tgazsr_utils.datasets fetch {key})"
         reason = reason.replace("You can use download=True to download it", fetch)
+        missing = missing_parts(key, root) if key in DATASETS else []
+        if missing and missing[0] not in reason:
+            reason += f"; of the published layout this is missing: {', '.join(missing)}"
         raise ValueError(f"image set {key!r} in {root} cannot be read: {reason}") from error
 
 
@@ -87,11 +70,11 @@ def _find_source(key: str, split: Split, root: Path, test_fraction: float | None
     if spec and spec.torchvision and not spec.folders and not missing_parts(key, root):
         folder, source = root / key, _through_torchvision(key, spec, root, split)
     elif ((folder := _folder_of(key, split, root)) / "wnids.txt").exists():
-        source = _tiny_imagenet(folder, split)
+        source = _tiny_imagenet(folder, split, published=spec is not None)
     else:
         fraction = TEST_FRACTION if test_fraction is None and spec is None else test_fraction
         whole = spec is not None and spec.train_folders is not None and (root / spec.train_folders).is_dir()
-        source = _class_folders(folder, split, fraction, seed, whole)
+        source = class_folders(folder, split, fraction, seed, whole, published=spec is not None)
     if not source.labels:
         raise ValueError(f"no {split} images in class folders below {folder}")
     if len(source.classes) < 2:
@@ -123,64 +106,18 @@ def _through_torchvision(key: str, spec: DatasetSpec, root: Path, split: Split) 
     classes = lists.classes or sorted(spec.names)
     if lists.files is not None:
         in_order = sorted(zip(lists.files, lists.labels))  # torchvision lists some in the order of the file system
-        return _from_files([path for path, _ in in_order], [label for _, label in in_order], classes, root)
+        files, labels = [path for path, _ in in_order], [label for _, label in in_order]
+        return from_files(files, labels, classes, root, published=True)
     where = [f"{key} {split} number {i}" for i in range(len(lists.labels))]
     return Source(lists.labels, classes, where, lists.open, lists.contents or where)
 
 
-def _from_files(
-    files: Sequence[Path], labels: Sequence[int], classes: list[str], root: Path, boxes: list[Box] | None = None
-) -> Source:
-    """Images in files, told from others by their names below ``root`` and sizes."""
-    paths = [str(path) for path in files]
-    sizes = [os.stat(path).st_size if os.path.exists(path) else "missing" for path in paths]
-    contents = [f"{os.path.relpath(path, root)} {size}" for path, size in zip(paths, sizes)]
-    return Source(list(labels), classes, paths, lambda index: _open_rgb(paths[index]), contents, boxes)
-
-
-def _open_rgb(path: str) -> Image.Image:
-    with Image.open(path) as file:
-        return file.convert("RGB")
-
-
-def _class_folders(folder: Path, split: Split, test_fraction: float | None, seed: int, whole: bool) -> Source:
-    """Class folders below ``folder``; ``whole``: all of them are of this part, whatever ``test_fraction`` says."""
-    while len(inner := _folders(folder)) == 1 and _folders(inner[0]):
-        folder = inner[0]
-    parts = {part.name: part for part in inner}
-    to_test = [parts[name] for name in ("test", "val") if name in parts]
-    if "train" in parts and to_test:
-        inner, whole = _folders(parts["train"] if split == "train" else to_test[0]), True
-    files: list[Path] = []
-    labels: list[int] = []
-    classes: list[str] = []
-    for directory in inner:
-        paths = _images(directory)
-        if not paths or directory.name == "BACKGROUND_Google":
-            continue
-        chosen = paths if whole else _part_of_class(paths, split, test_fraction, seed)
-        files += chosen
-        labels += [len(classes)] * len(chosen)
-        classes.append(_raw_name(directory.name))
-    return _from_files(files, labels, classes, folder)
-
-
-def _part_of_class(paths: list[Path], split: Split, test_fraction: float | None, seed: int) -> list[Path]:
-    """A class's images of one part, drawn by ``seed``: at least one to test on of several; None: all to test on."""
-    if test_fraction is None:
-        held_out = len(paths)
-    else:
-        held_out = max(1, round(test_fraction * len(paths))) if len(paths) > 1 else 0
-    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [paths[i] for i in sorted(order[:held_out] if split == "test" else order[held_out:])]
-
-
-def _folders(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _images(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+def class_names(source: Source, spec: DatasetSpec | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What to call each class, each name once, and how the set's own prompts name it."""
+    raw = [_raw_name(name) for name in source.classes]
+    names = list(map(spec.label if spec else clean_name, raw))
+    distinct = [f"{own} ({of})" if names.count(own) > 1 else own for own, of in zip(names, source.classes)]
+    return tuple(distinct), tuple(map(spec.class_name, raw)) if spec else tuple(names)
 
 
 def _raw_name(folder_name: str) -> str:
@@ -200,11 +137,11 @@ def _wordnet() -> Any:
     return ImageNetInfo("imagenet-22k")
 
 
-def _tiny_imagenet(folder: Path, split: Split) -> Source:
-    """Tiny-ImageNet as published: train in wnid folders, val flat with val_annotations.txt, boxes for both.
+def _tiny_imagenet(folder: Path, split: Split, published: bool) -> Source:
+    """Tiny-ImageNet: train in wnid folders; val flat with val_annotations.txt, or sorted into wnid folders.
 
-    Classes are those of wnids.txt whose train folder is there. Raises ValueError, with file and line, for lists that do
-    not fit each other or the images that are there.
+    Classes are those of wnids.txt whose train folder is there; boxes are there if all of their lists are. Raises
+    ValueError, with file and line, for lists that do not fit each other or the images that are there.
     """
     listed = (folder / "wnids.txt").read_text(encoding="utf-8").split()
     wnids = sorted(wnid for wnid in listed if (folder / "train" / wnid).is_dir())
@@ -212,17 +149,23 @@ def _tiny_imagenet(folder: Path, split: Split) -> Source:
     unnamed = [wnid for wnid in wnids if wnid not in words]
     if unnamed:
         raise ValueError(f"{folder / 'words.txt'} has no name for {', '.join(unnamed[:3])}")
-    if split == "test":
-        found = _annotated(folder / "val" / "images", folder / "val" / "val_annotations.txt", set(listed))
+    base = next((folder / name for name in ("val", "val_") if (folder / name).is_dir()), folder / "val")
+    base = folder / "train" if split == "train" else base
+    lists = {wnid: base / wnid / f"{wnid}_boxes.txt" for wnid in wnids}
+    if split == "test" and (base / "val_annotations.txt").exists():
+        found = _annotated(base / "images", base / "val_annotations.txt", set(listed))
+    elif split == "train" and all(path.exists() for path in lists.values()):
+        found = [entry for w, path in lists.items() for entry in _annotated(base / w / "images", path, {w}, wnid=w)]
     else:
-        base = folder / "train"
-        lists = (_annotated(base / w / "images", base / w / f"{w}_boxes.txt", {w}, wnid=w) for w in wnids)
-        found = [entry for entries in lists for entry in entries]
+        found = [(path, w, None) for w in wnids if (base / w).is_dir() for path in images_below(base / w)[0]]
+        if not found:
+            raise ValueError(f"{base} has neither val_annotations.txt nor images in folders named after wnids.txt")
     label = {wnid: i for i, wnid in enumerate(wnids)}
     kept = [entry for entry in found if entry[1] in label]
-    files, labels, boxes = ([entry[i] for entry in kept] for i in range(3))
+    files, of, boxes = ([entry[i] for entry in kept] for i in range(3))
     names = [words[wnid].split(",")[0] for wnid in wnids]
-    return _from_files(files, [label[wnid] for wnid in labels], names, folder, boxes)
+    boxes = None if None in boxes else boxes
+    return from_files(files, [label[wnid] for wnid in of], names, folder, published=published, boxes=boxes)
 
 
 def _annotated(images: Path, path: Path, wnids: set[str], wnid: str | None = None) -> list[tuple[Path, str, Box]]:
@@ -232,7 +175,7 @@ def _annotated(images: Path, path: Path, wnids: set[str], wnid: str | None = Non
     unknown = [of for _, of, _ in found if of not in wnids]
     if unknown:
         raise ValueError(f"{path} has {unknown[0]!r}, which wnids.txt has not")
-    there, named = {image.name for image in _images(images)}, {file.name for file, _, _ in found}
+    there, named = {image.name for image in images_below(images)[0]}, {file.name for file, _, _ in found}
     if len(named) < len(found) or there - named:
         raise ValueError(f"{path} lists {len(found)} images, {images} holds {len(there)}; has the list been cut?")
     return found

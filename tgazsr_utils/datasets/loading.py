@@ -20,8 +20,9 @@ from torch import Tensor
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.libraries import torchvision
 from tgazsr_utils.datasets import miniworld
-from tgazsr_utils.datasets.layouts import Box, Source, Split, existing_root, list_datasets, open_source
-from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_PROMPT, Preprocess, clean_name
+from tgazsr_utils.datasets.class_folders import Box, Source, Split
+from tgazsr_utils.datasets.layouts import class_names, existing_root, list_datasets, open_source
+from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_PROMPT, Preprocess
 from tgazsr_utils.machine import allowed_cpus
 from tgazsr_utils.progress import progress
 
@@ -244,10 +245,15 @@ def load_dataset(
 def _labelled(key: str, split: Split, files: Files, prompt: str | None, world: str) -> ImageSet:
     """All images of one part with their labels and prompts."""
     spec, source = DATASETS.get(key), files.source
-    names = tuple((spec.label if spec else clean_name)(raw) for raw in source.classes)
+    names, as_published = class_names(source, spec)
     template = prompt or (spec.prompt if spec else DEFAULT_PROMPT)
-    asked = tuple(map(spec.class_name, source.classes)) if spec and template == spec.prompt else names
+    asked = names if spec and template != spec.prompt else as_published
     prompts = tuple(template.replace("{}", name) for name in asked)
+    told = [f"left out: {problem}" for problem in source.left_out]
+    if same := sorted({prompt for prompt in prompts if prompts.count(prompt) > 1}):
+        told.append(f"classes that cannot be told apart, as they have one prompt: {'; '.join(same)}")
+    for problem in told:
+        print(f"{key}: {problem}", file=sys.stderr, flush=True)
     found = len(source.labels), len(names), files.preprocess, template
     published = bool(spec) and split == "test" and found == (spec.images, spec.classes, spec.preprocess, spec.prompt)
     labels = torch.tensor(source.labels)

@@ -18,8 +18,9 @@ Count = Annotated[int, Field(gt=0)]
 
 
 def clean_name(name: str, separators: str = "_-/") -> str:
-    """A class name as prompts have it: lower case, ``separators`` to spaces, without a leading "017." or "017_"."""
-    return re.sub(f"[{re.escape(separators)}]", " ", re.sub(r"^\d{3}[._]", "", name)).strip().lower()
+    """A class name as prompts have it: lower case, ``separators`` to spaces, no leading "017." or "n02085620-"."""
+    name = re.sub(r"^(\d{3}[._]|n\d{8}[-_. ])", "", name)
+    return re.sub(f"[{re.escape(separators)}]", " ", name).strip().lower()
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

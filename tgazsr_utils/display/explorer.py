@@ -15,13 +15,14 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import PRESET
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.datasets.decoding import read_rgb
 from tgazsr_utils.datasets.loading import fit
 from tgazsr_utils.display import panels
 from tgazsr_utils.durable.files import write_atomic
@@ -235,19 +236,25 @@ class AttackViewer(Panel):
     def _choose(self) -> None:
         """An image of the set, with its class's prompt."""
         self.own = None
-        prompt = self.explorer.data.prompts[int(self.explorer.data.labels[self.image.value])]
+        self._ask(int(self.explorer.data.labels[self.image.value]))
+
+    def _ask(self, label: int) -> None:
+        """Guides attention by the prompt of a class."""
+        prompt = self.explorer.data.prompts[label]
         same, self.text.value = self.text.value == prompt, prompt
         if same:
             self.redraw()
 
     def _take(self) -> None:
-        """The uploaded image, as the model takes it."""
+        """The uploaded image, as the model takes it, with the prompt of what the original model sees in it."""
         with self.errors_shown():
             if self.upload.value:
-                with Image.open(io.BytesIO(bytes(self.upload.value[0]["content"]))) as file:
-                    fitted = fit(file.convert("RGB"), self.explorer.models.original.image_size[0], "crop")
+                clip = self.explorer.models.original
+                fitted = fit(_uploaded(self.upload.value[0]), clip.image_size[0], "crop")
                 self.own = torch.from_numpy(np.array(fitted)).permute(2, 0, 1) / 255
-                self.redraw()
+                with torch.no_grad():
+                    logits = clip.logits(self.own[None].to(clip.device), clip.encode_text(self.explorer.data.prompts))
+                self._ask(int(logits.argmax()))
 
     def redraw(self) -> None:
         with self.errors_shown():
@@ -264,6 +271,14 @@ class AttackViewer(Panel):
             attack = f"PGD-{steps} at epsilon {eps:g}/255 with step epsilon/4"
             seconds = time.perf_counter() - started
             self.say(f"{source}; model: {self.model.value}; attention for “{text}”; {attack}; {seconds:.2f} s")
+
+
+def _uploaded(file: Mapping[str, Any]) -> Image.Image:
+    try:
+        return read_rgb(io.BytesIO(bytes(file["content"])))
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises these for damaged files
+        reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+        raise ValueError(f"{file['name']} is not an image I can read{reason}") from None
 
 
 class OutcomeSurface(Panel):

@@ -1,0 +1,211 @@
+"""Whatever images and folders a user has: read right, or said in one line. Each kind with several of its members."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tgazsr_utils.datasets.__main__ import main
+from tgazsr_utils.datasets.class_folders import PARTS
+from tgazsr_utils.datasets.decoding import image_suffixes, read_as_published, read_rgb
+from tgazsr_utils.datasets.loading import load_dataset
+
+RAMP = np.tile(np.linspace(0, 65535, 96).astype(np.uint16), (64, 1))  # greys from black to white
+SEEN = np.tile(np.linspace(0, 255, 96), (64, 1))  # as 8 bits
+
+
+def put(path, image=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or Image.new("RGB", (64, 64), (90, 120, 30))).save(path, **options)
+
+
+def put_classes(folder, classes=("cat", "dog"), count=3, suffix="png"):
+    for name in classes:
+        for i in range(count):
+            put(folder / name / f"{i}.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("dtype, scale", [(np.uint16, 1), (np.int32, 1), (np.float32, 65535)])
+def test_deep_greys_keep_their_range(tmp_path, suffix, dtype, scale):
+    if suffix == "png" and dtype != np.uint16:
+        suffix = "tiff"  # PNG has no such greys
+    put(tmp_path / f"x.{suffix}", Image.fromarray((RAMP / scale).astype(dtype)))
+    pixels = np.asarray(read_rgb(tmp_path / f"x.{suffix}"))
+    assert pixels.shape == (64, 96, 3) and np.abs(pixels[..., 0] - SEEN).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "values, kind",
+    [
+        (np.float32([[0, 300]]), "floating-point"),
+        (np.float32([[-1, 1]]), "floating-point"),
+        (np.int32([[0, 2**30]]), "32-bit"),
+        (np.int32([[0, 200]]), "32-bit"),
+        (np.int32([[-5, 900]]), "32-bit"),
+    ],
+)
+def test_greys_of_unknown_range_are_refused_by_name(tmp_path, values, kind):
+    put(tmp_path / "s" / "a" / "x.tif", Image.fromarray(values.repeat(40, 0).repeat(20, 1)))
+    put_classes(tmp_path / "s", ["b"])
+    with pytest.raises(ValueError, match=f"x.tif cannot be read: its {kind} greys run from"):
+        load_dataset("s", "train", tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    image = Image.new("RGBA", (64, 64), (200, 0, 0, 0))
+    image.paste((0, 0, 200, 255), (0, 0, 32, 64))
+    put(tmp_path / "x.png", image.convert(mode))
+    pixels = np.asarray(read_rgb(tmp_path / "x.png"))
+    assert (pixels[:, 40:] == 255).all() and (pixels[:, :20, 0] < 30).all()
+    assert not (np.asarray(read_as_published(tmp_path / "x.png"))[:, 40:] == 255).all()
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_images_are_upright_whatever_their_tag(tmp_path, tag, suffix):
+    """As the eight values of the tag are defined: where the top left corner of the stored image is seen."""
+    stored, exif = np.zeros((40, 60, 3), np.uint8), Image.Exif()
+    stored[:20, :30] = 220
+    exif[0x112] = tag
+    put(tmp_path / f"x.{suffix}", Image.fromarray(stored), exif=exif)
+    seen = np.asarray(read_rgb(tmp_path / f"x.{suffix}")).mean(2)
+    assert seen.shape == ((40, 60) if tag < 5 else (60, 40))
+    top, left = {1: (1, 1), 2: (1, 0), 3: (0, 0), 4: (0, 1), 5: (1, 1), 6: (1, 0), 7: (0, 0), 8: (0, 1)}[tag]
+    corner = seen[3 if top else -4, 3 if left else -4]
+    assert corner > 150 and seen.mean() < 80
+    if suffix != "tif":  # which Pillow itself turns
+        assert read_as_published(tmp_path / f"x.{suffix}").size == (60, 40)  # published sets lie as stored
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "avif", "jp2", "ppm", "pgm", "JPEG", "tga", "qoi", "ico"])
+def test_every_suffix_that_pillow_reads_is_taken(tmp_path, suffix):
+    if f".{suffix.lower()}" not in image_suffixes():
+        pytest.skip(f"this Pillow was built without {suffix}")
+    put_classes(tmp_path / "s", ["cat", "dog"])
+    put_classes(tmp_path / "s", ["owl"], suffix=suffix)
+    data = load_dataset("s", "train", tmp_path)
+    assert data.class_names == ("cat", "dog", "owl") and (data.labels == 2).sum() == 2
+
+
+def test_images_deeper_in_their_class_are_taken_and_the_rest_is_named(tmp_path, capsys):
+    put_classes(tmp_path / "s", ["cat", "dog"])
+    put(tmp_path / "s" / "cat" / "more" / "x.png")
+    put(tmp_path / "s" / "owl" / "barn" / "2024" / "x.png")
+    (tmp_path / "s" / "empty").mkdir()
+    (tmp_path / "s" / "cat" / "notes.txt").write_text("none")
+    for litter in (".DS_Store", "Thumbs.db", "._x.png", "@eaDir/x.png", "__MACOSX/x.png"):
+        path = tmp_path / "s" / "dog" / litter
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("none")
+    put(tmp_path / "s" / "__MACOSX" / "x.png")
+    train, test = (load_dataset("s", part, tmp_path) for part in ("train", "test"))
+    assert train.class_names == ("cat", "dog", "owl") and len(train) + len(test) == 8
+    told = capsys.readouterr().err
+    assert "s: left out: class folder empty has no images" in told and "notes.txt" in told
+    assert not any(name in told for name in ("DS_Store", "Thumbs", "MACOSX", "eaDir", "._x"))
+    assert main(["check", "--all", "--root", str(tmp_path)]) == 0
+    out, told = capsys.readouterr()
+    assert "3 classes" in out and "notes.txt" in told and "class folder empty" in told
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "TRAINING"])
+@pytest.mark.parametrize("test", ["test", "Testing", "val", "VALID", "validation", "dev"])
+def test_parts_by_their_usual_names_in_any_case(tmp_path, train, test):
+    put_classes(tmp_path / "s" / train, count=4)
+    put_classes(tmp_path / "s" / test, count=2)
+    assert [len(load_dataset("s", part, tmp_path)) for part in ("train", "test")] == [8, 4]
+
+
+@pytest.mark.parametrize("where", ["", "images"])
+def test_a_part_without_labels_is_passed_over_and_named(tmp_path, where, capsys):
+    put_classes(tmp_path / "s" / "train", count=4)
+    put_classes(tmp_path / "s" / "val", count=2)
+    put(tmp_path / "s" / "test" / where / "x.png")
+    data = load_dataset("s", "test", tmp_path)
+    assert len(data) == 4 and data.class_names == ("cat", "dog")
+    assert "left out: test has no class folders of the names in the part to train on" in capsys.readouterr().err
+
+
+def test_a_missing_part_is_named_with_the_names_that_are_read(tmp_path):
+    put_classes(tmp_path / "s" / "val")
+    put_classes(tmp_path / "s" / "test")
+    with pytest.raises(ValueError, match="test, val and no part to train on; names read are train, training"):
+        load_dataset("s", "train", tmp_path)
+    assert len(load_dataset("s", "test", tmp_path)) == 6
+    assert set(PARTS) == {"train", "test"}
+
+
+def test_classes_of_either_part_are_one_choice(tmp_path, capsys):
+    put_classes(tmp_path / "s" / "train", ["cat", "dog", "owl"])
+    put_classes(tmp_path / "s" / "test", ["cat", "owl", "yak"])
+    (tmp_path / "s" / "test" / "dog").mkdir()
+    train, test = (load_dataset("s", part, tmp_path) for part in ("train", "test"))
+    assert train.class_names == test.class_names == ("cat", "dog", "owl", "yak")
+    assert test.labels.tolist() == [0] * 3 + [2] * 3 + [3] * 3
+    told = capsys.readouterr().err
+    assert "class yak has no images to train on" in told and "class dog has no images to test on" in told
+
+
+@pytest.mark.parametrize(
+    "folders, names",
+    [
+        (("n02085620-Chihuahua", "n02085782-Japanese_spaniel"), ("chihuahua", "japanese spaniel")),
+        (("001.Black_footed_Albatross", "n02109961_Eskimo_dog"), ("black footed albatross", "eskimo dog")),
+        (("n02012849", "n03126707"), ("crane (n02012849)", "crane (n03126707)")),
+        (("red_fox", "red-fox"), ("red fox (red-fox)", "red fox (red_fox)")),
+    ],
+)
+def test_class_names_lose_identifiers_and_are_told_apart(tmp_path, folders, names, capsys):
+    put_classes(tmp_path / "s" / "Images", folders)
+    data = load_dataset("s", "test", tmp_path)
+    assert data.class_names == names
+    same = names[0].startswith(names[1].split(" (")[0]) if "(" in names[0] else False
+    assert ("classes that cannot be told apart, as they have one prompt" in capsys.readouterr().err) == same
+
+
+def test_published_sets_keep_their_prompts_and_tell_which_are_the_same(tmp_path, capsys):
+    put_classes(tmp_path / "ImageNet" / "val", ["n02012849", "n03126707", "n01440764"], suffix="JPEG")
+    data = load_dataset("ImageNet", "test", tmp_path)
+    assert data.prompts[1:] == ("This is a photo of a crane",) * 2 and len(set(data.class_names)) == 3
+    assert "have one prompt: This is a photo of a crane" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("val, below", [("val", ""), ("val", "images"), ("val_", "")])
+@pytest.mark.parametrize("boxes", [True, False])
+@pytest.mark.parametrize("folder", ["tiny-imagenet-200", "tinyImageNet"])
+def test_tiny_imagenet_with_val_sorted_into_class_folders(tmp_path, val, below, boxes, folder, capsys):
+    base, wnids = tmp_path / folder, ("n01443537", "n02056570")
+    base.mkdir()
+    (base / "wnids.txt").write_text("\n".join(wnids))
+    (base / "words.txt").write_text("n01443537\tgoldfish\nn02056570\tking penguin\n")
+    for wnid in wnids:
+        for i in range(2):
+            put(base / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
+            put(base / val / wnid / below / f"val_{wnid}{i}.JPEG")
+        lines = "".join(f"{wnid}_{i}.JPEG\t0\t0\t9\t9\n" for i in range(2))
+        (base / "train" / wnid / f"{wnid}_boxes.txt").write_text(lines) if boxes else None
+    train, test = (load_dataset("tinyImageNet", part, tmp_path) for part in ("train", "test"))
+    assert test.labels.tolist() == train.labels.tolist() == [0, 0, 1, 1] and test.masks is None
+    assert (train.masks is not None) == boxes and test.class_names == ("goldfish", "king penguin")
+    assert main(["list", "tinyImageNet", "--root", str(tmp_path)]) == 0
+    assert " yes " in capsys.readouterr().out
+
+
+def test_list_says_what_is_wrong_with_an_archive_one_level_off(tmp_path, capsys):
+    put(tmp_path / "dtd" / "images" / "banded" / "x.jpg")
+    assert main(["list", "--root", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert " incomplete " in out and "this is missing: dtd/dtd/labels/test1.txt" in out
+
+
+def test_published_sets_stay_as_published(tmp_path):
+    """Neither turned nor put on white: numbers are compared with those of others."""
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for wnid in ("n01440764", "n01443537"):
+        put(tmp_path / "ImageNet" / "val" / wnid / "x.JPEG", Image.new("RGB", (90, 60)), exif=exif)
+    data = load_dataset("ImageNet", "test", tmp_path, decode=False)
+    assert data.images.source.open(0).size == (90, 60)
+    assert torch.equal(load_dataset("ImageNet", "test", tmp_path).labels, torch.tensor([0, 1]))

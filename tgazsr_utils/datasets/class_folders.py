@@ -1,0 +1,153 @@
+"""Class folders: a set whose images lie in folders named after their classes, perhaps in parts to train and test on."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from tgazsr_utils.datasets.decoding import image_suffixes, read_as_published, read_rgb
+
+Split = Literal["train", "test"]
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, inclusive
+# Names of parts, in any case; of several to test on the first one that has labels.
+PARTS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation", "dev")}
+# What operating systems and archives leave behind, besides all that is hidden.
+LITTER = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One part of a set as it lies on the disk, nothing decoded yet."""
+
+    labels: list[int]
+    classes: list[str]  # raw names
+    where: list[str]  # what to call each image in an error: its file
+    open: Callable[[int], Image.Image]
+    contents: list[Any]  # what tells these images from others: for a fingerprint
+    boxes: list[Box] | None = None
+    left_out: tuple[str, ...] = ()  # what is there and not taken, a line each
+
+
+def class_folders(
+    folder: Path, split: Split, test_fraction: float | None, seed: int, whole: bool, published: bool
+) -> Source:
+    """One part of the class folders below ``folder``; labels count all classes of either part, by name.
+
+    ``whole``: all images are of this part, whatever ``test_fraction`` says. ``published``: see ``decoding``. Raises
+    ValueError where parts are named and one is missing.
+    """
+    while len(inner := folders(folder)) == 1 and folders(inner[0]):
+        folder = inner[0]
+    parts, told = _parts(inner)
+    if parts:
+        whole = True
+        if split not in parts:
+            others = ", ".join(part.name for part in inner)
+            raise ValueError(
+                f"{folder} has {others} and no part to {split} on; names read are {', '.join(PARTS[split])}"
+            )
+    by_class: dict[str, list[Path]] = {}
+    for part in [folder] if not parts else parts.values():
+        for directory in folders(part):
+            if directory.name != "BACKGROUND_Google":  # of Caltech-101, no class
+                by_class.setdefault(directory.name, []).append(directory)
+    files: list[Path] = []
+    labels: list[int] = []
+    classes, others = [], []
+    for name, directories in sorted(by_class.items()):
+        found = {directory: images_below(directory) for directory in directories}
+        others += [path for _, rest in found.values() for path in rest]
+        if not any(images for images, _ in found.values()):
+            told.append(f"class folder {name} has no images")
+            continue
+        paths = [p for directory, (images, _) in found.items() if _of(directory, split, parts) for p in images]
+        if not paths:
+            told.append(f"class {name} has no images to {split} on")
+        chosen = paths if whole else _part_of_class(paths, split, test_fraction, seed)
+        files += chosen
+        labels += [len(classes)] * len(chosen)
+        classes.append(name)
+    if others:
+        told.append(f"{len(others)} files are no images that can be read, such as {_some(others, folder)}")
+    return from_files(files, labels, classes, folder, published=published, left_out=tuple(told))
+
+
+def _parts(inner: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
+    """The folders to train and to test on, by "train" and "test"; none unless both are there, or nothing else is."""
+    named = {part: {p.name.lower(): p for p in inner if p.name.lower() in names} for part, names in PARTS.items()}
+    if not (named["train"] and named["test"]) and len(named["train"]) + len(named["test"]) < len(inner):
+        return {}, []
+    parts = dict(zip(["train"], named["train"].values()))
+    classes = {folder.name for part in parts.values() for folder in folders(part)}
+    unlabelled = []
+    for name in PARTS["test"]:
+        if name in named["test"] and "test" not in parts:
+            there = {folder.name for folder in folders(named["test"][name])}
+            if there & classes if classes else len(there) > 1:
+                parts["test"] = named["test"][name]
+            else:
+                unlabelled.append(
+                    f"{named['test'][name].name} has no class folders of the names in the part to train on"
+                )
+    return parts, unlabelled
+
+
+def _of(directory: Path, split: Split, parts: dict[str, Path]) -> bool:
+    return not parts or directory.parent == parts[split]
+
+
+def _part_of_class(paths: list[Path], split: Split, test_fraction: float | None, seed: int) -> list[Path]:
+    """A class's images of one part, drawn by ``seed``: at least one to test on of several; None: all to test on."""
+    if test_fraction is None:
+        held_out = len(paths)
+    else:
+        held_out = max(1, round(test_fraction * len(paths))) if len(paths) > 1 else 0
+    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [paths[i] for i in sorted(order[:held_out] if split == "test" else order[held_out:])]
+
+
+def folders(directory: Path) -> list[Path]:
+    """Folders in a folder, by name, but for litter."""
+    return sorted(p for p in directory.iterdir() if p.is_dir() and not _is_litter(p.name))
+
+
+def images_below(directory: Path) -> tuple[list[Path], list[Path]]:
+    """Image files in a folder and below it, by path, and files that are no images that can be read."""
+    files = [
+        path
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and not any(_is_litter(part) for part in path.relative_to(directory).parts)
+    ]
+    images = [path for path in files if path.suffix.lower() in image_suffixes()]
+    return images, sorted(set(files) - set(images))
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name.lower() in LITTER
+
+
+def _some(paths: Iterable[Path], root: Path, most: int = 5) -> str:
+    names = [os.path.relpath(path, root) for path in paths]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def from_files(
+    files: Sequence[Path],
+    labels: Sequence[int],
+    classes: list[str],
+    root: Path,
+    *,
+    published: bool,
+    boxes: list[Box] | None = None,
+    left_out: tuple[str, ...] = (),
+) -> Source:
+    """Images in files, told from others by their names below ``root`` and sizes; published sets are read as such."""
+    paths = [str(path) for path in files]
+    sizes = [os.stat(path).st_size if os.path.exists(path) else "missing" for path in paths]
+    contents = [f"{os.path.relpath(path, root)} {size}" for path, size in zip(paths, sizes)]
+    read = read_as_published if published else read_rgb
+    return Source(list(labels), classes, paths, lambda index: read(paths[index]), contents, boxes, left_out)
