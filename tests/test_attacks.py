@@ -74,6 +74,12 @@ def test_a_start_that_is_not_cut_leaves_the_pixel_range_and_its_steps_do_not(min
     torch.testing.assert_close(cut[inside], uncut[inside], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("start, protocol", [("foo", "last"), (None, "last"), ("uncut", "worst")])
+def test_other_starts_are_refused(mini, shapes, start, protocol):
+    with pytest.raises(ValueError, match="choose 'cut', or 'uncut' where protocol is 'last'"):
+        attack(mini, shapes, start=start, protocol=protocol)
+
+
 def test_the_released_fp16_attack_loses_gradients_and_finds_less(mini, shapes):
     """Pixel gradients of the mean cross-entropy of 256 images, without a scaled loss, fall below fp16's range."""
     data, text = shapes.subset(12), mini.encode_text(shapes.prompts)

@@ -107,7 +107,7 @@ def test_complementary_maps_at_nodes_and_halfway_hold_the_product_of_resized_map
     texts = {"text": text, "not_text": not_text, "grid": grid}
     exact = [ImageTokens(*(part.clone().requires_grad_() for part in side)) for side in tokens]
     fast = [ImageTokens(*(part.float().requires_grad_() for part in side)) for side in tokens]
-    nodes = [complementary_attention(side, **texts) for side in fast]
+    nodes = [complementary_attention(side, **texts, size="nodes") for side in fast]
     assert nodes[0].shape[1:] == (2 * grid[0] - 1, 2 * grid[1] - 1)
     found = attention_distance(*nodes, metric, size, degree=2)
     doubled = texts | {"text": text.double(), "not_text": not_text.double()}

@@ -55,7 +55,7 @@ def towards_the_original(step):
     ],
 )
 def test_two_processes_train_as_one_does(mini, train_set, tmp_path, method):
-    settings = SETTINGS.model_copy(update={"lr": 1e-5}) if method == "PMG-AFT" else SETTINGS
+    settings = SETTINGS.model_copy(update={"lr": 1e-2}) if method == "PMG-AFT" else SETTINGS
     one, two = (finetune(mini, train_set, method, settings, tmp_path / str(n), number_of_processes=n) for n in (1, 2))
     assert one.weights.name == two.weights.name
     for column in one.history.columns.drop("seconds"):

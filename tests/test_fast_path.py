@@ -50,7 +50,7 @@ OTHERS = only_long(*(name for name in OBJECTIVES if name not in (*TRIED, "Vision
 
 @pytest.mark.parametrize("method", [*TRIED, *OTHERS])
 def test_a_compiled_model_trains_alike(mini, compiled, graphs, train_set, tmp_path, method):
-    settings = SETTINGS.model_copy(update={"lr": 1e-6 if method == "PMG-AFT" else 1e-4})
+    settings = SETTINGS.model_copy(update={"lr": 1e-2 if method == "PMG-AFT" else 1e-4})
     plain, fast = (
         finetune(clip, train_set, method, settings, tmp_path / str(clip.numerics.compiled)) for clip in (mini, compiled)
     )

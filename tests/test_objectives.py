@@ -154,6 +154,13 @@ def test_comp_tga_takes_away_what_the_negated_prompt_finds(step, variant):
         assert [found["L_AR"], found["L_AMC"]] == pytest.approx(expected, rel=1e-3)
 
 
+def test_while_f_is_f0_images_that_are_not_attacked_have_no_distance_either(mini, step):
+    tuned = mini.frozen_copy()
+    tuned.visual.requires_grad_(True)
+    first = Step(tuned, mini, step.images, step.labels, step.prompts, step.images.clone())  # as epsilon 0 makes them
+    assert [term.value.item() for term in OBJECTIVES["TGA-ZSR"].terms(first, SETTINGS)[1:]] == [0, 0]
+
+
 @pytest.mark.parametrize("name", ["TGA-ZSR", "Comp-TGA", "Vision-based-grad"])
 @pytest.mark.parametrize("metric", ["l2", "l1", "cos"])
 def test_while_f_is_f0_clean_attention_has_no_distance_and_no_gradient(step, mini, name, metric):
@@ -174,6 +181,7 @@ def test_while_f_is_f0_clean_attention_has_no_distance_and_no_gradient(step, min
 
 def test_prompts_are_negated():
     assert negated("This is a photo of a cat") == negated("A photo of a cat") == "This is not a photo of a cat"
+    assert negated("Tthis is a photo of healthy tissue.") == "This is not a photo of healthy tissue."
     assert negated("A photo of a pug, a type of pet.") == "This is not a photo of a pug, a type of pet."
 
 
@@ -247,3 +255,9 @@ def test_adding_a_method_is_adding_one_function(monkeypatch):
         return []
 
     assert objectives.OBJECTIVES["Mine"].preset["lr"] == 0.5 and "Mine" not in OBJECTIVES
+
+
+def test_a_setting_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="setting 'learning_rate' of Mine is unknown; there are: Alpha"):
+        objective("Mine", learning_rate=1e-2)
+    assert "Mine" not in OBJECTIVES

@@ -36,6 +36,8 @@ from tgazsr_utils.runner import fingerprint, main
         (["mini", "-p", "testdata", "[shapes, nowhere]"], "03_ablations: image set 'nowhere' is not there"),
         (["mini", "-p", "pretrained", "none.pt"], "01_attention_shift: 'none.pt' is neither a file nor a name known"),
         (["mini", "-p", "arch", "ViT-X"], "01_attention_shift: arch 'ViT-X' is unknown to open_clip"),
+        (["mini", "05", "-p", "tuned", "latest:FARE"], "05_.*: tuned = 'latest:FARE': no model 'FARE' in"),
+        (["mini", "01", "-p", "pretrained", "latest:pretrained"], "pretrained = 'latest:pretrained': no model"),
         (["mini", "-p", "testdata", "foo"], "parameter testdata = 'foo': .*list of sets, 'published'"),
     ],
 )

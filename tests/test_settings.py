@@ -2,7 +2,16 @@ import pytest
 from pydantic import ValidationError
 
 from tgazsr_utils.core.settings import AttackSettings
-from tgazsr_utils.parameters import AttentionShiftNotebook, SettingsError, TrainNotebook, from_notebook, validate
+from tgazsr_utils.measuring.ablations import plan
+from tgazsr_utils.parameters import (
+    AblationNotebook,
+    AttentionShiftNotebook,
+    EvaluateNotebook,
+    SettingsError,
+    TrainNotebook,
+    from_notebook,
+    validate,
+)
 from tgazsr_utils.profiles import default_parameters
 
 GOOD = {"test_eps": 1.0, "test_stepsize": 1.0, "test_numsteps": 10}
@@ -107,6 +116,23 @@ def test_overrides_change_one_method_and_are_checked():
         with pytest.raises(SettingsError, match=message) as error:
             validate(TrainNotebook, values | {"overrides": {"FARE": bad}})
         assert "\n" not in str(error.value)
+
+
+def test_the_released_attack_is_for_one_protocol_and_not_for_autoattack():
+    values = default_parameters("04_evaluate_16_datasets") | {"attack_precision": "released-fp16"}
+    assert validate(EvaluateNotebook, values).only(AttackSettings).label == "pgd-10-released-fp16"
+    for changes, message in (
+        ({"protocol": "worst"}, "read at the last iterate, protocol 'last'"),
+        ({"attack": "autoattack"}, "attack_precision = 'released-fp16': is for the attacks pgd and cw"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            validate(EvaluateNotebook, values | changes)
+    ablations = validate(AblationNotebook, default_parameters("03_ablations") | {"attack_precision": "released-fp16"})
+    kinds = {variant.attack.label: variant.attack.attack_precision for variant in plan(ablations)["attacks"]}
+    assert kinds == {"pgd-10-released-fp16": "released-fp16", "pgd-10": "model"} | {
+        "cw-10-released-fp16": "released-fp16",
+        "autoattack-100": "model",
+    }
 
 
 def test_an_attack_may_be_named_as_in_the_original_code():

@@ -8,8 +8,9 @@ import torch
 from conftest import train_settings
 from torch import nn
 
-from tgazsr_utils.core.objectives import Objective, Term
-from tgazsr_utils.core.training import in_openai_order, warmup_cosine
+from tgazsr_utils.core.attacks import pgd, start_generators
+from tgazsr_utils.core.objectives import Objective, Step, Term, find_objective
+from tgazsr_utils.core.training import attacked, in_openai_order, optimizer_of, warmup_cosine
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.durable import finetuning
 from tgazsr_utils.durable.files import load_tensors
@@ -51,6 +52,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(mini, train_set, 
     columns = [c for c in whole.history if c != "seconds"]
     pd.testing.assert_frame_equal(whole.history[columns], parts.history[columns], check_exact=True)
     assert not list((tmp_path / "parts").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "method, kind, decay", [("TGA-ZSR", torch.optim.SGD, 0), ("FARE-RobustVLM", torch.optim.AdamW, 1e-4)]
+)
+def test_optimiser_and_start_are_those_of_the_settings(mini, train_set, method, kind, decay):
+    objective, tuned = find_objective(method), mini.frozen_copy()
+    settings = objective.with_preset(SETTINGS)
+    optimizer = optimizer_of(tuned, settings)
+    assert type(optimizer) is kind and optimizer.defaults["weight_decay"] == decay
+    batch = next(train_set.batches(8))
+    step = Step(tuned, mini, batch.images, batch.labels, train_set.prompts)
+    found = attacked(step, objective, settings, 0)
+    arguments = step.clip, step.images, step.labels, step.text, 3 / 255, 3 / 255, 1
+    for start in ("cut", "uncut"):
+        generators = start_generators(batch.images.device, range(8), "training", 0, 1, 0)
+        expected = pgd(*arguments, start=start, loss=objective.attack(step), generator=generators)
+        assert torch.equal(found, expected) == (start == settings.train_start)
 
 
 def test_what_the_original_model_makes_of_images_is_computed_once_and_checked(mini, train_set, tmp_path, passes, capfd):

@@ -184,6 +184,12 @@ class EvaluateNotebook(TrainNotebook):
     protocol: Protocol = "last"
     seeds: Distinct[Natural] | None  # None: seed alone
 
+    @model_validator(mode="after")
+    def _released_attack_has_one_protocol(self) -> "EvaluateNotebook":
+        if self.attack_precision == "released-fp16" and self.protocol != "last":
+            raise ValueError("attack_precision 'released-fp16' is read at the last iterate, protocol 'last'")
+        return self
+
     @property
     def at_most_images(self) -> int | None:
         """Of each test set; None: all."""

@@ -35,7 +35,8 @@ from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.files import write_atomic, write_json
 from tgazsr_utils.durable.fingerprints import code_version
-from tgazsr_utils.durable.weights import SHIPPED, pick_device
+from tgazsr_utils.durable.runs import Run
+from tgazsr_utils.durable.weights import SHIPPED, find_weights, pick_device
 from tgazsr_utils.measuring.records import Record
 from tgazsr_utils.measuring.tables import compare
 from tgazsr_utils.parameters import SettingsError
@@ -56,9 +57,22 @@ class Batch:
         self.profile_name, self.profile, self.chosen, self.folder = profile_name, profile, chosen, folder
         in_order = [*(name for name in chosen if name not in profile.notebooks), *profile.notebooks]
         self.parameters = {name: parameters_of(name, profile, str(folder), given) for name in in_order}
-        for name in chosen:
+        for number, name in enumerate(chosen):
             profiles.check_choices(name, self.parameters[name])
+            self._check_models(name, chosen[:number])
         self.manifest_path = folder / "manifest.json"
+
+    def _check_models(self, notebook: str, before: Sequence[str]) -> None:
+        """What it takes as "latest:NAME" must be there, or made by a notebook before."""
+        made = {method for name in before for method in self.parameters[name].get("methods", [])}
+        made |= {"pretrained"} if "00_pretrain_mini_clip" in before else set()
+        for name in ("pretrained", "tuned"):
+            wanted = str(self.parameters[notebook].get(name))
+            if wanted.startswith("latest:") and wanted.removeprefix("latest:") not in made:
+                try:
+                    find_weights(wanted, Run(self.folder).models)
+                except ValueError as error:
+                    raise SettingsError(f"{notebook}: {name} = {wanted!r}: {error}") from None
 
     def run(self, fresh: bool) -> int:
         """0, or 1 after a notebook failed."""

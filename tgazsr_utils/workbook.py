@@ -41,10 +41,10 @@ def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":
 
 
 def changes(notebook: str, settings: WorkbookSettings) -> dict[str, Any]:
-    """The parameters that are not as the notebook's own cell has them."""
-    defaults = default_parameters(notebook)
-    usual = validate(type(settings), defaults)
-    return {name: getattr(settings, name) for name in defaults if getattr(settings, name) != getattr(usual, name)}
+    """The parameters that are not as the notebook's own cell has them, or by default."""
+    usual = validate(type(settings), default_parameters(notebook))
+    given = sorted(settings.model_fields_set - {"output"})
+    return {name: getattr(settings, name) for name in given if getattr(settings, name) != getattr(usual, name)}
 
 
 class Workbook:

@@ -62,7 +62,7 @@ def pgd(
     Raises ValueError for pixels outside [0,1], a negative ``eps``, ``step_size`` or ``steps``, an unknown ``norm`` or
     ``protocol``, or "worst" with a ``loss`` of one's own, which knows whole batches only.
     """
-    check_arguments(images, norm, protocol, eps=eps, step_size=step_size, steps=steps)
+    check_arguments(images, norm, protocol, start, eps=eps, step_size=step_size, steps=steps)
     if not len(images):
         return images
     adversarial = _random_start(images, eps, norm, generator, cut=start == "cut" or not steps)
@@ -171,7 +171,11 @@ def start_generators(device: torch.device, rows: Iterable[int], *parts: Any) -> 
     return [seeded(device, *parts, row) for row in rows]
 
 
-def check_arguments(images: Tensor, norm: str, protocol: str = "last", **numbers: float) -> None:
+def check_arguments(
+    images: Tensor, norm: str, protocol: str = "last", start: str | None = "cut", **numbers: float
+) -> None:
+    if start not in ("cut", "uncut") or (start, protocol) == ("uncut", "worst"):
+        raise ValueError(f"start {start!r} is unknown; choose 'cut', or 'uncut' where protocol is 'last'")
     if protocol not in get_args(Protocol):
         raise ValueError(f"protocol {protocol!r} is unknown; choose 'last' or 'worst'")
     if norm not in get_args(Norm):

@@ -44,22 +44,23 @@ def complementary_attention(
     text: Tensor,
     not_text: Tensor,
     variant: Variant = "reference",
-    size: int | tuple[int, int] | None = None,
+    size: int | tuple[int, int] | Literal["nodes"] | None = None,
     grid: tuple[int, int] | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """``A(text) * (1 - A(not_text))`` (Comp-TGA, TPAMI 2026): what a prompt finds and its negation does not.
 
-    Arguments as in ``text_guided_attention``. As released, both maps are resized to ``size`` before they are
-    multiplied, which is not the resized product of the patch grids. ``size`` None: at the patches and halfway between
-    them, ``[B,2h-1,2w-1]``. A product of two bilinear interpolants is quadratic in either direction between patches, so
-    these three values an interval hold it at any size: ``attention_distance(..., degree=2)`` compares such maps.
+    Arguments and shapes as in ``text_guided_attention``. As released, both maps are resized to ``size`` before they
+    are multiplied, which is not the resized product of the patch grids. ``size`` "nodes": at the patches and halfway
+    between them, ``[B,2h-1,2w-1]``. A product of two bilinear interpolants is quadratic in either direction between
+    patches, so these three values an interval hold it at any size: ``attention_distance(..., degree=2)`` compares them.
     """
-    found, excluded = (
-        _halfway(maps) if size is None else resize(maps, size)
-        for maps in _maps(tokens, [text, not_text], variant, grid, backend)
-    )
-    return found * (1 - excluded)
+    sides = _maps(tokens, [text, not_text], variant, grid, backend)
+    if size == "nodes":
+        sides = [_halfway(maps) for maps in sides]
+    elif size is not None:
+        sides = [resize(maps, size) for maps in sides]
+    return sides[0] * (1 - sides[1])
 
 
 def _halfway(maps: Tensor) -> Tensor:
@@ -187,8 +188,8 @@ def attention_distance(
     """Distance ``[B]`` of maps ``[B,h,w]``, each resized to ``size`` x ``size`` (None: as given) and taken as a vector.
 
     ``l2``: Euclidean norm of the difference; it grows with ``size``, and Alpha and Beta are meant for 224. ``l1``: mean
-    absolute difference. ``cos``: 1 - cosine (eps 1e-8). ``degree`` 2: maps of ``complementary_attention``, interpolated
-    quadratically. For l2 and cos no resized map is made (see ``_interpolated``).
+    absolute difference. ``cos``: 1 - cosine (eps 1e-8). ``degree`` 2: "nodes" of ``complementary_attention``,
+    interpolated quadratically. For l2 and cos no resized map is made (see ``_interpolated``).
     Raises ValueError for an unknown metric.
     """
     if size is not None:

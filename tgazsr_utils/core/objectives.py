@@ -114,10 +114,6 @@ class Step:
         """CE of the zero-shot logits, mean over the batch."""
         return F.cross_entropy(self.clip.similarity(tokens.pooled, self.text), self.labels)
 
-    def log_probabilities(self, tokens: ImageTokens) -> Tensor:
-        """Log of the zero-shot class probabilities ``[B,C]``."""
-        return self.clip.similarity(tokens.pooled, self.text).log_softmax(1)
-
 
 Compute = Callable[[Step], Tensor]
 Cache = Callable[[str, Compute, Tensor | None], Tensor]  # (name, how it is computed, rows) -> its values of these rows
@@ -126,9 +122,9 @@ Cache = Callable[[str, Compute, Tensor | None], Tensor]  # (name, how it is comp
 def negated(prompt: str) -> str:
     """The negation of "This is a photo of a cat" and of "A photo of a cat": "This is not a photo of a cat".
 
-    Raises ValueError for a prompt of another beginning.
+    Also of "Tthis is a photo ...", as a published prompt has it. Raises ValueError for a prompt of another beginning.
     """
-    changed, count = re.subn(r"^(this is )?an? ", "This is not a ", prompt, flags=re.IGNORECASE)
+    changed, count = re.subn(r"^(t?this is )?an? ", "This is not a ", prompt, flags=re.IGNORECASE)
     if not count:
         raise ValueError(f"prompt {prompt!r} has no known negation: it should begin with 'This is a', 'A' or 'An'")
     return changed
@@ -185,8 +181,12 @@ OBJECTIVES: dict[str, Objective] = {}
 def objective(name: str, *, attack: TrainingAttack | None = cross_entropy_attack, **preset: Any) -> Callable:
     """Registers a loss function under its name, with what its training attack maximises and its published settings.
 
-    What ``attack`` maximises must be a sum over images: it may see a part of the batch.
+    What ``attack`` maximises must be a sum over images: it may see a part of the batch. Raises ValueError for a setting
+    that is none of ``FinetuneSettings``.
     """
+    known = FinetuneSettings.model_fields
+    if unknown := sorted(preset.keys() - known):
+        raise ValueError(f"setting {unknown[0]!r} of {name} is unknown; there are: {', '.join(known)}")
 
     def register(terms: Callable[[Step, ObjectiveSettings], list[Term]]) -> Callable:
         OBJECTIVES[name] = Objective(name, terms, attack, PRESET | preset)
@@ -274,7 +274,7 @@ def fare(step: Step, settings: ObjectiveSettings) -> list[Term]:
     return [Term("L_emb", 1.0, distance)]
 
 
-# The same loss as its authors' own code (RobustVLM) trains it; the published table's row has TGA-ZSR's settings.
+# The same loss as its authors' own code (RobustVLM) trains it.
 objective(
     "FARE-RobustVLM",
     attack=embedding_attack,
@@ -337,7 +337,7 @@ def comp_tga(step: Step, settings: ObjectiveSettings) -> list[Term]:
     step.encode_both()
     variant, backend = settings.attention_variant, settings.attention_backend
     attend = lambda step, side: complementary_attention(
-        step.tokens(side), step.true_text, step.not_text, variant, grid=step.clip.grid, backend=backend
+        step.tokens(side), step.true_text, step.not_text, variant, "nodes", grid=step.clip.grid, backend=backend
     )
     return _attention_regularised(step, settings, attend, cached=f"complementary-{variant}", degree=2)
 
@@ -353,19 +353,22 @@ def _attention_regularised(
     """CE + Alpha * L_AR + Beta * L_AMC from ``attend(step, side)``: maps A(f, x') of the side "adversarial", A(f, x) of
     "clean" and A(f0, x) of "original", which are cached under the name ``cached`` if they depend on single images.
 
-    While f is f0, L_AMC is exactly zero: the norm would make a gradient of full size of a rounding.
+    While f is f0, what compares the same images is exactly zero: the norm would make a gradient of full size of a
+    rounding.
     """
     # Before the maps: the order of sums shows in the last bits.
     cross_entropy = step.cross_entropy(step.adversarial_tokens)
     of_original = lambda batch: attend(batch, "original")
     target = step.cached_original(cached, of_original) if cached else of_original(step)
+    same = {"clean": True, "adversarial": torch.equal(step.adversarial, step.images)} if step.untouched else {}
     distance = lambda side: attention_distance(
         attend(step, side), target, settings.Distance_metric, settings.distance_size, degree
+    ).mean()
+    refinement, constraint = (
+        0 * cross_entropy if same.get(side) else distance(side) for side in ("adversarial", "clean")
     )
     return [
         Term("CE", 1.0, cross_entropy),
-        Term("L_AR", settings.Alpha, distance("adversarial").mean()),
-        Term(
-            "L_AMC", settings.Beta, 0 * step.clean_tokens.patches.sum() if step.untouched else distance("clean").mean()
-        ),
+        Term("L_AR", settings.Alpha, refinement),
+        Term("L_AMC", settings.Beta, constraint),
     ]

@@ -30,7 +30,7 @@ class Settings(BaseModel):
 
 
 class ObjectiveSettings(Settings):
-    """What the loss terms need ; as published Alpha 0.08, Beta 0.05, l2 at 224."""
+    """What the loss terms need; as published Alpha 0.08, Beta 0.05, l2 at 224."""
 
     Alpha: NonNegative | None  # weight of L_AR; None, here and below: what the method was published with
     Beta: NonNegative | None  # weight of L_AMC
@@ -51,9 +51,7 @@ class FinetuneSettings(ObjectiveSettings):
     train_stepsize: Eps255 | None
     train_numsteps: Natural | None
     last_num_ft: Natural = 0  # 0: the whole image encoder; k: its last k parameter tensors, in OpenAI's order
-    train_start: Literal["cut", "uncut"] | None = (
-        None  # the attack's random start is cut to [0,1], or its first step is
-    )
+    train_start: Literal["cut", "uncut"] | None = None  # "uncut": the attack's random start may leave [0,1]
     optimizer: Literal["sgd", "adamw"] | None = None
     momentum: Annotated[float, Number, Field(ge=0, lt=1)] = 0.9  # of sgd
     weight_decay: NonNegative = 0.0

@@ -156,7 +156,7 @@ def diagnosis(
         listed = ", ".join(f"{term.name} {error.values[term.name]:g}" for term in terms)
         return f"loss of {objective.name} is not finite at step {error.number}: {listed}"
     faults = []
-    for term in terms:
+    for term in (term for term in terms if term.value.requires_grad):
         slopes = torch.autograd.grad(term.value, parameters, retain_graph=True, allow_unused=True)
         if not all(torch.isfinite(slope).all() for slope in slopes if slope is not None):
             faults.append(term.name)

@@ -140,6 +140,8 @@ def attacks(s: AblationSettings) -> Iterator[Variant]:
     kinds += [(f"CW-{steps}, last", "cw", steps, "last"), ("AutoAttack", "autoattack", 100, "worst")]
     for method, (kind, name, n, protocol) in product([*s.methods, UNTUNED], kinds):
         label, attack = {"method": method, "attack": kind}, {"attack": name, "test_numsteps": n}
+        if protocol == "worst":
+            attack["attack_precision"] = "model"  # the released one is read at the last iterate
         quick = method != UNTUNED and (name != "pgd" or n == steps)
         yield variant(s, label, method, own=True, attack=attack, protocol=protocol, few_images=True, in_cut=quick)
 

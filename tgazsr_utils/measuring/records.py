@@ -15,7 +15,7 @@ class Record(Settings):
     key: str  # names all that the outcome depends on
     method: str
     model: str  # fingerprint of the weights
-    precision: str = "fp32"  # that attacks compute in
+    precision: str = "fp32"  # of the model; of an attack, if it has another, see settings
     arch: str
     world: str
     dataset: str
