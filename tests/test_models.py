@@ -1,10 +1,13 @@
+import hashlib
 import json
+import re
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.durable.fingerprints import fingerprint
@@ -178,6 +181,102 @@ def test_a_file_that_needs_pickled_code_is_refused(tmp_path):
     with pytest.raises(ValueError, match="would run code .* refused") as error:
         load_clip("mini-clip", path, "cpu")
     assert "\n" not in str(error.value)
+
+
+FOREIGN = {
+    "page": (b"\n<!DOCTYPE html><html><title>Quota exceeded</title></html>", "a web page"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 605\n", "git lfs pull"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(40), "packed by gzip"),
+    "text": (b"just a note", "no PyTorch checkpoint, or is damaged"),
+    "empty": (b"", "cannot be loaded into mini-clip"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_that_are_no_weights_are_named_for_what_they_are(tmp_path, name):
+    content, message = FOREIGN[name]
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_clip("mini-clip", tmp_path / "w.pt", "cpu")
+    assert "\n" not in str(error.value) and "run code" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([1, 2], "holds a list, not weights by name"),
+        ({"epoch": 3}, "holds no weights"),
+        ({"base.q_proj.lora_A.weight": torch.zeros(1)}, "LoRA parts only"),
+        ({"vision_model.embeddings.class_embedding": torch.zeros(1)}, "a transformers model"),
+    ],
+)
+def test_weights_of_other_kinds_are_named(tmp_path, content, message):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=message):
+        load_clip("mini-clip", tmp_path / "w.pt", "cpu")
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64", "int8", "int64", "uint32", "bool"])
+@pytest.mark.parametrize("several", [False, True])
+def test_numbers_of_any_kind_may_lie_beside_weights(mini, tmp_path, kind, several):
+    beside = np.ones(3, kind) if several else np.ones(1, kind)[0]
+    torch.save({"vision_encoder_state_dict": mini.visual.state_dict(), "best": beside}, tmp_path / "w.pt")
+    assert torch.equal(load_clip("mini-clip", tmp_path / "w.pt", "cpu").visual.proj, mini.visual.proj)
+
+
+class _Archived(nn.Module):
+    """Weights under their names, as a module that can be scripted."""
+
+    def __init__(self, state):
+        super().__init__()
+        for name, value in state.items():
+            *path, last = name.split(".")
+            holder = self
+            for part in path:
+                if not hasattr(holder, part):
+                    holder.add_module(part, _Archived({}))
+                holder = getattr(holder, part)
+            holder.register_buffer(last, value)
+
+    def forward(self, x):
+        return x
+
+
+def test_torchscript_is_taken_only_as_the_very_file_that_openai_publishes(mini, tmp_path, monkeypatch):
+    path = tmp_path / "ViT.pt"
+    state = {name: value.half() for name, value in mini.model.state_dict().items()}
+    torch.jit.save(torch.jit.script(_Archived(state | {"context_length": torch.tensor(32)})), path)
+    with pytest.raises(ValueError, match="a TorchScript archive, which is code") as error:
+        load_clip("mini-clip", path, "cpu")
+    assert "weights_only" not in str(error.value)
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: {"url": f"https://example.org/{sha}/ViT.pt"})
+    loaded = load_clip("mini-clip", path, "cpu").model.state_dict()
+    assert all(torch.equal(loaded[name], value.float()) for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+    "arch, close",
+    [
+        ("ViT-B/32", "ViT-B-32-quickgelu"),
+        ("vit_b32", "ViT-B-32-quickgelu"),
+        ("ViT-L/14@336px", "ViT-L-14-336"),
+        ("minicl1p", "mini-clip"),
+    ],
+)
+def test_a_wrong_architecture_gets_the_closest_right_one(arch, close):
+    with pytest.raises(ValueError, match=f"arch '{re.escape(arch)}' is unknown to open_clip; did you mean {close}"):
+        load_clip(arch, None, "cpu")
+
+
+@pytest.mark.parametrize(
+    "template", ["{} " + 40 * "very ", 40 * "very " + "{}", "of " + 31 * "x" + " a {}" + 20 * " dim"]
+)
+def test_prompts_that_the_text_tower_would_cut_are_refused(template):
+    clip = load_clip("mini-clip", "mini", "cpu")
+    with pytest.raises(ValueError, match="prompt '.*' has [0-9]+ tokens, with start and end; mini-clip reads 32"):
+        clip.encode_text([template.replace("{}", "cat")])
+    assert clip.encode_text(["cat" + 29 * " a"]).shape == (1, 128)  # 30 tokens, start and end
 
 
 def test_images_of_another_size_are_refused(mini):

@@ -193,6 +193,14 @@ def test_tiny_imagenet_with_val_sorted_into_class_folders(tmp_path, val, below, 
     assert " yes " in capsys.readouterr().out
 
 
+def test_in_the_mini_world_prompts_apply_and_what_cannot_is_refused():
+    data = load_dataset("shapes", "test", n=4, prompt="An oil painting of a {}")
+    assert data.prompts[0] == "An oil painting of a circle" and data.class_names[0] == "circle"
+    for changes in ({"preprocess": "crop"}, {"test_fraction": 0.5}):
+        with pytest.raises(ValueError, match="is for image files; the mini-world .* has none"):
+            load_dataset("shapes", "test", n=4, **changes)
+
+
 def test_list_says_what_is_wrong_with_an_archive_one_level_off(tmp_path, capsys):
     put(tmp_path / "dtd" / "images" / "banded" / "x.jpg")
     assert main(["list", "--root", str(tmp_path)]) == 0

@@ -65,8 +65,11 @@ class Workbook:
         return self.model(self.settings.pretrained)
 
     def images(self, key: str, split: str, n: int | None) -> ImageSet:
-        """A set at the size the original model takes."""
-        return load_dataset(key, split, n=n, image_size=self.original.image_size[0], **self.settings.data_options)
+        """A set at the size the original model takes, with prompts that it reads to their end."""
+        data = load_dataset(key, split, n=n, image_size=self.original.image_size[0], **self.settings.data_options)
+        for prompt in data.prompts:
+            self.original.check_length(prompt)
+        return data
 
     @cached_property
     def train(self) -> ImageSet:

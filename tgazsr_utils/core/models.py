@@ -89,12 +89,23 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Unit-norm embeddings ``[C,D]`` of prompts; each prompt is encoded once and kept."""
+        """Unit-norm embeddings ``[C,D]`` of prompts; each prompt is encoded once and kept.
+
+        Raises ValueError for one that the text tower would cut.
+        """
         missing = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
+        for prompt in missing:
+            self.check_length(prompt)
         for chunk in (missing[i : i + 512] for i in range(0, len(missing), 512)):
             embeddings = self.model.encode_text(self.tokenizer(chunk).to(self.device), normalize=True)
             self._prompts.update(zip(chunk, embeddings))
         return torch.stack([self._prompts[p].to(self.device) for p in prompts])
+
+    def check_length(self, prompt: str) -> None:
+        """Raises ValueError for a prompt of more tokens than the text tower reads: its end would be lost."""
+        tokens, limit = self.tokenizer, self.model.context_length
+        if len(prompt) > limit - 2 and hasattr(tokens, "encode") and (n := len(tokens.encode(prompt)) + 2) > limit:
+            raise ValueError(f"prompt {prompt[:120]!r} has {n} tokens, with start and end; {self.arch} reads {limit}")
 
     def similarity(self, pooled: Tensor, text: Tensor) -> Tensor:
         """``exp(logit_scale) * cosine``: logits ``[B,C]`` of pooled tokens ``[B,D]`` and unit-norm text ``[C,D]``."""

@@ -234,7 +234,10 @@ def load_dataset(
     Raises ValueError for an unknown key, a missing folder, or an unreadable image unless that is to be left out.
     """
     if root is None:
-        return _load_miniworld(key, split, 1000 if n is None else n, image_size, seed, world)
+        for name, value in (("preprocess", preprocess), ("test_fraction", test_fraction)):
+            if value is not None:
+                raise ValueError(f"{name} = {value!r} is for image files; the mini-world (data_root None) has none")
+        return _load_miniworld(key, split, 1000 if n is None else n, image_size, seed, world, prompt)
     source, spec = open_source(key, split, existing_root(root), test_fraction, seed), DATASETS.get(key)
     own = spec.preprocess if spec else "crop"
     files = Files(source, torch.arange(len(source.labels)), image_size, preprocess or own, on_bad_image)
@@ -260,14 +263,17 @@ def _labelled(key: str, split: Split, files: Files, prompt: str | None, world: s
     return ImageSet(key, world, files, labels, names, prompts, mask_kind="box", published=published)
 
 
-def _load_miniworld(key: str, split: Split, n: int, image_size: int, seed: int, world: str | None) -> ImageSet:
+def _load_miniworld(
+    key: str, split: Split, n: int, image_size: int, seed: int, world: str | None, prompt: str | None
+) -> ImageSet:
     if key not in miniworld.TASKS:
         raise ValueError(f"mini-world task {key!r} is unknown; there are: {', '.join(miniworld.TASKS)}")
     task = miniworld.TASKS[key]
     images, labels, masks = miniworld.task_images(key, n, split, seed)
     if image_size != miniworld.SIDE:
         images, masks = fit(images, image_size, "resize"), fit(masks, image_size, "resize", "nearest")
-    return ImageSet(key, world or "mini-world", images, labels, task.class_names, tuple(task.prompts), masks)
+    prompts = tuple((prompt or task.prompt).replace("{}", name) for name in task.class_names)
+    return ImageSet(key, world or "mini-world", images, labels, task.class_names, prompts, masks)
 
 
 def _box_mask(box: Box, size: tuple[int, int], side: int, preprocess: Preprocess) -> Tensor:

@@ -1,11 +1,16 @@
 """Weights: where they are found, what a file holds, how they get into a model. No code of a file is ever run."""
 
+import codecs
 import contextlib
+import difflib
 import glob
+import hashlib
 import json
 import logging
 import pickle
+import re
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -32,12 +37,26 @@ _DIGESTS = {
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SCHEMAS = ("hf-hub:", "local-dir:")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "visual.")
-# Released checkpoints keep an accuracy beside the weights as a NumPy scalar, whose name depends on NumPy's version.
-_scalar = np.float64(0).__reduce__()[0]
-_NUMPY_SCALARS = [
+_OUTER = ("state_dict", "model", "vision_encoder_state_dict")  # dictionaries that training code puts weights into
+_SIZES = ("input_resolution", "context_length", "vocab_size")  # that OpenAI's archives hold beside weights
+_KINDS = {  # a part of their tensors' names -> weights of other kinds
+    "lora_": "LoRA parts only; merge them into the weights they belong to",
+    "vision_model.": "a transformers model; take the same weights as open_clip has them, or convert it",
+}
+_BEGINNINGS = {  # of files that are no weights
+    b"<": "a web page, as some servers send in place of a download",
+    b"version https://git-lfs": "a pointer of Git LFS, not the weights it stands for: git lfs pull fetches them",
+    b"\x1f\x8b": "packed by gzip; unpack it first",
+}
+# Released checkpoints keep NumPy's numbers and arrays beside the weights, under names that depend on its version.
+_scalar, _array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+_NUMPY = [
     np.dtype,
-    type(np.dtype("float64")),
+    np.ndarray,
+    *{type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
     *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    codecs.encode,  # of an array's bytes, in older pickles
 ]
 
 
@@ -63,8 +82,7 @@ def load_clip(
     own (``processes.launch``). Raises ValueError, one line, for an unknown name, or a file that is unreadable, of
     another architecture, or needs pickled code to be read.
     """
-    if arch not in open_clip().list_models():
-        raise ValueError(f"arch {arch!r} is unknown to open_clip; the workbook's own is {MINI_ARCH!r}")
+    model_config(arch)  # raises for an unknown one
     if precision not in get_args(Precision):
         raise ValueError(f"precision {precision!r} is unknown; choose one of {', '.join(get_args(Precision))}")
     target = pick_device("cpu" if waiting else device)
@@ -112,7 +130,7 @@ def _build(arch: str, source: str | Path | None, seed: int, **options: Any) -> n
 
 def _with_weights_of(path: Path, arch: str, seed: int, options: dict[str, Any]) -> nn.Module:
     """A model with the weights of a file: all of them, or those of the image encoder, the rest then from OpenAI."""
-    state = _unwrapped(_read_checkpoint(path))
+    state = _unwrapped(_read_checkpoint(path, arch))
     encoder_only = "class_embedding" in state
     if not encoder_only:
         model = _build(arch, None, seed, **options)
@@ -136,14 +154,42 @@ def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
 
     What is left of an image encoder alone is its own state dict, as RobustVLM, TeCoA and TGA-ZSR release it.
     """
-    for outer in ("state_dict", "model", "vision_encoder_state_dict"):
-        state = state.get(outer, state)
+    while inner := [state[name] for name in _OUTER if isinstance(state, dict) and isinstance(state.get(name), dict)]:
+        state = inner[0]
+    if not isinstance(state, dict):
+        raise ValueError(f"this file holds a {type(state).__name__}, not weights by name")
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}  # beside them: epoch, accuracy
+    if kind := next((kind for part, kind in _KINDS.items() if any(part in name for name in state)), None):
+        raise ValueError(f"this file holds {kind}")
+    if not state:
+        raise ValueError("this file holds no weights")
+    state = {name: value for name, value in state.items() if name not in _SIZES}
     while prefix := next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
+TORCHSCRIPT = "a TorchScript archive, which is code; save its state_dict() as safetensors where you trust it"
+
+
+def _is_openais(path: Path, arch: str) -> bool:
+    """Is this the very file that OpenAI publishes for ``arch``, by the SHA-256 in its address?"""
+    published = str(open_clip().get_pretrained_cfg(arch, "openai").get("url", "")).split("/")
+    return hashlib.sha256(path.read_bytes()).hexdigest() in published
+
+
+def _foreign(path: Path) -> str | None:
+    """What a file is, if that is known and no checkpoint of weights."""
+    with open(path, "rb") as file:
+        beginning = file.read(64).lstrip()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return TORCHSCRIPT
+    return next((kind for start, kind in _BEGINNINGS.items() if beginning.startswith(start)), None)
+
+
+def _read_checkpoint(path: Path, arch: str) -> dict[str, Any]:
     """What a weights file holds. Raises ValueError for one that would run code, DamagedFile for a damaged one."""
     open(path, "rb").close()  # safetensors calls a file missing that it may not read
     if path.suffix == ".safetensors":
@@ -152,11 +198,17 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         if not ours and path in _DIGESTS and digest(path) != _DIGESTS[path]:
             raise DamagedFile(f"{path} is damaged (its content is not what ships)")
         return load_tensors(path)[0] if ours else load_file(path)
+    if kind := _foreign(path):
+        if kind == TORCHSCRIPT and _is_openais(path, arch):  # its code is known then
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        raise ValueError(f"this file is {kind}")
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+        with torch.serialization.safe_globals(_NUMPY):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError("reading this file would run code that it brings along, which is refused") from None
+    except Exception as error:  # the unpickler lets through whatever a file of another kind makes it do
+        if isinstance(error, pickle.UnpicklingError) and ("Unsupported" in str(error) or "GLOBAL" in str(error)):
+            raise ValueError("reading this file would run code that it brings along, which is refused") from None
+        raise DamagedFile("this file is no PyTorch checkpoint, or is damaged") from error
     return checkpoint
 
 
@@ -221,7 +273,13 @@ def model_config(arch: str) -> dict[str, Any]:
     """open_clip's description of an architecture. Raises ValueError for an unknown one."""
     config = open_clip().get_model_config(arch)
     if config is None:
-        raise ValueError(f"arch {arch!r} is unknown to open_clip; the workbook's own is {MINI_ARCH!r}")
+        plain = lambda name: re.sub(r"[^a-z0-9]", "", name.lower())
+        known = {plain(name): name for name in reversed(open_clip().list_models())}
+        # OpenAI's names are those of the quickgelu variants, which its weights are of.
+        close = [known[n] for n in (plain(arch) + "quickgelu", plain(arch)) if n in known]
+        close += [known[n] for n in difflib.get_close_matches(plain(arch), known, n=1)]
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"arch {arch!r} is unknown to open_clip; {hint}the workbook's own is {MINI_ARCH!r}")
     return config
 
 
