@@ -96,7 +96,10 @@ case ${1:-} in
     ;;
 --lab)
     pick_python "" jupyterlab
-    exec "$python" -m jupyterlab --ServerApp.ip=127.0.0.1 "${@:2}" notebooks
+    echo "from another machine: ssh -N -L 8888:127.0.0.1:8888 THIS-ONE, then open the address below there" >&2
+    # Containers and rented machines run as root; it stays on this machine, behind its token.
+    [[ $EUID == 0 ]] && root=(--ServerApp.allow_root=True) || root=()
+    exec "$python" -m jupyterlab --ServerApp.ip=127.0.0.1 "${root[@]}" "${@:2}" notebooks
     ;;
 *)
     pick_python "" papermill

@@ -10,6 +10,7 @@ from tgazsr_utils.parameters import (
     SettingsError,
     TrainNotebook,
     from_notebook,
+    units,
     validate,
 )
 from tgazsr_utils.profiles import default_parameters
@@ -118,6 +119,22 @@ def test_overrides_change_one_method_and_are_checked():
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text, value", [("8/255", 8), (" 0.5 / 255 ", 0.5), ("4", 4)])
+def test_epsilons_may_be_written_as_fractions_of_255(text, value):
+    assert AttackSettings(**GOOD | {"test_eps": text}).test_eps == value
+    values = default_parameters("03_ablations") | {"train_eps": text, "test_eps_list": [text, 1]}
+    found = validate(AblationNotebook, values)
+    assert found.train_eps == value and found.test_eps_list == [value, 1]
+
+
+def test_epsilons_below_a_tenth_are_told_their_unit():
+    values = default_parameters("03_ablations") | {"train_eps": 0.0314, "test_eps_list": [0.0, 0.05, 2.0]}
+    assert units(validate(AblationNotebook, values).model_dump()) == [
+        "train_eps = 0.0314 is in 1/255; for 0.0314 of the pixel range give 8.007",
+        "test_eps_list = 0.05 is in 1/255; for 0.05 of the pixel range give 12.75",
+    ]
+
+
 def test_the_released_attack_is_for_one_protocol_and_not_for_autoattack():
     values = default_parameters("04_evaluate_16_datasets") | {"attack_precision": "released-fp16"}
     assert validate(EvaluateNotebook, values).only(AttackSettings).label == "pgd-10-released-fp16"
@@ -146,5 +163,5 @@ def test_an_attack_may_be_named_as_in_the_original_code():
 
 def test_a_missing_data_root_is_refused():
     field = {"data_root": "no/such/folder"}
-    with pytest.raises(SettingsError, match="data_root = 'no/such/folder': .*no such folder"):
+    with pytest.raises(SettingsError, match="data_root = 'no/such/folder': .*no such folder .*/no/such/folder"):
         validate(TrainNotebook, field | {"arch": "mini-clip"})

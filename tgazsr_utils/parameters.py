@@ -14,6 +14,7 @@ from tgazsr_utils.core.settings import (
     Eps255,
     FinetuneSettings,
     Fraction,
+    Length255,
     Natural,
     NonNegative,
     Number,
@@ -62,7 +63,7 @@ class WorkbookSettings(Settings):
     def _is_there(cls, value: str | None) -> str | None:
         if value is not None and not resolve(value).is_dir():
             raise ValueError(
-                "there is no such folder; name that of your image sets with -p data_root FOLDER "
+                f"there is no such folder ({resolve(value)}); name that of your image sets with -p data_root FOLDER "
                 "(python -m tgazsr_utils.datasets fetch gets the published ones)"
             )
         return value
@@ -210,7 +211,7 @@ class AblationNotebook(EvaluateNotebook):
     Alpha_list: Distinct[NonNegative]
     Beta_list: Distinct[NonNegative]
     train_eps_list: Distinct[Eps255]
-    test_eps_list: Distinct[NonNegative]
+    test_eps_list: Distinct[Length255]
     train_numsteps_list: Distinct[Count]
     test_numsteps_list: Distinct[Count]
     last_num_ft_list: Distinct[Natural]  # 0: the whole encoder
@@ -267,6 +268,16 @@ def validate(model: type[AnySettings], values: Mapping[str, Any]) -> AnySettings
         problem = problem[0].lower() + problem[1:]
         given = "" if first["type"] == "missing" else f" = {_SHORT.repr(first['input'])}"
         raise SettingsError(f"parameter {name}{given}: {problem}" if name else problem) from None
+
+
+def units(values: Mapping[str, Any]) -> list[str]:
+    """A line for each epsilon or step that is so small that it may be meant as a part of 1, not of 255."""
+    lines = []
+    for name, given in values.items():
+        if "eps" in name or "stepsize" in name:
+            small = [v for v in (given if isinstance(given, list) else [given]) if isinstance(v, float) and 0 < v < 0.1]
+            lines += [f"{name} = {v:g} is in 1/255; for {v:g} of the pixel range give {255 * v:g}" for v in small]
+    return lines
 
 
 def unknown_parameter(name: Any, known: Mapping[str, Any]) -> str:

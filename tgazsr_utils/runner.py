@@ -215,7 +215,10 @@ def execute(notebook: str, parameters: Mapping[str, Any], folder: Path) -> None:
             with contextlib.suppress(Exception):  # what went wrong first is what is to be told
                 export_html(executed, html)
             raise
-    export_html(executed, html)
+    try:
+        export_html(executed, html)
+    except Exception as error:  # the notebook itself is finished
+        print(f"no HTML copy of {notebook} could be made: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def export_html(executed: Path, target: Path) -> None:

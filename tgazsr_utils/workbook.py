@@ -21,7 +21,7 @@ from tgazsr_utils.durable.weights import find_weights, load_clip
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import Record, RecordStore
 from tgazsr_utils.measuring.tables import save_table
-from tgazsr_utils.parameters import NOTEBOOKS, WorkbookSettings, from_notebook, validate
+from tgazsr_utils.parameters import NOTEBOOKS, WorkbookSettings, from_notebook, units, validate
 from tgazsr_utils.paths import ROOT, resolve
 from tgazsr_utils.profiles import default_parameters, folder_name, shown
 
@@ -36,7 +36,7 @@ def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":
         find_objective(method)
     usual = ROOT / "runs" / folder_name("mini", changes(notebook, settings))
     folder = resolve(settings.output) if settings.output else usual
-    print(f"results go to {shown(folder)}", flush=True)
+    print(f"results go to {shown(folder)}", *units(settings.model_dump()), sep="\n", flush=True)
     return Workbook(notebook, settings, Run(folder))
 
 

@@ -1,5 +1,6 @@
 """Hyper-parameters of training and of attacks: names, units, ranges. Epsilons and steps are in 1/255 here."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
@@ -11,13 +12,20 @@ def _not_a_boolean(value: Any) -> Any:
     return value
 
 
+def _of_255(value: Any) -> Any:
+    found = re.fullmatch(r"\s*([\d.]+)\s*/\s*255\s*", value) if isinstance(value, str) else None
+    return found[1] if found else value
+
+
 Number = BeforeValidator(_not_a_boolean)  # YAML reads "yes" and "on" as true, and true would be 1
 Count = Annotated[int, Number, Field(ge=1, lt=2**63)]
 Natural = Annotated[int, Number, Field(ge=0, lt=2**63)]
 NonNegative = Annotated[float, Number, Field(ge=0)]
 Positive = Annotated[float, Number, Field(gt=0)]
 Fraction = Annotated[float, Number, Field(gt=0, lt=1)]
-Eps255 = Annotated[float, Number, Field(ge=0, le=255, description="1/255 of the pixel range")]
+Of255 = BeforeValidator(_of_255)  # a number in 1/255; "8/255" is 8
+Eps255 = Annotated[float, Number, Of255, Field(ge=0, le=255, description="1/255 of the pixel range")]
+Length255 = Annotated[NonNegative, Of255]  # 1/255, of an l2 attack perhaps more than 255
 Norm = Literal["linf", "l2"]  # of the perturbation
 Precision = Literal["auto", "fp32", "amp_bf16", "fp16", "bf16"]  # see models.Numerics; "auto" is the loader's choice
 Protocol = Literal["last", "worst"]  # robust at the attack's last iterate (as published), or at every one of them
@@ -64,8 +72,8 @@ class AttackSettings(Settings):
     attack: Literal["pgd", "cw", "autoattack"] = "pgd"
     norm: Norm = "linf"  # l2: epsilon and step are Euclidean lengths of the whole perturbation, still in 1/255
     autoattack_version: Literal["apgd", "standard"] = "apgd"  # see measuring.autoattack
-    test_eps: NonNegative  # 1/255
-    test_stepsize: NonNegative  # 1/255
+    test_eps: Length255
+    test_stepsize: Length255
     test_numsteps: Count
     # "released-fp16": as the released code attacks, under fp16 autocast with the mean cross-entropy of 256 images
     attack_precision: Literal["model", "released-fp16"] = "model"

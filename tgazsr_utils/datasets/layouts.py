@@ -34,7 +34,7 @@ def list_datasets(root: str | Path | None) -> list[str]:
 def existing_root(root: str | Path) -> Path:
     folder = resolve(root)
     if not folder.is_dir():
-        raise ValueError(f"data_root {str(root)!r} is not a folder")
+        raise ValueError(f"data_root {str(root)!r} is not a folder ({folder})")
     return folder
 
 
