@@ -95,7 +95,9 @@ def test_the_readmes_leaderboard_is_that_of_the_kept_records():
     records = [Record.model_validate_json(line) for line in (REFERENCE / "records.jsonl").read_text().splitlines()]
     table = leaderboard(records)
     kept = pd.read_csv(REFERENCE / "tables" / "leaderboard.csv", index_col="method")
-    assert list(kept.index) == list(table.index) and set(table.index) == set(published()["PGD", "paper"].dropna().index)
+    assert list(kept.index) == list(table.index) and set(table.index) - {"PMG-AFT-scaled"} == set(
+        published()["PGD", "paper"].dropna().index
+    )
     pd.testing.assert_frame_equal(kept[["robust", "clean", "average"]], table[["robust", "clean", "average"]])
     assert {as_row(name, row) for name, row in readable(table).iterrows()} <= readme_rows()
 
