@@ -18,8 +18,10 @@ def test_the_full_profile_runs_on_miniatures_of_the_sixteen_sets(tmp_path, monke
     startup = tmp_path / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
     here = str(Path(__file__).parent)
-    lines = f"import sys; sys.path.append({here!r}); import tgazsr_utils.core, miniatures\n"
-    lines += "miniatures.without_checksums()\n"
+    lines = (
+        f"import sys; sys.path.append({here!r}); from tgazsr_utils.core.libraries import torchvision; torchvision()\n"
+    )
+    lines += "import miniatures; miniatures.without_checksums()\n"
     (startup / "00.py").write_text(lines)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     given = {"data_root": root, "output": out, "pretrained": "null", "epochs": 1, "batch_size": 4, "warmup_steps": 1}
