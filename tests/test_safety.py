@@ -127,9 +127,10 @@ def test_an_archive_cannot_write_outside_of_its_folder(served, tmp_path, monkeyp
     monkeypatch.setattr(torchvision.datasets.FGVCAircraft, "_URL", f"{served[1]}/{archive.name}")
     assert datasets_command.main(["fetch", "fgvc_aircraft", "--root", str(tmp_path / "deep" / "sets")]) == 1
     said = capsys.readouterr().out
-    assert "fgvc_aircraft: failed: " in said and (
-        "outside" in said or "absolute" in said or member.startswith("/")
-    )  # a slash is dropped
+    if not hasattr(tarfile, "data_filter"):  # Debian 12's Python 3.11.2
+        assert "this Python cannot keep an archive inside a folder" in said
+    elif not member.startswith("/"):  # a slash is dropped
+        assert "fgvc_aircraft: failed: " in said and ("outside" in said or "absolute" in said)
     assert not [
         path for path in tmp_path.rglob("outside.txt") if tmp_path / "deep" / "sets" / ".fetching" not in path.parents
     ]
