@@ -123,9 +123,12 @@ def test_a_part_without_labels_is_passed_over_and_named(tmp_path, where, capsys)
     put_classes(tmp_path / "s" / "train", count=4)
     put_classes(tmp_path / "s" / "val", count=2)
     put(tmp_path / "s" / "test" / where / "x.png")
+    put(tmp_path / "s" / "extra" / "cat" / "x.png")
     data = load_dataset("s", "test", tmp_path)
     assert len(data) == 4 and data.class_names == ("cat", "dog")
-    assert "left out: test has no class folders of the names in the part to train on" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "left out: test has no class folders of the names in the part to train on" in told
+    assert "left out: folder extra is no part" in told
 
 
 def test_a_missing_part_is_named_with_the_names_that_are_read(tmp_path):

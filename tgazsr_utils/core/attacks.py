@@ -59,8 +59,9 @@ def pgd(
     ``protocol`` "last" returns the last iterate. "worst" returns the first image of the clean one, the start and all
     iterates that is misclassified, and the last iterate where none is; what is fooled leaves the batch.
 
-    Raises ValueError for pixels outside [0,1], a negative ``eps``, ``step_size`` or ``steps``, an unknown ``norm`` or
-    ``protocol``, or "worst" with a ``loss`` of one's own, which knows whole batches only.
+    Raises ValueError for pixels outside [0,1], a negative ``eps``, ``step_size`` or ``steps``, an unknown ``norm``,
+    ``protocol`` or ``start``, or "worst" with an "uncut" start or with a ``loss`` of one's own, which knows whole
+    batches only.
     """
     check_arguments(images, norm, protocol, start, eps=eps, step_size=step_size, steps=steps)
     if not len(images):

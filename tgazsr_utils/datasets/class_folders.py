@@ -64,7 +64,8 @@ def class_folders(
         if not any(images for images, _ in found.values()):
             told.append(f"class folder {name} has no images")
             continue
-        paths = [p for directory, (images, _) in found.items() if _of(directory, split, parts) for p in images]
+        of_part = [d for d in directories if not parts or d.parent == parts[split]]
+        paths = [path for directory in of_part for path in found[directory][0]]
         if not paths:
             told.append(f"class {name} has no images to {split} on")
         chosen = paths if whole else _part_of_class(paths, split, test_fraction, seed)
@@ -77,27 +78,24 @@ def class_folders(
 
 
 def _parts(inner: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
-    """The folders to train and to test on, by "train" and "test"; none unless both are there, or nothing else is."""
+    """(the folders to train and to test on, by "train" and "test"; what is left out), unless there are no parts.
+
+    There are if both are named, or if nothing else is there.
+    """
     named = {part: {p.name.lower(): p for p in inner if p.name.lower() in names} for part, names in PARTS.items()}
     if not (named["train"] and named["test"]) and len(named["train"]) + len(named["test"]) < len(inner):
         return {}, []
     parts = dict(zip(["train"], named["train"].values()))
     classes = {folder.name for part in parts.values() for folder in folders(part)}
-    unlabelled = []
+    told = [f"folder {p.name} is no part" for p in inner if not any(p in of.values() for of in named.values())]
     for name in PARTS["test"]:
         if name in named["test"] and "test" not in parts:
             there = {folder.name for folder in folders(named["test"][name])}
             if there & classes if classes else len(there) > 1:
                 parts["test"] = named["test"][name]
             else:
-                unlabelled.append(
-                    f"{named['test'][name].name} has no class folders of the names in the part to train on"
-                )
-    return parts, unlabelled
-
-
-def _of(directory: Path, split: Split, parts: dict[str, Path]) -> bool:
-    return not parts or directory.parent == parts[split]
+                told.append(f"{named['test'][name].name} has no class folders of the names in the part to train on")
+    return parts, told
 
 
 def _part_of_class(paths: list[Path], split: Split, test_fraction: float | None, seed: int) -> list[Path]:

@@ -43,6 +43,7 @@ _KINDS = {  # a part of their tensors' names -> weights of other kinds
     "lora_": "LoRA parts only; merge them into the weights they belong to",
     "vision_model.": "a transformers model; take the same weights as open_clip has them, or convert it",
 }
+TORCHSCRIPT = "a TorchScript archive, which is code; save its state_dict() as safetensors where you trust it"
 _BEGINNINGS = {  # of files that are no weights
     b"<": "a web page, as some servers send in place of a download",
     b"version https://git-lfs": "a pointer of Git LFS, not the weights it stands for: git lfs pull fetches them",
@@ -167,9 +168,6 @@ def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
     while prefix := next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
-
-
-TORCHSCRIPT = "a TorchScript archive, which is code; save its state_dict() as safetensors where you trust it"
 
 
 def _is_openais(path: Path, arch: str) -> bool:
