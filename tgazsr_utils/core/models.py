@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tgazsr_utils.core.encoder import with_larger_products
 from tgazsr_utils.core.libraries import open_clip
-
-torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution, and fp32 is to mean fp32
 
 
 class ImageTokens(NamedTuple):
@@ -54,6 +53,7 @@ class Clip(nn.Module):
                 "use a ViT with a class token such as ViT-B-32-quickgelu"
             )
         visual.output_tokens = True
+        with_larger_products(visual)
         self.model: Any = model  # open_clip's own class, whose parts are called by name
         self.arch, self.numerics = arch, numerics
         # What made the weights, where that is known: method, settings, data and code.
