@@ -37,10 +37,11 @@ from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.core.training import attacked, trainable
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.display.explorer import Explorer, Models
+from tgazsr_utils.durable.devices import pick_device
 from tgazsr_utils.durable.files import write_json
 from tgazsr_utils.durable.fingerprints import code_version
 from tgazsr_utils.durable.runs import Run
-from tgazsr_utils.durable.weights import SHIPPED, load_clip, pick_device
+from tgazsr_utils.durable.weights import SHIPPED, load_clip
 from tgazsr_utils.measuring.measure import evaluate
 from tgazsr_utils.parameters import ExplorerNotebook, validate
 from tgazsr_utils.paths import resolve

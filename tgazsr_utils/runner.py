@@ -33,10 +33,11 @@ from traitlets.config import Config
 from tgazsr_utils import profiles
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.durable import processes
+from tgazsr_utils.durable.devices import device_name
 from tgazsr_utils.durable.files import write_atomic, write_json
 from tgazsr_utils.durable.fingerprints import code_version
 from tgazsr_utils.durable.runs import Run
-from tgazsr_utils.durable.weights import SHIPPED, find_weights, pick_device
+from tgazsr_utils.durable.weights import SHIPPED, find_weights
 from tgazsr_utils.measuring.records import Record
 from tgazsr_utils.measuring.tables import compare
 from tgazsr_utils.parameters import SettingsError
@@ -246,12 +247,11 @@ def take_part(batch: Batch, first: bool) -> int:
 
 def environment_of(device: str) -> dict[str, Any]:
     """What a result may depend on beyond its parameters."""
-    target = pick_device(device)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: metadata.version(name) for name in _PACKAGES.split()},
-        "device": torch.cuda.get_device_name(target) if target.type == "cuda" else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "code": code_version(),
         "note": "other versions, devices or thread counts may change results by rounding",

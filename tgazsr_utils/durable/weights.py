@@ -25,6 +25,7 @@ from tgazsr_utils.core.libraries import open_clip
 from tgazsr_utils.core.models import Clip, Numerics
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import Precision
+from tgazsr_utils.durable.devices import pick_device
 from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
 from tgazsr_utils.paths import DATA, resolve
 
@@ -255,16 +256,6 @@ def find_weights(name: str | None, models: Path) -> str | None:
     if not found:
         raise ValueError(f"no model {stem!r} in {models}; run the notebook that makes it first")
     return str(found[-1])
-
-
-def pick_device(device: str) -> torch.device:
-    """The device of a name; "auto" is CUDA where there is one. Raises ValueError for one that is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def model_config(arch: str) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""A GPU that is counted and cannot be used; what a device is called, without occupying it."""
+
+import pytest
+import torch
+
+from tgazsr_utils.durable import devices
+from tgazsr_utils.durable.devices import device_name, pick_device
+from tgazsr_utils.durable.weights import load_clip
+
+needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which can be used")
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """As under a driver too old for this PyTorch: NVML counts a device, and CUDA does not start."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    devices._cuda_works.cache_clear()
+    yield
+    devices._cuda_works.cache_clear()
+
+
+@needs_none
+def test_a_gpu_that_does_not_start_is_told_once_and_the_cpu_taken(counted, capsys):
+    assert pick_device("auto").type == "cpu" and pick_device("auto").type == "cpu"
+    clip = load_clip("mini-clip", "mini")
+    assert clip.device.type == "cpu" and clip.numerics == ("cpu", "fp32", False)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("the GPU cannot be used: ") and "going on on the CPU" in told
+    assert f"PyTorch {torch.__version__} is built " in told
+
+
+@needs_none
+def test_where_it_was_asked_for_it_is_refused_with_the_build(counted):
+    with pytest.raises(ValueError, match=r"device 'cuda' cannot be used: .* \(PyTorch .* is built .*README") as error:
+        pick_device("cuda")
+    assert "\n" not in str(error.value)
+
+
+@needs_none
+def test_a_device_is_named_in_another_process(counted):
+    assert device_name("cpu") == "cpu"
+    assert device_name("auto") == "cpu"  # which has asked there: here a GPU is counted
+    with pytest.raises(ValueError, match="^device 'cuda:7' cannot be used: "):
+        device_name("cuda:7")
+    assert not torch.cuda.is_initialized()
+
+
+def test_no_process_is_started_where_no_gpu_is_counted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices.subprocess, "run", lambda *a, **k: pytest.fail("asked in another process"))
+    assert device_name("auto") == device_name("cpu") == "cpu"
