@@ -148,7 +148,8 @@ def attacks(s: AblationSettings) -> Iterator[Variant]:
 
 def seeds(s: AblationSettings) -> Iterator[Variant]:
     """How much is chance?"""
-    several = s.seeds if s.seeds and len(s.seeds) > 1 else [s.seed, s.seed + 1, s.seed + 2]
+    few = range(s.seed, s.seed + (2 if s.ablations == "cut" else 3))
+    several = s.seeds if s.seeds and len(s.seeds) > 1 else list(few)
     for method in s.methods:
         yield variant(s, {"method": method}, method, own=True, seeds=several)
 
