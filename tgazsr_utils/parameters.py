@@ -42,7 +42,8 @@ class SettingsError(ValueError):
     """One line that names the value and says what is allowed."""
 
     def __init__(self, text: str):
-        super().__init__(" ".join(text.split()))  # one line, whatever a name or value is
+        line = " ".join(text.split())  # one line, whatever a name or value is
+        super().__init__(line if len(line) <= 1900 else f"{line[:900]} ... {line[-900:]}")
 
 
 class WorkbookSettings(Settings):
@@ -57,6 +58,13 @@ class WorkbookSettings(Settings):
     output: str | None  # folder of the run; None: one below runs/, named after what differs from the defaults
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
     seed: Natural
+
+    @field_validator("data_root", "output", "weights", "pretrained", "tuned", check_fields=False)
+    @classmethod
+    def _can_be_a_path(cls, value: str | None) -> str | None:
+        if value is not None:
+            resolve(value)
+        return value
 
     @field_validator("data_root")
     @classmethod
@@ -223,6 +231,12 @@ class AblationNotebook(EvaluateNotebook):
         """Images of each set that is attacked many times."""
         return min(self.attack_images, self.quick_eval or self.attack_images)
 
+    @model_validator(mode="after")
+    def _attacks_are_settings(self) -> "AblationNotebook":
+        for eps in self.test_eps_list:
+            self.only(AttackSettings, test_eps=eps)
+        return self
+
     @field_validator("ablations")
     @classmethod
     def _known_ablations(cls, value: str | list[str]) -> str | list[str]:
@@ -266,6 +280,8 @@ def validate(model: type[AnySettings], values: Mapping[str, Any]) -> AnySettings
         name = ".".join(map(str, first["loc"]))
         problem = first["msg"].removeprefix("Value error, ")
         problem = problem[0].lower() + problem[1:]
+        if first["type"] == "float_parsing" and ("eps" in name or "stepsize" in name):
+            problem += "; it is in 1/255, such as 8 or '8/255'"
         given = "" if first["type"] == "missing" else f" = {_SHORT.repr(first['input'])}"
         raise SettingsError(f"parameter {name}{given}: {problem}" if name else problem) from None
 
