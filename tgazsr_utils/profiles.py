@@ -17,7 +17,7 @@ from tgazsr_utils.datasets.layouts import list_datasets
 from tgazsr_utils.datasets.loading import class_prompts
 from tgazsr_utils.datasets.published_sets import DATASETS
 from tgazsr_utils.durable.weights import image_size_of, locate_weights, same_tokens
-from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, unknown_parameter, validate
+from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, unknown_parameter, validate, without_effect
 from tgazsr_utils.paths import ROOT, resolve
 
 FOLDER = ROOT / "notebooks"
@@ -175,6 +175,15 @@ def check_names(profile: Profile, given: Mapping[str, Any], notebooks: Sequence[
         for name in values:
             if name not in NOTEBOOKS[notebook].model_fields:
                 raise SettingsError(f"{notebook}: {unknown_parameter(name, NOTEBOOKS[notebook].model_fields)}")
+
+
+def check_effect(given: Mapping[str, Any], parameters: Mapping[str, Mapping[str, Any]]) -> None:
+    """What is given must change something in one of the notebooks, whose checked ``parameters`` are by name."""
+    idle = [without_effect(validate(NOTEBOOKS[name], values)) for name, values in parameters.items()]
+    for name, value in given.items():
+        reasons = [of.get(name) for of, values in zip(idle, parameters.values()) if name in values]
+        if reasons and all(reasons):
+            raise SettingsError(f"parameter {name} = {value!r} has no effect: {reasons[0]}")
 
 
 def given_value(name: str, text: str) -> Any:

@@ -60,6 +60,7 @@ class Batch:
         for number, name in enumerate(chosen):
             profiles.check_choices(name, self.parameters[name])
             self._check_models(name, chosen[:number])
+        profiles.check_effect(given, {name: self.parameters[name] for name in chosen})
         self.manifest_path = folder / "manifest.json"
 
     def _check_models(self, notebook: str, before: Sequence[str]) -> None:

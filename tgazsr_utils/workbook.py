@@ -21,7 +21,7 @@ from tgazsr_utils.durable.weights import find_weights, load_clip
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import Record, RecordStore
 from tgazsr_utils.measuring.tables import save_table
-from tgazsr_utils.parameters import NOTEBOOKS, WorkbookSettings, from_notebook, units, validate
+from tgazsr_utils.parameters import NOTEBOOKS, WorkbookSettings, from_notebook, units, validate, without_effect
 from tgazsr_utils.paths import ROOT, resolve
 from tgazsr_utils.profiles import check_prompts, default_parameters, folder_name, shown
 
@@ -34,9 +34,11 @@ def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":
     settings = from_notebook(NOTEBOOKS[notebook], namespace)
     for method in [*getattr(settings, "methods", []), *getattr(settings, "overrides", {})]:
         find_objective(method)
-    usual = ROOT / "runs" / folder_name("mini", changes(notebook, settings))
+    idle, changed = without_effect(settings), changes(notebook, settings)
+    usual = ROOT / "runs" / folder_name("mini", changed)
     folder = resolve(settings.output) if settings.output else usual
-    told = [*units(settings.model_dump()), *check_prompts(settings)]
+    told = [f"{name} = {changed[name]!r} has no effect here: {idle[name]}" for name in changed if name in idle]
+    told += [*units(settings.model_dump()), *check_prompts(settings)]
     print(f"results go to {shown(folder)}", *told, sep="\n", flush=True)
     return Workbook(notebook, settings, Run(folder))
 
