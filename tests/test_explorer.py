@@ -185,7 +185,7 @@ def test_an_upload_is_seen_upright_and_as_the_model_sees_it_and_leaves_with_its_
         upload(panel, file.getvalue())
         assert panel.own[0, :, -20:].mean() > 0.95 and panel.own[0, :, :20].mean() < 0.05
         assert torch.equal(panel.attacked.image, panel.own)
-        assert panel.result.value.count("what the model sees, 56 × 56</figcaption>") == 1
+        assert panel.result.value.count("model's view, 56 × 56</figcaption>") == 1
         assert panel.text.value.endswith(panel.attacked.label) and panel.attacked.label == panel.attacked.before[0][0]
         panel.text.value = "something else"
         panel.image.value = 7 - panel.image.value

@@ -90,7 +90,7 @@ def attacked_image_html(shown: AttackedImage) -> str:
     """The image as the model sees it, attention and perturbation; the likeliest classes and how attention moved."""
     sides = shown.image, shown.clean_map, shown.adversarial, shown.attacked_map
     pictures = attention_pictures(*sides, amplification(shown.image, shown.adversarial))
-    seen = f"what the model sees, {shown.image.shape[1]} × {shown.image.shape[2]}"
+    seen = f"model's view, {shown.image.shape[1]} × {shown.image.shape[2]}"
     pictures = {seen: pictures.pop("image")} | pictures
     tables = []
     for head, classes in (("probability before", shown.before), ("after the attack", shown.after)):
