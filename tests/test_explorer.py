@@ -163,15 +163,35 @@ def test_an_image_of_ones_own_or_a_file_that_is_none(explorer):
     assert panel.text.value == f"This is a photo of a {panel.attacked.before[0][0]}"  # not of the image before
     shown = panel.result.value
     upload(panel, b"not an image")
-    assert "mine.png is not an image I can read" in panel.status.value and panel.result.value == shown
+    assert ">This is not an image I can read: mine.png<" in panel.status.value and panel.result.value == shown
     upload(panel, file.getvalue()[:90])
-    assert "mine.png is not an image I can read: " in panel.status.value and panel.result.value == shown
+    assert "This is not an image I can read: mine.png (" in panel.status.value and panel.result.value == shown
     panel.image.value = 5
     assert panel.own is None and "image 5 of shapes" in panel.status.value
     panel.text.value = "<script>alert(1)</script>"
     assert "<script" not in panel.result.value and 'class="error"' not in panel.status.value
     panel.text.value = "  "
     assert "the prompt is empty" in panel.status.value
+
+
+def test_an_upload_is_seen_upright_and_as_the_model_sees_it_and_leaves_with_its_prompt(explorer):
+    panel, file, exif = explorer.attack, io.BytesIO(), Image.Exif()
+    exif[0x112] = 6  # to be turned by a quarter: what is stored at the top is seen at the right
+    image = Image.new("RGB", (300, 300))
+    image.paste((255, 0, 0), (0, 0, 300, 150))
+    image.save(file, "PNG", exif=exif)
+    for _ in range(2):  # the same file once more, after an image of the set
+        panel.text.value = "something else"
+        upload(panel, file.getvalue())
+        assert panel.own[0, :, -20:].mean() > 0.95 and panel.own[0, :, :20].mean() < 0.05
+        assert torch.equal(panel.attacked.image, panel.own)
+        assert panel.result.value.count("model's view, 56 × 56</figcaption>") == 1
+        assert panel.text.value.endswith(panel.attacked.label) and panel.attacked.label == panel.attacked.before[0][0]
+        panel.text.value = "something else"
+        panel.image.value = 7 - panel.image.value
+        label = explorer.data.class_names[int(explorer.data.labels[panel.image.value])]
+        assert panel.text.value.endswith(label) and panel.attacked.label == label and panel.upload.value == ()
+        assert panel.own is None and "your image" not in panel.status.value
 
 
 def test_panels_leave_their_html_where_there_are_no_widgets(explorer, tmp_path, monkeypatch):

@@ -74,9 +74,8 @@ def test_a_profile_is_valid(path):
     profile = load_profile(path.stem)
     check_names(profile, {}, profile.notebooks)
     for notebook in profile.notebooks:
-        values = profile.model_copy(
-            update={"parameters": {k: v for k, v in profile.parameters.items() if k != "data_root"}}
-        )
+        root = {"data_root": str(ROOT)} if "data_root" in profile.parameters else {}
+        values = profile.model_copy(update={"parameters": profile.parameters | root})
         parameters_of(notebook, values, "runs/x", {})
 
 

@@ -9,9 +9,10 @@ import nbformat
 import pytest
 from conftest import size
 
-from tgazsr_utils import runner
+from tgazsr_utils import open_workbook, profiles, runner
+from tgazsr_utils.parameters import SettingsError
 from tgazsr_utils.paths import ROOT
-from tgazsr_utils.profiles import given_value, load_profile, parameters_of
+from tgazsr_utils.profiles import default_parameters, given_value, load_profile, parameters_of
 from tgazsr_utils.runner import fingerprint, main
 
 
@@ -34,11 +35,46 @@ from tgazsr_utils.runner import fingerprint, main
         (["mini", "-p", "methods", "[TGA]"], "02_train_tga_zsr: method 'TGA' is unknown; there are: FT-Clean"),
         (["mini", "-p", "dataset", "shape"], "01_attention_shift: image set 'shape' is not there; there are: shapes"),
         (["mini", "-p", "testdata", "[shapes, nowhere]"], "03_ablations: image set 'nowhere' is not there"),
-        (["mini", "-p", "pretrained", "none.pt"], "01_attention_shift: 'none.pt' is neither a file nor a name known"),
+        (
+            ["mini", "-p", "pretrained", "none.pt"],
+            "01_attention_shift: 'none.pt' is neither a file .*/none.pt. nor a name known",
+        ),
         (["mini", "-p", "arch", "ViT-X"], "01_attention_shift: arch 'ViT-X' is unknown to open_clip"),
         (["mini", "05", "-p", "tuned", "latest:FARE"], "05_.*: tuned = 'latest:FARE': no model 'FARE' in"),
         (["mini", "01", "-p", "pretrained", "latest:pretrained"], "pretrained = 'latest:pretrained': no model"),
         (["mini", "-p", "testdata", "foo"], "parameter testdata = 'foo': .*list of sets, 'published'"),
+        (
+            ["mini", "00", "-p", "prompt", "A {}" + 40 * " dim"],
+            "00_.*: prompt 'A circle dim.*' is longer than the 32 tok",
+        ),
+        (
+            ["mini", "04", "-p", "prompt", "itap of {}"],
+            "04_.*: method Comp-TGA: prompt 'itap of .*' has no known negation",
+        ),
+        (
+            ["mini", "03", "-p", "prompt", "A {}" + 28 * " a"],
+            "03_.*: method Comp-TGA: prompt 'This is not a .* 32 tokens",
+        ),
+        (
+            ["mini", "03", "-p", "test_eps_list", "[300]"],
+            "test_eps_list: parameter test_eps = 300.0: .*less than or equal to 255",
+        ),
+        (["mini", "02", "-p", "test_eps", "4/100"], "test_eps = '4/100': .*it is in 1/255, such as 8 or '8/255'"),
+        (["mini", "05", "-p", "tuned", "latest:/x"], "tuned = 'latest:/x': no model '/x'"),
+        (["mini", "-p", "preprocess", "crop"], "preprocess = 'crop' is for image files; the mini-world"),
+        (["mini", "00", "-p", "test_fraction", "0.5"], "test_fraction = 0.5 is for image files; the mini-world"),
+        (["mini", "02", "-p", "on_bad_image", "leave_out"], "on_bad_image = 'leave_out' is for image files; the mini"),
+        (["mini", "02", "04", "-p", "autoattack_version", "standard"], "'standard' has no effect: attack is 'pgd'"),
+        (["mini", "04", "-p", "attack", "autoattack", "-p", "test_stepsize", "1"], "no effect: AutoAttack chooses its"),
+        (["mini", "05", "-p", "norm", "l2"], "norm = 'l2' has no effect: the explorer attacks by PGD in linf"),
+        (
+            ["mini", "03", "-p", "ablations", "distance", "-p", "Beta_list", "[1.0]"],
+            "no effect: .* ablations alpha_beta",
+        ),
+        (["mini", "04", "-p", "methods", "[TeCoA]", "-p", "Alpha", "1"], "no effect: none of the methods compares att"),
+        (["mini", "04", "-p", "methods", "[FT-Clean]", "-p", "train_eps", "1"], "no effect: FT-Clean trains on clean"),
+        (["mini", "02", "-p", "optimizer", "adamw", "-p", "momentum", "0.5"], "no effect: optimizer is 'adamw'"),
+        ([5000 * "x"], "profile 'xxx.* is unknown; there are: .*mini"),
     ],
 )
 def test_bad_calls_stop_with_one_line_and_leave_nothing(arguments, message, tmp_path, capsys):
@@ -47,6 +83,69 @@ def test_bad_calls_stop_with_one_line_and_leave_nothing(arguments, message, tmp_
     assert error.startswith("error: ") and error.count("\n") == 1
     assert re.search(message, error), error
     assert not (tmp_path / "out").exists()
+
+
+LONG = [
+    300 * "a",
+    1000 * "word ",
+    2500 * "a/",
+    200 * "\U0001f408",
+    "/" + 300 * "a",
+    "latest:" + 300 * "a",
+    "a\0b",
+    "a\udcff",
+]
+
+
+@pytest.mark.parametrize("name", ["data_root", "output", "weights", "pretrained", "tuned", "dataset", "arch", "device"])
+def test_long_text_is_never_taken_for_a_file_name(name, tmp_path, capsys):
+    notebooks = ["00"] if name == "weights" else ["01"]
+    for text in LONG:
+        given = {"output": str(tmp_path / "out")} | {name: text}
+        assert main(["mini", *notebooks, *(word for pair in given.items() for word in ("-p", *pair))]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and len(error) < 2000
+        assert "Errno" not in error and repr(text)[1:20] in error
+        assert main(["compare", text, text]) == 2 and "Errno" not in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_prompts_of_every_set_are_counted_before_anything_is_trained(photo_root, tmp_path, capsys):
+    long = "_".join("abcdefghijklmnopqrstuvwxyzabcdefgh")
+    shutil.copytree(photo_root / "animals", photo_root / "more")
+    (photo_root / "more" / "images" / "002_green-x").rename(photo_root / "more" / "images" / long)
+    given = {"data_root": photo_root, "dataset": "animals", "output": tmp_path / "out"}
+    assert main(["mini", "02", "04", *(word for name in given for word in ("-p", name, str(given[name])))]) == 2
+    error = capsys.readouterr().err
+    assert re.search("04_.*: prompt 'This is a photo of a a b c .*' is longer than the 32 tokens that mini-clip", error)
+    assert not (tmp_path / "out").exists()
+    values = default_parameters("04_evaluate_16_datasets") | {name: str(value) for name, value in given.items()}
+    with pytest.raises(ValueError, match="longer than the 32 tokens"):
+        open_workbook("04_evaluate_16_datasets", values)
+    open_workbook("04_evaluate_16_datasets", values | {"testdata": ["animals", "tiny"]})
+
+
+def test_classes_of_the_same_tokens_are_told(photo_root, tmp_path, capsys):
+    (photo_root / "tiny" / "words.txt").write_text("n01\tred fox\nn02\tRed  Fox\nn03\tabsent\n")
+    values = default_parameters("02_train_tga_zsr") | {"data_root": str(photo_root), "output": str(tmp_path / "out")}
+    open_workbook("02_train_tga_zsr", values | {"dataset": "animals"})
+    assert "cannot be told apart" not in capsys.readouterr().out
+    for _ in range(2):
+        open_workbook("02_train_tga_zsr", values | {"dataset": "tiny"})
+        told = capsys.readouterr().out
+        assert told.count("tiny: classes that cannot be told apart, as their prompts are the same tokens") == 1
+        assert "of a red fox'" in told and "of a red  fox'" in told
+
+
+@pytest.mark.parametrize("line", ["test_eps = 8 / 255", "import os", "a, b = (1, 2)", "seed"])
+def test_a_cell_of_parameters_that_is_no_list_of_values_is_refused_by_its_line(line, tmp_path, monkeypatch):
+    name = "01_attention_shift"
+    monkeypatch.setattr(profiles, "FOLDER", tmp_path)
+    book = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    book.cells[1].source += f"\n{line}"
+    nbformat.write(book, tmp_path / f"{name}.ipynb")
+    with pytest.raises(SettingsError, match=f"cell of parameters says '{re.escape(line)}', which is no name = value"):
+        default_parameters(name)
 
 
 @pytest.mark.parametrize("text", ["a: b", "a #1", "007", "yes", "[a]", "'quoted'", "a\nb", "-x"])
@@ -123,8 +222,11 @@ def test_the_fingerprint_follows_every_input(tmp_path, monkeypatch):
     folder.mkdir()
     with_data = parameters | {"data_root": str(folder)}
     before = fingerprint("01_attention_shift", with_data, "")
+    words = parameters | {"prompt": str(folder), "dataset": 300 * "a"}  # which name no files
+    worded = fingerprint("01_attention_shift", words, "")
     (folder / "new.png").write_bytes(b"x")
     assert fingerprint("01_attention_shift", with_data, "") != before
+    assert fingerprint("01_attention_shift", words, "") == worded
     monkeypatch.setattr(runner, "code_version", lambda: "other")
     assert fingerprint("01_attention_shift", parameters, "") != first
 

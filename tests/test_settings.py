@@ -1,7 +1,9 @@
 import pytest
 from pydantic import ValidationError
 
-from tgazsr_utils.core.settings import AttackSettings
+from tgazsr_utils import open_workbook
+from tgazsr_utils.core.objectives import OBJECTIVES, Step
+from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.measuring.ablations import plan
 from tgazsr_utils.parameters import (
     AblationNotebook,
@@ -12,9 +14,11 @@ from tgazsr_utils.parameters import (
     from_notebook,
     units,
     validate,
+    without_effect,
 )
-from tgazsr_utils.profiles import default_parameters
+from tgazsr_utils.profiles import check_effect, default_parameters
 
+KNOWN = FinetuneSettings.model_fields
 GOOD = {"test_eps": 1.0, "test_stepsize": 1.0, "test_numsteps": 10}
 
 
@@ -165,3 +169,29 @@ def test_a_missing_data_root_is_refused():
     field = {"data_root": "no/such/folder"}
     with pytest.raises(SettingsError, match="data_root = 'no/such/folder': .*no such folder .*/no/such/folder"):
         validate(TrainNotebook, field | {"arch": "mini-clip"})
+
+
+def test_a_parameter_that_another_notebook_reads_is_accepted_and_told_where_it_changes_nothing(tmp_path, capsys):
+    values = {name: default_parameters(name) for name in ("03_ablations", "04_evaluate_16_datasets")}
+    check_effect({"autoattack_version": "standard", "seed": 1}, {n: v | {"seed": 1} for n, v in values.items()})
+    for name, told in (("03_ablations", False), ("04_evaluate_16_datasets", True)):
+        given = {"autoattack_version": "standard", "seed": 1, "output": str(tmp_path)}
+        open_workbook(name, values[name] | given)
+        said = "autoattack_version = 'standard' has no effect here: attack is 'pgd'"
+        assert (said in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_which_methods_compare_attention_is_known(name, mini, shapes):
+    """Whatever does so has terms that Alpha weighs."""
+    settings = FinetuneSettings(**{k: v for k, v in default_parameters("02_train_tga_zsr").items() if k in KNOWN})
+    chunk = next(shapes.batches(4))
+    step = Step(mini, mini, chunk.images, chunk.labels, shapes.prompts, adversarial=chunk.images)
+    objective = OBJECTIVES[name]
+    weights = lambda alpha: [
+        t.weight for t in objective.terms(step, objective.with_preset(settings.model_copy(update={"Alpha": alpha})))
+    ]
+    values = default_parameters("04_evaluate_16_datasets") | {"methods": [name]}
+    idle = without_effect(validate(EvaluateNotebook, values))
+    assert (weights(0.5) == weights(0.25)) == ("Alpha" in idle)
+    assert ("train_eps" in idle) == (objective.attack is None)

@@ -42,7 +42,8 @@ class SettingsError(ValueError):
     """One line that names the value and says what is allowed."""
 
     def __init__(self, text: str):
-        super().__init__(" ".join(text.split()))  # one line, whatever a name or value is
+        line = " ".join(text.split())  # one line, whatever a name or value is
+        super().__init__(line if len(line) <= 1900 else f"{line[:900]} ... {line[-900:]}")
 
 
 class WorkbookSettings(Settings):
@@ -57,6 +58,13 @@ class WorkbookSettings(Settings):
     output: str | None  # folder of the run; None: one below runs/, named after what differs from the defaults
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
     seed: Natural
+
+    @field_validator("data_root", "output", "weights", "pretrained", "tuned", check_fields=False)
+    @classmethod
+    def _can_be_a_path(cls, value: str | None) -> str | None:
+        if value is not None:
+            resolve(value)
+        return value
 
     @field_validator("data_root")
     @classmethod
@@ -74,6 +82,13 @@ class WorkbookSettings(Settings):
         if value is not None and value.count("{}") != 1:
             raise ValueError("a prompt template has one {}, where the class name goes")
         return value
+
+    @model_validator(mode="after")
+    def _files_have_a_root(self) -> "WorkbookSettings":
+        for name, usual in (("preprocess", None), ("test_fraction", None), ("on_bad_image", "stop")):
+            if self.data_root is None and (value := getattr(self, name)) != usual:
+                raise ValueError(f"{name} = {value!r} is for image files; the mini-world (data_root None) has none")
+        return self
 
     @property
     def data_options(self) -> dict[str, Any]:
@@ -223,6 +238,15 @@ class AblationNotebook(EvaluateNotebook):
         """Images of each set that is attacked many times."""
         return min(self.attack_images, self.quick_eval or self.attack_images)
 
+    @model_validator(mode="after")
+    def _attacks_are_settings(self) -> "AblationNotebook":
+        for eps in self.test_eps_list:
+            try:
+                self.only(AttackSettings, test_eps=eps)
+            except SettingsError as error:
+                raise ValueError(f"test_eps_list: {error}") from None
+        return self
+
     @field_validator("ablations")
     @classmethod
     def _known_ablations(cls, value: str | list[str]) -> str | list[str]:
@@ -266,6 +290,8 @@ def validate(model: type[AnySettings], values: Mapping[str, Any]) -> AnySettings
         name = ".".join(map(str, first["loc"]))
         problem = first["msg"].removeprefix("Value error, ")
         problem = problem[0].lower() + problem[1:]
+        if first["type"] == "float_parsing" and ("eps" in name or "stepsize" in name):
+            problem += "; it is in 1/255, such as 8 or '8/255'"
         given = "" if first["type"] == "missing" else f" = {_SHORT.repr(first['input'])}"
         raise SettingsError(f"parameter {name}{given}: {problem}" if name else problem) from None
 
@@ -278,6 +304,47 @@ def units(values: Mapping[str, Any]) -> list[str]:
             small = [v for v in (given if isinstance(given, list) else [given]) if isinstance(v, float) and 0 < v < 0.1]
             lines += [f"{name} = {v:g} is in 1/255; for {v:g} of the pixel range give {255 * v:g}" for v in small]
     return lines
+
+
+# Methods whose loss compares no attention.
+_INATTENTIVE = {"FT-Clean", "FT-Adv.", "TeCoA", "PMG-AFT", "PMG-AFT-scaled", "FARE", "FARE-RobustVLM"}
+_OF_ATTENTION = "Alpha", "Beta", "Distance_metric", "attention_variant", "distance_size", "attention_backend"
+_OF_AN_ATTACK = "train_eps", "train_stepsize", "train_numsteps", "train_start"
+_READ_BY = {  # parameter of notebook 03 -> ablations that it is for
+    **dict.fromkeys(("Alpha_list", "Beta_list"), {"alpha_beta"}),
+    **dict.fromkeys(("train_eps_list", "test_eps_list", "train_numsteps_list"), {"epsilon"}),
+    **dict.fromkeys(("test_numsteps_list", "attack_images", "attack_sets"), {"epsilon", "attacks"}),
+    "last_num_ft_list": {"tuned_part"},
+    "methods": {"attacks", "seeds"},
+}
+
+
+def without_effect(settings: Settings) -> dict[str, str]:
+    """Parameter -> why its value changes nothing in a notebook with these settings."""
+    s, found = settings, {}
+    if isinstance(s, ExplorerNotebook):
+        names = ("attack", "norm", "autoattack_version", "test_stepsize", "attack_precision")
+        found |= dict.fromkeys(names, "the explorer attacks by PGD in linf with a quarter of epsilon a step")
+    elif isinstance(s, AblationNotebook):
+        chosen = {*ABLATIONS} if s.ablations in ("cut", "all") else {*s.ablations}
+        of = {name: readers for name, readers in _READ_BY.items() if not readers & chosen}
+        found |= {name: f"it is for the ablations {', '.join(sorted(readers))}" for name, readers in of.items()}
+    elif isinstance(s, AttackSettings):
+        if s.attack != "autoattack":
+            found["autoattack_version"] = f"attack is {s.attack!r}"
+        else:
+            found["test_stepsize"] = "AutoAttack chooses its own steps"
+            if s.autoattack_version == "standard":
+                found["test_numsteps"] = "autoattack_version is 'standard'"
+    if isinstance(s, FinetuneSettings) and s.optimizer == "adamw":
+        found["momentum"] = "optimizer is 'adamw'"
+    if type(s) is EvaluateNotebook:  # 02 takes a step of TGA-ZSR by hand, whatever its methods
+        methods = {*s.methods}
+        if methods <= _INATTENTIVE:
+            found |= dict.fromkeys(_OF_ATTENTION, "none of the methods compares attention")
+        if methods <= {"FT-Clean"}:
+            found |= dict.fromkeys(_OF_AN_ATTACK, "FT-Clean trains on clean images")
+    return found
 
 
 def unknown_parameter(name: Any, known: Mapping[str, Any]) -> str:

@@ -10,12 +10,14 @@ from typing import Any
 import nbformat
 import yaml
 
-from tgazsr_utils.core.objectives import find_objective
+from tgazsr_utils.core.objectives import find_objective, negated
 from tgazsr_utils.core.seeds import digest
-from tgazsr_utils.core.settings import Settings
+from tgazsr_utils.core.settings import FinetuneSettings, Settings
 from tgazsr_utils.datasets.layouts import list_datasets
-from tgazsr_utils.durable.weights import image_size_of, locate_weights
-from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, unknown_parameter, validate
+from tgazsr_utils.datasets.loading import class_prompts
+from tgazsr_utils.datasets.published_sets import DATASETS
+from tgazsr_utils.durable.weights import image_size_of, locate_weights, same_tokens
+from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, unknown_parameter, validate, without_effect
 from tgazsr_utils.paths import ROOT, resolve
 
 FOLDER = ROOT / "notebooks"
@@ -34,10 +36,9 @@ class Profile(Settings):
 
 def load_profile(name: str) -> Profile:
     """A file of notebooks/profiles. Raises SettingsError for one that is not there, or not as it should be."""
-    path = PROFILES / f"{name}.yaml"
-    if not path.exists():
-        there = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
-        raise SettingsError(f"profile {name!r} is unknown; there are: {there}")
+    path, there = PROFILES / f"{name}.yaml", sorted(p.stem for p in PROFILES.glob("*.yaml"))
+    if name not in there:
+        raise SettingsError(f"profile {name!r} is unknown; there are: {', '.join(there)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a number or date that is none; of deep nesting
@@ -74,7 +75,14 @@ def code_cells(notebook: str) -> list[Any]:
 def default_parameters(notebook: str) -> dict[str, Any]:
     """What a notebook's cell tagged ``parameters`` assigns."""
     (cell,) = [c for c in code_cells(notebook) if "parameters" in c.metadata.get("tags", [])]
-    return {s.targets[0].id: ast.literal_eval(s.value) for s in ast.parse(cell.source).body}
+    values = {}
+    for line in ast.parse(cell.source).body:
+        try:
+            values[line.targets[0].id] = ast.literal_eval(line.value)
+        except (ValueError, AttributeError):
+            said = f"{notebook}: its cell of parameters says {ast.unparse(line)[:120]!r}"
+            raise SettingsError(f"{said}, which is no name = value; a value is written out, such as '8/255'") from None
+    return values
 
 
 def cells_digest(notebook: str) -> str:
@@ -114,14 +122,42 @@ def check_choices(notebook: str, values: Mapping[str, Any]) -> None:
                 locate_weights(values["arch"], values.get(name))
         there = list_datasets(root)
         for key in filter(None, keys):
-            if key not in there and not (root and (resolve(root) / key).is_dir()):
+            if key not in there and not (root and resolve(resolve(root) / key).is_dir()):
                 raise ValueError(f"image set {key!r} is not there; there are: {', '.join(there) or 'none'}")
         own = registered_in(notebook)
         for method in [*values.get("methods", []), *values.get("overrides", {})]:
             if method not in own:
                 find_objective(method)
+        check_prompts(validate(NOTEBOOKS[notebook], values))
     except ValueError as error:
         raise SettingsError(f"{notebook}: {error}") from None
+
+
+def check_prompts(settings: Any) -> list[str]:
+    """Counts the tokens of every prompt that a notebook will ask for; lines that say which classes have the same.
+
+    Raises ValueError for one that the text tower would cut, or that Comp-TGA cannot negate.
+    """
+    s, root, told = settings, settings.data_root, []
+    parts = [(s.dataset, "train" if isinstance(s, FinetuneSettings) else "test")] if hasattr(s, "dataset") else []
+    keys = getattr(s, "testdata", getattr(s, "sets", []))
+    if not isinstance(keys, list):
+        keys = [key for key in list_datasets(root) if keys is None or root is None or key in DATASETS]
+    studies = getattr(s, "ablations", [])
+    negates = "Comp-TGA" in getattr(s, "methods", []) or studies in ("cut", "all") or "attention" in studies
+    for key, split in dict.fromkeys([*parts, *((key, "test") for key in keys)]):
+        try:
+            prompts = class_prompts(key, split, root, s.prompt, s.test_fraction)
+        except ValueError:
+            continue  # what cannot be read is said, or left out, where it is loaded
+        for group in same_tokens(s.arch, prompts):
+            told.append(f"{key}: classes that cannot be told apart, as their prompts are the same tokens: {group}")
+        if negates and split == "train":
+            try:
+                same_tokens(s.arch, list(map(negated, prompts)))
+            except ValueError as error:
+                raise ValueError(f"method Comp-TGA: {error}") from None
+    return told
 
 
 def check_names(profile: Profile, given: Mapping[str, Any], notebooks: Sequence[str]) -> None:
@@ -139,6 +175,15 @@ def check_names(profile: Profile, given: Mapping[str, Any], notebooks: Sequence[
         for name in values:
             if name not in NOTEBOOKS[notebook].model_fields:
                 raise SettingsError(f"{notebook}: {unknown_parameter(name, NOTEBOOKS[notebook].model_fields)}")
+
+
+def check_effect(given: Mapping[str, Any], parameters: Mapping[str, Mapping[str, Any]]) -> None:
+    """What is given must change something in one of the notebooks, whose checked ``parameters`` are by name."""
+    idle = [without_effect(validate(NOTEBOOKS[name], values)) for name, values in parameters.items()]
+    for name, value in given.items():
+        reasons = [of.get(name) for of, values in zip(idle, parameters.values()) if name in values]
+        if reasons and all(reasons):
+            raise SettingsError(f"parameter {name} = {value!r} has no effect: {reasons[0]}")
 
 
 def given_value(name: str, text: str) -> Any:

@@ -46,7 +46,7 @@ from tgazsr_utils.profiles import Profile, cells_digest, default_parameters, par
 from tgazsr_utils.progress import HEADLESS
 
 _PACKAGES = "torch torchvision open_clip_torch numpy pandas seaborn papermill jupyterlab ipywidgets"
-_WRITTEN = {"output", "weights"}  # parameters that name what a notebook writes, not what it reads
+_READ = ("data_root", "pretrained", "tuned")  # parameters that may name files or a folder that a notebook reads
 
 
 class Batch:
@@ -61,6 +61,7 @@ class Batch:
         for number, name in enumerate(chosen):
             profiles.check_choices(name, self.parameters[name])
             self._check_models(name, chosen[:number])
+        profiles.check_effect(given, {name: self.parameters[name] for name in chosen})
         self.manifest_path = folder / "manifest.json"
 
     def _check_models(self, notebook: str, before: Sequence[str]) -> None:
@@ -188,7 +189,7 @@ def start_over(folder: Path) -> None:
 
 def fingerprint(notebook: str, parameters: Mapping[str, Any], before: str) -> str:
     """Names a notebook's inputs: its cells, its parameters and the files they name, the code, what runs before it."""
-    values = [v for name, v in parameters.items() if name not in _WRITTEN and isinstance(v, str)]
+    values = filter(None, map(parameters.get, _READ))
     paths = [Path(SHIPPED.get(value) or resolve(value)) for value in values]
     contents = [path for path in paths if path.is_file()]
     listings = [
@@ -340,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = {name: profiles.given_value(name, text) for name, text in options.p}
         return run(profile, numbers, given, options.fresh)
     except (SettingsError, ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {SettingsError(str(error))}", file=sys.stderr)
     return 2
 
 

@@ -21,22 +21,25 @@ from tgazsr_utils.durable.weights import find_weights, load_clip
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import Record, RecordStore
 from tgazsr_utils.measuring.tables import save_table
-from tgazsr_utils.parameters import NOTEBOOKS, WorkbookSettings, from_notebook, units, validate
+from tgazsr_utils.parameters import NOTEBOOKS, WorkbookSettings, from_notebook, units, validate, without_effect
 from tgazsr_utils.paths import ROOT, resolve
-from tgazsr_utils.profiles import default_parameters, folder_name, shown
+from tgazsr_utils.profiles import check_prompts, default_parameters, folder_name, shown
 
 
 def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":
     """Checks the parameters that a notebook's cells have set (``namespace``: its ``globals()``); says where results go.
 
-    Raises SettingsError, one line, for a bad one; ValueError for a method that is not there.
+    Raises SettingsError, one line, for a bad one; ValueError for a method that is not there or a prompt too long.
     """
     settings = from_notebook(NOTEBOOKS[notebook], namespace)
     for method in [*getattr(settings, "methods", []), *getattr(settings, "overrides", {})]:
         find_objective(method)
-    usual = ROOT / "runs" / folder_name("mini", changes(notebook, settings))
+    idle, changed = without_effect(settings), changes(notebook, settings)
+    usual = ROOT / "runs" / folder_name("mini", changed)
     folder = resolve(settings.output) if settings.output else usual
-    print(f"results go to {shown(folder)}", *units(settings.model_dump()), sep="\n", flush=True)
+    told = [f"{name} = {changed[name]!r} has no effect here: {idle[name]}" for name in changed if name in idle]
+    told += [*units(settings.model_dump()), *check_prompts(settings)]
+    print(f"results go to {shown(folder)}", *told, sep="\n", flush=True)
     return Workbook(notebook, settings, Run(folder))
 
 
@@ -65,11 +68,8 @@ class Workbook:
         return self.model(self.settings.pretrained)
 
     def images(self, key: str, split: str, n: int | None) -> ImageSet:
-        """A set at the size the original model takes, with prompts that it reads to their end."""
-        data = load_dataset(key, split, n=n, image_size=self.original.image_size[0], **self.settings.data_options)
-        for prompt in data.prompts:
-            self.original.check_length(prompt)
-        return data
+        """A set at the size the original model takes."""
+        return load_dataset(key, split, n=n, image_size=self.original.image_size[0], **self.settings.data_options)
 
     @cached_property
     def train(self) -> ImageSet:

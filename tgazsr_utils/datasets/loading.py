@@ -245,13 +245,28 @@ def load_dataset(
     return decoded(data) if decode and len(data) * 3 * image_size**2 <= KEEP_DECODED else data
 
 
-def _labelled(key: str, split: Split, files: Files, prompt: str | None, world: str) -> ImageSet:
-    """All images of one part with their labels and prompts."""
-    spec, source = DATASETS.get(key), files.source
+def class_prompts(
+    key: str, split: Split, root: str | Path | None, prompt: str | None = None, test_fraction: float | None = None
+) -> tuple[str, ...]:
+    """What ``load_dataset`` will ask for, a prompt a class; no image is read. Raises ValueError as it does."""
+    if root is None:
+        return _miniworld_prompts(key, prompt)
+    return _named(key, open_source(key, split, existing_root(root), test_fraction), prompt)[1]
+
+
+def _named(key: str, source: Source, prompt: str | None) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    """Names and prompts of a set's classes, and the template of these."""
+    spec = DATASETS.get(key)
     names, as_published = class_names(source, spec)
     template = prompt or (spec.prompt if spec else DEFAULT_PROMPT)
     asked = names if spec and template != spec.prompt else as_published
-    prompts = tuple(template.replace("{}", name) for name in asked)
+    return names, tuple(template.replace("{}", name) for name in asked), template
+
+
+def _labelled(key: str, split: Split, files: Files, prompt: str | None, world: str) -> ImageSet:
+    """All images of one part with their labels and prompts."""
+    spec, source = DATASETS.get(key), files.source
+    names, prompts, template = _named(key, source, prompt)
     told = [f"left out: {problem}" for problem in source.left_out]
     if same := sorted({prompt for prompt in prompts if prompts.count(prompt) > 1}):
         told.append(f"classes that cannot be told apart, as they have one prompt: {'; '.join(same)}")
@@ -266,14 +281,18 @@ def _labelled(key: str, split: Split, files: Files, prompt: str | None, world: s
 def _load_miniworld(
     key: str, split: Split, n: int, image_size: int, seed: int, world: str | None, prompt: str | None
 ) -> ImageSet:
-    if key not in miniworld.TASKS:
-        raise ValueError(f"mini-world task {key!r} is unknown; there are: {', '.join(miniworld.TASKS)}")
-    task = miniworld.TASKS[key]
+    prompts, task = _miniworld_prompts(key, prompt), miniworld.TASKS[key]
     images, labels, masks = miniworld.task_images(key, n, split, seed)
     if image_size != miniworld.SIDE:
         images, masks = fit(images, image_size, "resize"), fit(masks, image_size, "resize", "nearest")
-    prompts = tuple((prompt or task.prompt).replace("{}", name) for name in task.class_names)
     return ImageSet(key, world or "mini-world", images, labels, task.class_names, prompts, masks)
+
+
+def _miniworld_prompts(key: str, prompt: str | None) -> tuple[str, ...]:
+    if key not in miniworld.TASKS:
+        raise ValueError(f"mini-world task {key!r} is unknown; there are: {', '.join(miniworld.TASKS)}")
+    task = miniworld.TASKS[key]
+    return tuple((prompt or task.prompt).replace("{}", name) for name in task.class_names)
 
 
 def _box_mask(box: Box, size: tuple[int, int], side: int, preprocess: Preprocess) -> Tensor:

@@ -117,7 +117,7 @@ class Panel:
             yield
         except Exception as error:  # a panel stays usable whatever its input makes a library raise
             self.error = error
-            self.say(f"{type(error).__name__}: {error}", "error")
+            self.say(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}", "error")
 
 
 class Explorer:
@@ -235,7 +235,7 @@ class AttackViewer(Panel):
 
     def _choose(self) -> None:
         """An image of the set, with its class's prompt."""
-        self.own = None
+        self.own, self.upload.value = None, ()  # so that the same file can be uploaded again
         self._ask(int(self.explorer.data.labels[self.image.value]))
 
     def _ask(self, label: int) -> None:
@@ -276,9 +276,9 @@ class AttackViewer(Panel):
 def _uploaded(file: Mapping[str, Any]) -> Image.Image:
     try:
         return read_rgb(io.BytesIO(bytes(file["content"])))
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises these for damaged files
-        reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
-        raise ValueError(f"{file['name']} is not an image I can read{reason}") from None
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise ValueError(f"This is not an image I can read: {file['name']}{reason}") from None
 
 
 class OutcomeSurface(Panel):

@@ -87,9 +87,11 @@ def mixture_html(terms: TermGradients, Alpha: float, Beta: float) -> str:
 
 
 def attacked_image_html(shown: AttackedImage) -> str:
-    """Image, attention and perturbation; the likeliest classes and how attention moved."""
+    """The image as the model sees it, attention and perturbation; the likeliest classes and how attention moved."""
     sides = shown.image, shown.clean_map, shown.adversarial, shown.attacked_map
     pictures = attention_pictures(*sides, amplification(shown.image, shown.adversarial))
+    seen = f"model's view, {shown.image.shape[1]} × {shown.image.shape[2]}"
+    pictures = {seen: pictures.pop("image")} | pictures
     tables = []
     for head, classes in (("probability before", shown.before), ("after the attack", shown.after)):
         rows = [[html.escape(name), f"{100 * p:.1f} %", _bar(p)] for name, p in classes]

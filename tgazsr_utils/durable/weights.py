@@ -3,7 +3,7 @@
 import codecs
 import contextlib
 import difflib
-import glob
+import functools
 import hashlib
 import json
 import logging
@@ -11,7 +11,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -241,7 +241,7 @@ def locate_weights(arch: str, pretrained: str | Path | None) -> str | Path | Non
     path = SHIPPED.get(str(pretrained)) or resolve(pretrained)
     if not path.is_file():
         known = ", ".join([*tags, *(SHIPPED if arch == MINI_ARCH else [])]) or "none"
-        raise ValueError(f"{str(pretrained)!r} is neither a file nor a name known for {arch} ({known})")
+        raise ValueError(f"{str(pretrained)!r} is neither a file ({path}) nor a name known for {arch} ({known})")
     return path
 
 
@@ -250,9 +250,8 @@ def find_weights(name: str | None, models: Path) -> str | None:
     if name is None or not name.startswith("latest:"):
         return name
     stem = name.removeprefix("latest:")
-    found = sorted(
-        (p for p in models.glob(f"{glob.escape(stem)}_*.safetensors") if p.is_file()), key=lambda p: p.lstat().st_mtime
-    )
+    there = (p for p in models.glob("*.safetensors") if p.name.startswith(f"{stem}_") and p.is_file())
+    found = sorted(there, key=lambda p: p.lstat().st_mtime)
     if not found:
         raise ValueError(f"no model {stem!r} in {models}; run the notebook that makes it first")
     return str(found[-1])
@@ -260,7 +259,7 @@ def find_weights(name: str | None, models: Path) -> str | None:
 
 def model_config(arch: str) -> dict[str, Any]:
     """open_clip's description of an architecture. Raises ValueError for an unknown one."""
-    config = open_clip().get_model_config(arch)
+    config = None if ":" in arch else open_clip().get_model_config(arch)  # not one from the Hub, or of a folder
     if config is None:
         plain = lambda name: re.sub(r"[^a-z0-9]", "", name.lower())
         known = {plain(name): name for name in reversed(open_clip().list_models())}
@@ -275,6 +274,27 @@ def model_config(arch: str) -> dict[str, Any]:
 def image_size_of(arch: str) -> int:
     """Side in pixels of the images an open_clip architecture takes. Raises ValueError for an unknown one."""
     return model_config(arch)["vision_cfg"]["image_size"]
+
+
+def same_tokens(arch: str, prompts: Sequence[str]) -> list[list[str]]:
+    """Groups of prompts that an architecture's text tower reads as the same tokens.
+
+    Raises ValueError for one that it would cut. No weights are needed.
+    """
+    limit = model_config(arch)["text_cfg"].get("context_length", 77)
+    tokenizer, prompts = _tokenizer(arch), list(dict.fromkeys(prompts))
+    rows, longer = (tokenizer(prompts, context_length=length) for length in (limit, limit + 1))
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for prompt, row, other in zip(prompts, rows.tolist(), longer.tolist()):
+        if row != other[:limit]:
+            raise ValueError(f"prompt {prompt[:120]!r} is longer than the {limit} tokens that {arch} reads")
+        groups.setdefault(tuple(row), []).append(prompt)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+@functools.cache
+def _tokenizer(arch: str) -> Any:
+    return open_clip().get_tokenizer(arch)
 
 
 def save_clip(clip: Clip, path: Path, precision: str = "fp32", **metadata: Any) -> Path:
