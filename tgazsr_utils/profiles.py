@@ -13,10 +13,10 @@ import yaml
 from tgazsr_utils.core.objectives import find_objective
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import Settings
-from tgazsr_utils.datasets.layouts import list_datasets
+from tgazsr_utils.datasets.layouts import existing_root, list_datasets
 from tgazsr_utils.durable.weights import image_size_of, locate_weights
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, unknown_parameter, validate
-from tgazsr_utils.paths import ROOT, resolve
+from tgazsr_utils.paths import ROOT
 
 FOLDER = ROOT / "notebooks"
 PROFILES = FOLDER / "profiles"
@@ -114,7 +114,7 @@ def check_choices(notebook: str, values: Mapping[str, Any]) -> None:
                 locate_weights(values["arch"], values.get(name))
         there = list_datasets(root)
         for key in filter(None, keys):
-            if key not in there and not (root and (resolve(root) / key).is_dir()):
+            if key not in there and not (root and (existing_root(root) / key).is_dir()):
                 raise ValueError(f"image set {key!r} is not there; there are: {', '.join(there) or 'none'}")
         own = registered_in(notebook)
         for method in [*values.get("methods", []), *values.get("overrides", {})]:

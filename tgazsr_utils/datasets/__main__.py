@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from tgazsr_utils.core.libraries import torchvision
-from tgazsr_utils.datasets.layouts import is_there, list_datasets, missing_parts, open_source
+from tgazsr_utils.datasets.layouts import existing_root, find_published, list_datasets, open_source
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_ROOT
 from tgazsr_utils.paths import resolve
@@ -23,19 +23,21 @@ _ARCHIVES = (".zip", ".tgz", ".gz", ".tar")
 _NO_CHECKSUM = {"tinyImageNet", "fgvc_aircraft"}  # half an archive of these cannot be told from a whole one
 
 
-def list_sets(root: Path) -> tuple[pd.DataFrame, list[str]]:
+def list_sets(root: Path, keys: list[str]) -> tuple[pd.DataFrame, list[str]]:
     """(a row a published set: what it holds, what it costs to download, whether it is there; what is wrong there)."""
     rows, problems = [], []
-    for key, s in DATASETS.items():
-        there = "yes" if is_there(key, root) else "no"
+    for key in keys:
+        s, there = DATASETS[key], "no"
         try:
-            if there == "yes":
-                open_source(key, "test", root)  # never a yes to what ``check`` then refuses
+            if root.is_dir() and find_published(key, root).top:
+                there, gone = "yes", open_source(key, "test", root).missing()
+                if gone:  # never a yes to what ``check`` then refuses
+                    raise ValueError(f"image set {key!r} in {root} lacks {len(gone)} images, such as {gone[0]}")
         except ValueError as error:
             there = "incomplete"
             problems.append(str(error))
         rows.append((s.images, s.classes, s.split, f"{s.gigabytes:g} GB", there, s.licence))
-    return pd.DataFrame(rows, [*DATASETS], ["images", "classes", "split", "size", "there", "licence"]), problems
+    return pd.DataFrame(rows, keys, ["images", "classes", "split", "size", "there", "licence"]), problems
 
 
 def check_set(key: str, root: Path, every_image: bool = False) -> tuple[bool, list[str]]:
@@ -106,7 +108,8 @@ def fetch_set(key: str, root: Path) -> str:
     ``<root>/.fetching/<key>`` first. After an interruption, archives are kept where their checksum tells whether they
     are whole, and unpacked afresh. Raises whatever the download raises.
     """
-    spec, staging, missing = DATASETS[key], root / ".fetching" / key, missing_parts(key, root)
+    spec, staging = DATASETS[key], root / ".fetching" / key
+    missing = find_published(key, root).missing if root.is_dir() else spec.needs
     if not missing:
         return "there already"
     if (root / spec.folder).exists():
@@ -139,7 +142,9 @@ def _clear(folder: Path, but_for: tuple[str, ...]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that it cannot show
     root, check = resolve(options.root), options.action == "check"
+    root = existing_root(root) if root.is_dir() else root
     own = list_datasets(root) if check and root.is_dir() else []
     known = list(dict.fromkeys([*DATASETS, *own]))
     unknown = [key for key in options.keys if key not in known]
@@ -150,8 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"data root: {root}")
     keys = options.keys or (own if check else list(DATASETS))
     if options.action == "list":
-        sets, problems = list_sets(root)
-        print(sets.loc[keys].to_string(), *problems, sep="\n")
+        sets, problems = list_sets(root, keys)
+        print(sets.to_string(), *problems, sep="\n")
         total = sum(DATASETS[key].gigabytes for key in keys)
         print(f"{total:.0f} GB to download in all; once unpacked they take about as much again")
         return 0
@@ -163,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\n{key}: interrupted; the same command goes on from here", file=sys.stderr)
             return 130
     if check:
-        absent = [key for key in DATASETS if not is_there(key, root)]
+        absent = [key for key in DATASETS if not find_published(key, root).top]
         print(f"{len(keys) - len(failed)} of {len(keys)} sets are readable; not there: {', '.join(absent) or 'none'}")
     if failed:
         print(f"error: {options.action} failed for {', '.join(failed)}", file=sys.stderr)
