@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from tgazsr_utils.core.libraries import torchvision
+from tgazsr_utils.datasets.class_folders import Split
 from tgazsr_utils.datasets.layouts import existing_root, find_published, list_datasets, open_source
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_ROOT
@@ -30,9 +31,10 @@ def list_sets(root: Path, keys: list[str]) -> tuple[pd.DataFrame, list[str]]:
         s, there = DATASETS[key], "no"
         try:
             if root.is_dir() and find_published(key, root).top:
-                there, gone = "yes", open_source(key, "test", root).missing()
-                if gone:  # never a yes to what ``check`` then refuses
-                    raise ValueError(f"image set {key!r} in {root} lacks {len(gone)} images, such as {gone[0]}")
+                there = "yes"
+                for split in _parts(key, root):  # never a yes to what ``check`` then refuses
+                    if gone := open_source(key, split, root).missing():
+                        raise ValueError(f"image set {key!r} in {root} lacks {len(gone)} images, such as {gone[0]}")
         except ValueError as error:
             there = "incomplete"
             problems.append(str(error))
@@ -43,19 +45,21 @@ def list_sets(root: Path, keys: list[str]) -> tuple[pd.DataFrame, list[str]]:
 def check_set(key: str, root: Path, every_image: bool = False) -> tuple[bool, list[str]]:
     """Reads a set's lists and one image of each class, or all images; (is it readable, lines that say what was found).
 
-    Of a published set this is the part to test on, of class folders of one's own all of it.
+    Of ImageNet this is the part to test on, of all others all of it.
     """
     spec = DATASETS.get(key)
     options = {"image_size": 8, "on_bad_image": "leave_out", "decode": False}
     try:
-        parts = [load_dataset(key, split, root, **options) for split in (("test",) if spec else ("train", "test"))]
+        parts = [load_dataset(key, split, root, **options) for split in _parts(key, root)]
     except ValueError as error:
         return False, [str(error), *by_hand(key, root)]
-    prompts, found = parts[0].prompts, f"{sum(map(len, parts)):,} images, {len(parts[0].prompts)} classes"
+    images = len(parts[0]) if spec else sum(map(len, parts))
+    prompts, found = parts[0].prompts, f"{images:,} images, {len(parts[0].prompts)} classes"
     if parts[0].published:
         found = f"as published: {found}"
     elif spec:
         found = f"usable, but not the published set: {found} instead of {spec.images:,} and {spec.classes}"
+    found += f", and {len(parts[1]):,} images to tune on" if spec and len(parts) > 1 else ""
     some = prompts if len(prompts) <= 4 else (*prompts[:3], "...", prompts[-1])
     lines = [found, "prompts: " + "; ".join(some)]
     chosen = [torch.arange(len(part)) if every_image else _one_of_each_class(part.labels) for part in parts]
@@ -66,7 +70,22 @@ def check_set(key: str, root: Path, every_image: bool = False) -> tuple[bool, li
                 bar.update(len(batch.rows))
     bad = sum(len(part.images.unreadable) for part in parts)
     lines.append(f"{total - bad:,} of {total:,} images decoded{'' if every_image else ', one of each class'}")
-    return not bad, lines
+    if gone := [where for part in parts for where in part.images.source.missing()]:
+        lines.append(f"{len(gone):,} images are not there, such as {gone[0]}")
+    return not bad and not gone, lines
+
+
+def _parts(key: str, root: Path) -> list[Split]:
+    """Parts to check, that to test on first; what comes by hand may come without one to tune on."""
+    spec = DATASETS.get(key)
+    if spec and (find_published(key, root).missing or not (spec.train or key == "tinyImageNet")):
+        return ["test"]
+    try:
+        if spec and spec.by_hand:
+            open_source(key, "train", root)
+    except ValueError:
+        return ["test"]
+    return ["test", "train"]
 
 
 def _one_of_each_class(labels: torch.Tensor) -> torch.Tensor:
@@ -111,6 +130,7 @@ def fetch_set(key: str, root: Path) -> str:
     spec, staging = DATASETS[key], root / ".fetching" / key
     missing = find_published(key, root).missing if root.is_dir() else spec.needs
     if not missing:
+        open_source(key, "test", root)  # raises ValueError for a damaged one
         return "there already"
     if (root / spec.folder).exists():
         raise FileExistsError(f"{root / spec.folder} is there but lacks {', '.join(missing)}; move it away")
@@ -142,7 +162,8 @@ def _clear(folder: Path, but_for: tuple[str, ...]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that it cannot show
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # for names that cannot be shown
     root, check = resolve(options.root), options.action == "check"
     root = existing_root(root) if root.is_dir() else root
     own = list_datasets(root) if check and root.is_dir() else []
@@ -181,7 +202,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("keys", nargs="*", help="sets (default: all; for check, those that are there)")
     parser.add_argument("--root", default=DEFAULT_ROOT, help=f"folder of the sets (default: {DEFAULT_ROOT})")
     parser.add_argument("--all", action="store_true", help="check: decode every image, not one of each class")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def _check_or_fetch(key: str, root: Path, check: bool, every_image: bool) -> bool:

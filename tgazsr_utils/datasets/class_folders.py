@@ -56,8 +56,9 @@ def class_folders(
             raise ValueError(
                 f"{folder} has {others} and no part to {split} on; names read are {', '.join(PARTS[split])}"
             )
-    if loose := [path for part in (folder, *parts.values()) for path in _images(_files(part))]:
-        told.append(f"{len(loose)} images lie in no class folder, such as {_some(loose, folder)}")
+    beside = [path for part in (folder, *parts.values()) for path in _files(part)]
+    if beside := [path for path in beside if _is_image(path) or not path.exists()]:
+        told.append(f"{len(beside)} images or links to nothing lie in no class folder, such as {_some(beside, folder)}")
     by_class: dict[str, list[Path]] = {}
     for part in [folder] if not parts else parts.values():
         for directory in folders(part):
@@ -139,18 +140,17 @@ def images_below(directory: Path) -> tuple[list[Path], list[Path]]:
             seen.add(real)
             files += _files(here)
             waiting += folders(here)
-    images = _images(sorted(files))
+    images = [path for path in sorted(files) if _is_image(path)]
     return images, sorted(set(files) - set(images))
 
 
 def _files(directory: Path) -> list[Path]:
-    return [path for path in directory.iterdir() if not path.is_dir() and not _is_litter(path.name)]
+    return sorted(path for path in directory.iterdir() if not path.is_dir() and not _is_litter(path.name))
 
 
-def _images(files: Iterable[Path]) -> list[Path]:
-    """Those named as images: files, and links to what is not there; no pipes, which would be waited for."""
-    named = (path for path in files if path.suffix.lower() in image_suffixes())
-    return [path for path in named if path.is_file() or not path.exists()]
+def _is_image(path: Path) -> bool:
+    """Is it named as one, and a file or a link to nothing? A pipe would be waited for."""
+    return path.suffix.lower() in image_suffixes() and (path.is_file() or not path.exists())
 
 
 def _is_litter(name: str) -> bool:

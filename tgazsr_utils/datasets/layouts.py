@@ -82,11 +82,10 @@ def find_published(key: str, root: Path) -> Place:
     places = named + anywhere if spec.torchvision else named
     place = next((p for p in places if not lacks(p)), None) or min(named, key=lambda p: len(lacks(p)))
     missing, called = lacks(place), [folder for folder in upper if _is_called(key, folder)]
-    # The published folder of a set with lists holds no class folders, unless that is its key.
-    own = [f for f in called if spec.folders or f.name.lower() == key.lower() or f.name.lower() != spec.folder.lower()]
-    own.sort(key=lambda folder: folder.name != key)
+    half = len(missing) < len(spec.needs)  # what holds a part of the published layout is no folder of class folders
+    own = sorted((f for f in called if not (half and place.is_relative_to(f))), key=lambda folder: folder.name != key)
     there = own[:1] if missing and own else {place / part for part in spec.below} - {*missing}
-    if place == root and _is_called(key, root) and not missing:
+    if place == root and _is_called(key, root):
         there = [*there, *upper]
     top = sorted({path.relative_to(root).parts[0] for path in there or called})
     return Place(place, [os.path.relpath(path, root) for path in missing], own, top)
@@ -102,7 +101,7 @@ def open_source(key: str, split: Split, root: Path, test_fraction: float | None 
     except Exception as error:  # torchvision lets through whatever the parser of a damaged list raises
         reason = readable(" ".join(str(error).split())) or type(error).__name__
         reason = f"{reason} is not in its lists" if isinstance(error, KeyError) else reason
-        fetch = f"(python -m tgazsr_utils.datasets fetch {key})"
+        fetch = f"Once it is moved away: python -m tgazsr_utils.datasets fetch {key}"
         reason = reason.replace("You can use download=True to download it", fetch)
         missing = find_published(key, root).missing if key in DATASETS else []
         if missing and missing[0] not in reason:
@@ -114,19 +113,20 @@ def _find_source(key: str, split: Split, root: Path, test_fraction: float | None
     spec = DATASETS.get(key)
     place, missing = find_published(key, root)[:2] if spec else (root, [])
     if spec and spec.torchvision and not spec.folders and not missing:
-        folder, source = place, _through_torchvision(key, spec, place, split)
+        folder, source = "its lists", _through_torchvision(key, spec, place, split)
     elif ((folder := _folder_of(key, split, root)) / "wnids.txt").exists():
         source = _tiny_imagenet(folder, split, published=spec is not None)
     else:
         fraction = TEST_FRACTION if test_fraction is None and spec is None else test_fraction
         whole = spec is not None and spec.train_folders is not None and _part(place, spec.train_folders).is_dir()
         source = class_folders(folder, split, fraction, seed, whole, published=spec is not None)
+        folder = f"class folders below {folder}"
     if not source.labels:
-        raise ValueError("; ".join([f"no {split} images in class folders below {folder}", *source.left_out[:3]]))
+        raise ValueError("; ".join([f"no {split} images in {folder}", *source.left_out[:3]]))
     if len(gone := source.missing()) == len(source.labels):
         raise ValueError(f"none of the {len(gone)} images of its lists is there, such as {gone[0]}")
     if len(source.classes) < 2:
-        raise ValueError(f"only one class, {source.classes[0]!r}, below {folder}; are its images in class folders?")
+        raise ValueError(f"only one class, {source.classes[0]!r}, in {folder}; are its images in class folders?")
     return source
 
 
@@ -154,7 +154,7 @@ def _part(place: Path, published: str) -> Path:
 
 
 @cache
-def _called(name: str, folder: Path) -> Path:
+def _root_of(folder: Path, name: str) -> Path:
     """A folder where ``folder`` is called ``name``, as torchvision has it; until the program ends."""
     if folder.name == name:
         return folder.parent
@@ -169,7 +169,7 @@ def _through_torchvision(key: str, spec: DatasetSpec, place: Path, split: Split)
     arguments = spec.test if split == "test" else spec.train
     if arguments is None:
         raise ValueError("it has no part to train on; choose another set, or class folders of your own")
-    root = _called(spec.folder, place)
+    root = _root_of(place, spec.folder)
     lists = read_lists(spec.torchvision, root, arguments)
     classes = lists.classes or sorted(spec.names)
     if lists.files is not None:
