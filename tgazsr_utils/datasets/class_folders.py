@@ -52,10 +52,8 @@ def class_folders(
     if parts:
         whole = True
         if split not in parts:
-            others = ", ".join(part.name for part in inner)
-            raise ValueError(
-                f"{folder} has {others} and no part to {split} on; names read are {', '.join(PARTS[split])}"
-            )
+            there, known = (", ".join(names) for names in ([part.name for part in inner], PARTS[split]))
+            raise ValueError(f"{folder} has {there} and no part to {split} on; names read are {known}")
     beside = [path for part in (folder, *parts.values()) for path in _files(part)]
     if beside := [path for path in beside if _is_image(path) or not path.exists()]:
         told.append(f"{len(beside)} images or links to nothing lie in no class folder, such as {_some(beside, folder)}")

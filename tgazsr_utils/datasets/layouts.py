@@ -82,7 +82,7 @@ def find_published(key: str, root: Path) -> Place:
     places = named + anywhere if spec.torchvision else named
     place = next((p for p in places if not lacks(p)), None) or min(named, key=lambda p: len(lacks(p)))
     missing, called = lacks(place), [folder for folder in upper if _is_called(key, folder)]
-    half = len(missing) < len(spec.needs)  # what holds a part of the published layout is no folder of class folders
+    half = 0 < len(missing) < len(spec.needs)  # what holds a part of the published layout is no folder of class folders
     own = sorted((f for f in called if not (half and place.is_relative_to(f))), key=lambda folder: folder.name != key)
     there = own[:1] if missing and own else {place / part for part in spec.below} - {*missing}
     if place == root and _is_called(key, root):
@@ -144,7 +144,7 @@ def _folder_of(key: str, split: Split, root: Path) -> Path:
         if folder.is_dir():
             return folder
     if there:
-        raise ValueError(f"missing: {', '.join(missing)}")
+        raise ValueError(f"missing: {', '.join(missing)}" if missing else f"it has no part to {split} on")
     raise ValueError(f"it is not there; there are: {', '.join(list_datasets(root)) or 'none'}")
 
 
