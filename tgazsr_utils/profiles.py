@@ -13,7 +13,7 @@ import yaml
 from tgazsr_utils.core.objectives import find_objective, negated
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import FinetuneSettings, Settings
-from tgazsr_utils.datasets.layouts import list_datasets
+from tgazsr_utils.datasets.layouts import existing_root, list_datasets
 from tgazsr_utils.datasets.loading import class_prompts
 from tgazsr_utils.datasets.published_sets import DATASETS
 from tgazsr_utils.durable.weights import image_size_of, locate_weights, same_tokens
@@ -122,7 +122,7 @@ def check_choices(notebook: str, values: Mapping[str, Any]) -> None:
                 locate_weights(values["arch"], values.get(name))
         there = list_datasets(root)
         for key in filter(None, keys):
-            if key not in there and not (root and resolve(resolve(root) / key).is_dir()):
+            if key not in there and not (root and resolve(existing_root(root) / key).is_dir()):
                 raise ValueError(f"image set {key!r} is not there; there are: {', '.join(there) or 'none'}")
         own = registered_in(notebook)
         for method in [*values.get("methods", []), *values.get("overrides", {})]:

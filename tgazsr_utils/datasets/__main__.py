@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 
 from tgazsr_utils.core.libraries import torchvision
-from tgazsr_utils.datasets.layouts import is_there, list_datasets, missing_parts, open_source
+from tgazsr_utils.datasets.class_folders import Split
+from tgazsr_utils.datasets.layouts import existing_root, find_published, list_datasets, open_source
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_ROOT
 from tgazsr_utils.paths import resolve
@@ -23,37 +24,42 @@ _ARCHIVES = (".zip", ".tgz", ".gz", ".tar")
 _NO_CHECKSUM = {"tinyImageNet", "fgvc_aircraft"}  # half an archive of these cannot be told from a whole one
 
 
-def list_sets(root: Path) -> tuple[pd.DataFrame, list[str]]:
+def list_sets(root: Path, keys: list[str]) -> tuple[pd.DataFrame, list[str]]:
     """(a row a published set: what it holds, what it costs to download, whether it is there; what is wrong there)."""
     rows, problems = [], []
-    for key, s in DATASETS.items():
-        there = "yes" if is_there(key, root) else "no"
+    for key in keys:
+        s, there = DATASETS[key], "no"
         try:
-            if there == "yes":
-                open_source(key, "test", root)  # never a yes to what ``check`` then refuses
+            if root.is_dir() and find_published(key, root).top:
+                there = "yes"
+                for split in _parts(key, root):  # never a yes to what ``check`` then refuses
+                    if gone := open_source(key, split, root).missing():
+                        raise ValueError(f"image set {key!r} in {root} lacks {len(gone)} images, such as {gone[0]}")
         except ValueError as error:
             there = "incomplete"
             problems.append(str(error))
         rows.append((s.images, s.classes, s.split, f"{s.gigabytes:g} GB", there, s.licence))
-    return pd.DataFrame(rows, [*DATASETS], ["images", "classes", "split", "size", "there", "licence"]), problems
+    return pd.DataFrame(rows, keys, ["images", "classes", "split", "size", "there", "licence"]), problems
 
 
 def check_set(key: str, root: Path, every_image: bool = False) -> tuple[bool, list[str]]:
     """Reads a set's lists and one image of each class, or all images; (is it readable, lines that say what was found).
 
-    Of a published set this is the part to test on, of class folders of one's own all of it.
+    Of ImageNet this is the part to test on, of all others all of it.
     """
     spec = DATASETS.get(key)
     options = {"image_size": 8, "on_bad_image": "leave_out", "decode": False}
     try:
-        parts = [load_dataset(key, split, root, **options) for split in (("test",) if spec else ("train", "test"))]
+        parts = [load_dataset(key, split, root, **options) for split in _parts(key, root)]
     except ValueError as error:
         return False, [str(error), *by_hand(key, root)]
-    prompts, found = parts[0].prompts, f"{sum(map(len, parts)):,} images, {len(parts[0].prompts)} classes"
+    images = len(parts[0]) if spec else sum(map(len, parts))
+    prompts, found = parts[0].prompts, f"{images:,} images, {len(parts[0].prompts)} classes"
     if parts[0].published:
         found = f"as published: {found}"
     elif spec:
         found = f"usable, but not the published set: {found} instead of {spec.images:,} and {spec.classes}"
+    found += f", and {len(parts[1]):,} images to tune on" if spec and len(parts) > 1 else ""
     some = prompts if len(prompts) <= 4 else (*prompts[:3], "...", prompts[-1])
     lines = [found, "prompts: " + "; ".join(some)]
     chosen = [torch.arange(len(part)) if every_image else _one_of_each_class(part.labels) for part in parts]
@@ -64,7 +70,22 @@ def check_set(key: str, root: Path, every_image: bool = False) -> tuple[bool, li
                 bar.update(len(batch.rows))
     bad = sum(len(part.images.unreadable) for part in parts)
     lines.append(f"{total - bad:,} of {total:,} images decoded{'' if every_image else ', one of each class'}")
-    return not bad, lines
+    if gone := [where for part in parts for where in part.images.source.missing()]:
+        lines.append(f"{len(gone):,} images are not there, such as {gone[0]}")
+    return not bad and not gone, lines
+
+
+def _parts(key: str, root: Path) -> list[Split]:
+    """Parts to check, that to test on first; what comes by hand may come without one to tune on."""
+    spec = DATASETS.get(key)
+    if spec and (find_published(key, root).missing or not (spec.train or key == "tinyImageNet")):
+        return ["test"]
+    try:
+        if spec and spec.by_hand:
+            open_source(key, "train", root)
+    except ValueError:
+        return ["test"]
+    return ["test", "train"]
 
 
 def _one_of_each_class(labels: torch.Tensor) -> torch.Tensor:
@@ -106,8 +127,10 @@ def fetch_set(key: str, root: Path) -> str:
     ``<root>/.fetching/<key>`` first. After an interruption, archives are kept where their checksum tells whether they
     are whole, and unpacked afresh. Raises whatever the download raises.
     """
-    spec, staging, missing = DATASETS[key], root / ".fetching" / key, missing_parts(key, root)
+    spec, staging = DATASETS[key], root / ".fetching" / key
+    missing = find_published(key, root).missing if root.is_dir() else spec.needs
     if not missing:
+        open_source(key, "test", root)  # raises ValueError for a damaged one
         return "there already"
     if (root / spec.folder).exists():
         raise FileExistsError(f"{root / spec.folder} is there but lacks {', '.join(missing)}; move it away")
@@ -139,7 +162,10 @@ def _clear(folder: Path, but_for: tuple[str, ...]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # for names that cannot be shown
     root, check = resolve(options.root), options.action == "check"
+    root = existing_root(root) if root.is_dir() else root
     own = list_datasets(root) if check and root.is_dir() else []
     known = list(dict.fromkeys([*DATASETS, *own]))
     unknown = [key for key in options.keys if key not in known]
@@ -150,8 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"data root: {root}")
     keys = options.keys or (own if check else list(DATASETS))
     if options.action == "list":
-        sets, problems = list_sets(root)
-        print(sets.loc[keys].to_string(), *problems, sep="\n")
+        sets, problems = list_sets(root, keys)
+        print(sets.to_string(), *problems, sep="\n")
         total = sum(DATASETS[key].gigabytes for key in keys)
         print(f"{total:.0f} GB to download in all; once unpacked they take about as much again")
         return 0
@@ -163,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\n{key}: interrupted; the same command goes on from here", file=sys.stderr)
             return 130
     if check:
-        absent = [key for key in DATASETS if not is_there(key, root)]
+        absent = [key for key in DATASETS if not find_published(key, root).top]
         print(f"{len(keys) - len(failed)} of {len(keys)} sets are readable; not there: {', '.join(absent) or 'none'}")
     if failed:
         print(f"error: {options.action} failed for {', '.join(failed)}", file=sys.stderr)
@@ -176,7 +202,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("keys", nargs="*", help="sets (default: all; for check, those that are there)")
     parser.add_argument("--root", default=DEFAULT_ROOT, help=f"folder of the sets (default: {DEFAULT_ROOT})")
     parser.add_argument("--all", action="store_true", help="check: decode every image, not one of each class")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def _check_or_fetch(key: str, root: Path, check: bool, every_image: bool) -> bool:

@@ -1,6 +1,7 @@
 """Class folders: a set whose images lie in folders named after their classes, perhaps in parts to train and test on."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, inclusive
 PARTS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation", "dev")}
 # What operating systems and archives leave behind, besides all that is hidden.
 LITTER = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
+_MISSING = "missing"  # in the place of a size
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,10 @@ class Source:
     contents: list[Any]  # what tells these images from others: for a fingerprint
     boxes: list[Box] | None = None
     left_out: tuple[str, ...] = ()  # what is there and not taken, a line each
+
+    def missing(self) -> list[str]:
+        """Which of its files are not there."""
+        return [where for where, what in zip(self.where, self.contents) if str(what).endswith(_MISSING)]
 
 
 def class_folders(
@@ -46,10 +52,11 @@ def class_folders(
     if parts:
         whole = True
         if split not in parts:
-            others = ", ".join(part.name for part in inner)
-            raise ValueError(
-                f"{folder} has {others} and no part to {split} on; names read are {', '.join(PARTS[split])}"
-            )
+            there, known = (", ".join(names) for names in ([part.name for part in inner], PARTS[split]))
+            raise ValueError(f"{folder} has {there} and no part to {split} on; names read are {known}")
+    beside = [path for part in (folder, *parts.values()) for path in _files(part)]
+    if beside := [path for path in beside if _is_image(path) or not path.exists()]:
+        told.append(f"{len(beside)} images or links to nothing lie in no class folder, such as {_some(beside, folder)}")
     by_class: dict[str, list[Path]] = {}
     for part in [folder] if not parts else parts.values():
         for directory in folders(part):
@@ -109,19 +116,39 @@ def _part_of_class(paths: list[Path], split: Split, test_fraction: float | None,
 
 
 def folders(directory: Path) -> list[Path]:
-    """Folders in a folder, by name, but for litter."""
-    return sorted(p for p in directory.iterdir() if p.is_dir() and not _is_litter(p.name))
+    """Folders in a folder, by name, but for litter and links to what the folder itself lies in."""
+    if not os.access(directory, os.R_OK | os.X_OK):
+        return []
+    with os.scandir(directory) as entries:
+        found = [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False) or e.is_symlink() and _leads_away(e)]
+    return sorted(path for path in found if not _is_litter(path.name))
+
+
+def _leads_away(link: os.DirEntry) -> bool:
+    here = Path(os.path.realpath(os.path.dirname(link)))
+    return os.path.isdir(link) and not here.is_relative_to(os.path.realpath(link))
 
 
 def images_below(directory: Path) -> tuple[list[Path], list[Path]]:
     """Image files in a folder and below it, by path, and files that are no images that can be read."""
-    files = [
-        path
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and not any(_is_litter(part) for part in path.relative_to(directory).parts)
-    ]
-    images = [path for path in files if path.suffix.lower() in image_suffixes()]
+    files, seen, waiting = [], set(), [directory]
+    while waiting:
+        here = waiting.pop()
+        if (real := os.path.realpath(here)) not in seen:  # links may lead in a circle
+            seen.add(real)
+            files += _files(here)
+            waiting += folders(here)
+    images = [path for path in sorted(files) if _is_image(path)]
     return images, sorted(set(files) - set(images))
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if not path.is_dir() and not _is_litter(path.name))
+
+
+def _is_image(path: Path) -> bool:
+    """Is it named as one, and a file or a link to nothing? A pipe would be waited for."""
+    return path.suffix.lower() in image_suffixes() and (path.is_file() or not path.exists())
 
 
 def _is_litter(name: str) -> bool:
@@ -145,7 +172,13 @@ def from_files(
 ) -> Source:
     """Images in files, told from others by their names below ``root`` and sizes; published sets are read as such."""
     paths = [str(path) for path in files]
-    sizes = [os.stat(path).st_size if os.path.exists(path) else "missing" for path in paths]
+    sizes = [os.stat(path).st_size if os.path.exists(path) else _MISSING for path in paths]
     contents = [f"{os.path.relpath(path, root)} {size}" for path, size in zip(paths, sizes)]
     read = read_as_published if published else read_rgb
-    return Source(list(labels), classes, paths, lambda index: read(paths[index]), contents, boxes, left_out)
+    where, classes, told = (list(map(readable, texts)) for texts in (paths, classes, left_out))
+    return Source(list(labels), classes, where, lambda index: read(paths[index]), contents, boxes, tuple(told))
+
+
+def readable(text: str) -> str:
+    """A text with names of files, of which bytes that are no UTF-8 are taken for Latin-1."""
+    return re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xDC00), text)

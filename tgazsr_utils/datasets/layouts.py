@@ -3,14 +3,26 @@
 The published layouts, through torchvision's own classes where it has them; Tiny-ImageNet's; and class folders.
 """
 
+import atexit
+import os
 import re
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 from tgazsr_utils.datasets import miniworld
-from tgazsr_utils.datasets.class_folders import Box, Source, Split, class_folders, folders, from_files, images_below
+from tgazsr_utils.datasets.class_folders import (
+    Box,
+    Source,
+    Split,
+    class_folders,
+    folders,
+    from_files,
+    images_below,
+    readable,
+)
 from tgazsr_utils.datasets.published_sets import DATASETS, DatasetSpec, clean_name
 from tgazsr_utils.datasets.torchvision_sets import read_lists
 from tgazsr_utils.paths import resolve
@@ -26,26 +38,57 @@ def list_datasets(root: str | Path | None) -> list[str]:
     if root is None:
         return list(miniworld.TASKS)
     folder = existing_root(root)
-    there = [key for key in DATASETS if is_there(key, folder)]
-    known = {name for key in there for name in (key, DATASETS[key].folder)}
-    return there + [p.name for p in folders(folder) if p.name not in known]
+    there = {key: find_published(key, folder).top for key in DATASETS}
+    known = {*DATASETS, *(name for names in there.values() for name in names)}
+    return [key for key, names in there.items() if names] + [p.name for p in folders(folder) if p.name not in known]
 
 
 def existing_root(root: str | Path) -> Path:
+    """The folder that holds the image sets: ``root``, or what alone lies in it and holds a published set."""
     folder = resolve(root)
     if not folder.is_dir():
         raise ValueError(f"data_root {str(root)!r} is not a folder ({folder})")
+    named = lambda path: any(_is_called(key, path) for key in DATASETS)
+    while len(inner := folders(folder)) == 1 and not named(inner[0]) and any(map(named, folders(inner[0]))):
+        folder = inner[0]
     return folder
 
 
-def missing_parts(key: str, root: Path) -> list[str]:
-    """What the published layout of a set needs below ``root`` and is not there."""
-    return [part for part in DATASETS[key].needs if not (root / part).exists()]
+def _is_called(key: str, folder: Path) -> bool:
+    """Has a folder one of a published set's names, whatever their case and punctuation?"""
+    spec, plain = DATASETS[key], lambda name: re.sub(r"[\W_]", "", name).lower()
+    return plain(folder.name) in map(plain, (key, spec.folder, spec.title, *spec.also))
 
 
-def is_there(key: str, root: Path) -> bool:
-    """Is there something of this published set, in its own layout or as class folders?"""
-    return (root / key).is_dir() or (root / DATASETS[key].folder).is_dir()
+class Place(NamedTuple):
+    """Where a published set lies."""
+
+    folder: Path  # what stands for the published layout's own folder
+    missing: list[str]  # what that lacks
+    own: list[Path]  # folders that may hold it as class folders instead
+    top: list[str]  # folders of the data root with something of it; none: it is not there
+
+
+def find_published(key: str, root: Path) -> Place:
+    """Where, up to two levels below ``root``, least of the published layout is missing.
+
+    A folder with all of it may have any name, as archives unpack one level up or down; one with less is called as the
+    set. Tiny-ImageNet and ImageNet are by name only: a set of one's own may be laid out like them.
+    """
+    spec, upper = DATASETS[key], folders(root)
+    anywhere = [root, *upper, *(lower for folder in upper for lower in folders(folder))]
+    named = [root / spec.folder, *(place for place in anywhere if _is_called(key, place))]
+    lacks = lambda place: [place / part for part in spec.below if not os.path.exists(place / part)]
+    places = named + anywhere if spec.torchvision else named
+    place = next((p for p in places if not lacks(p)), None) or min(named, key=lambda p: len(lacks(p)))
+    missing, called = lacks(place), [folder for folder in upper if _is_called(key, folder)]
+    half = 0 < len(missing) < len(spec.needs)  # what holds a part of the published layout is no folder of class folders
+    own = sorted((f for f in called if not (half and place.is_relative_to(f))), key=lambda folder: folder.name != key)
+    there = own[:1] if missing and own else {place / part for part in spec.below} - {*missing}
+    if place == root and _is_called(key, root):
+        there = [*there, *upper]
+    top = sorted({path.relative_to(root).parts[0] for path in there or called})
+    return Place(place, [os.path.relpath(path, root) for path in missing], own, top)
 
 
 def open_source(key: str, split: Split, root: Path, test_fraction: float | None = None, seed: int = 0) -> Source:
@@ -56,10 +99,11 @@ def open_source(key: str, split: Split, root: Path, test_fraction: float | None 
     try:
         return _find_source(key, split, root, test_fraction, seed)
     except Exception as error:  # torchvision lets through whatever the parser of a damaged list raises
-        reason = " ".join(str(error).split()) or type(error).__name__
-        fetch = f"(python -m tgazsr_utils.datasets fetch {key})"
+        reason = readable(" ".join(str(error).split())) or type(error).__name__
+        reason = f"{reason} is not in its lists" if isinstance(error, KeyError) else reason
+        fetch = f"Once it is moved away: python -m tgazsr_utils.datasets fetch {key}"
         reason = reason.replace("You can use download=True to download it", fetch)
-        missing = missing_parts(key, root) if key in DATASETS else []
+        missing = find_published(key, root).missing if key in DATASETS else []
         if missing and missing[0] not in reason:
             reason += f"; of the published layout this is missing: {', '.join(missing)}"
         raise ValueError(f"image set {key!r} in {root} cannot be read: {reason}") from error
@@ -67,47 +111,72 @@ def open_source(key: str, split: Split, root: Path, test_fraction: float | None 
 
 def _find_source(key: str, split: Split, root: Path, test_fraction: float | None, seed: int) -> Source:
     spec = DATASETS.get(key)
-    if spec and spec.torchvision and not spec.folders and not missing_parts(key, root):
-        folder, source = root / key, _through_torchvision(key, spec, root, split)
+    place, missing = find_published(key, root)[:2] if spec else (root, [])
+    if spec and spec.torchvision and not spec.folders and not missing:
+        folder, source = "its lists", _through_torchvision(key, spec, place, split)
     elif ((folder := _folder_of(key, split, root)) / "wnids.txt").exists():
         source = _tiny_imagenet(folder, split, published=spec is not None)
     else:
         fraction = TEST_FRACTION if test_fraction is None and spec is None else test_fraction
-        whole = spec is not None and spec.train_folders is not None and (root / spec.train_folders).is_dir()
+        whole = spec is not None and spec.train_folders is not None and _part(place, spec.train_folders).is_dir()
         source = class_folders(folder, split, fraction, seed, whole, published=spec is not None)
+        folder = f"class folders below {folder}"
     if not source.labels:
-        raise ValueError(f"no {split} images in class folders below {folder}")
+        raise ValueError("; ".join([f"no {split} images in {folder}", *source.left_out[:3]]))
+    if len(gone := source.missing()) == len(source.labels):
+        raise ValueError(f"none of the {len(gone)} images of its lists is there, such as {gone[0]}")
     if len(source.classes) < 2:
-        raise ValueError(f"only one class, {source.classes[0]!r}, below {folder}; are its images in class folders?")
+        raise ValueError(f"only one class, {source.classes[0]!r}, in {folder}; are its images in class folders?")
     return source
 
 
 def _folder_of(key: str, split: Split, root: Path) -> Path:
     """The folder that holds a set's class folders or Tiny-ImageNet's lists. Raises ValueError if there is none."""
-    spec = DATASETS.get(key)
-    missing = missing_parts(key, root) if spec else []
-    if key == "tinyImageNet" and not missing:
-        return root / spec.folder
-    part = spec and (spec.folders if split == "test" else spec.train_folders or spec.folders)
-    for folder in ([root / part] if part else []) + [root / key]:
+    if spec := DATASETS.get(key):
+        place, missing, own, there = find_published(key, root)
+        if key == "tinyImageNet" and not missing:
+            return place
+        part = spec.folders if split == "test" else spec.train_folders or spec.folders
+        tried = ([_part(place, part)] if part else []) + own
+    else:
+        tried, there = [root / key], []
+    for folder in tried:
         if folder.is_dir():
             return folder
-    if missing and (root / spec.folder).is_dir():
-        raise ValueError(f"missing: {', '.join(missing)}")
+    if there:
+        raise ValueError(f"missing: {', '.join(missing)}" if missing else f"it has no part to {split} on")
     raise ValueError(f"it is not there; there are: {', '.join(list_datasets(root)) or 'none'}")
 
 
-def _through_torchvision(key: str, spec: DatasetSpec, root: Path, split: Split) -> Source:
+def _part(place: Path, published: str) -> Path:
+    """What is published as ``published``, below the folder that stands for the first one of that path."""
+    return place / published.partition("/")[2]
+
+
+@cache
+def _root_of(folder: Path, name: str) -> Path:
+    """A folder where ``folder`` is called ``name``, as torchvision has it; until the program ends."""
+    if folder.name == name:
+        return folder.parent
+    temporary = TemporaryDirectory(prefix="tgazsr_")
+    atexit.register(temporary.cleanup)
+    (Path(temporary.name) / name).symlink_to(folder, target_is_directory=True)
+    return Path(temporary.name)
+
+
+def _through_torchvision(key: str, spec: DatasetSpec, place: Path, split: Split) -> Source:
     """A published set through torchvision's own class; images of a folder in the order of their names."""
     arguments = spec.test if split == "test" else spec.train
     if arguments is None:
         raise ValueError("it has no part to train on; choose another set, or class folders of your own")
+    root = _root_of(place, spec.folder)
     lists = read_lists(spec.torchvision, root, arguments)
     classes = lists.classes or sorted(spec.names)
     if lists.files is not None:
         in_order = sorted(zip(lists.files, lists.labels))  # torchvision lists some in the order of the file system
-        files, labels = [path for path, _ in in_order], [label for _, label in in_order]
-        return from_files(files, labels, classes, root, published=True)
+        files = [place / path.relative_to(root / spec.folder) for path, _ in in_order]
+        labels = [label for _, label in in_order]
+        return from_files(files, labels, classes, place, published=True)
     where = [f"{key} {split} number {i}" for i in range(len(lists.labels))]
     return Source(lists.labels, classes, where, lists.open, lists.contents or where)
 
@@ -165,7 +234,11 @@ def _tiny_imagenet(folder: Path, split: Split, published: bool) -> Source:
     files, of, boxes = ([entry[i] for entry in kept] for i in range(3))
     names = [words[wnid].split(",")[0] for wnid in wnids]
     boxes = None if None in boxes else boxes
-    return from_files(files, [label[wnid] for wnid in of], names, folder, published=published, boxes=boxes)
+    told = [f"class {names[label[wnid]]} has no images to {split} on" for wnid in wnids if wnid not in {*of}]
+    if gone := [wnid for wnid in listed if wnid not in label]:
+        told.append(f"{len(gone)} classes of wnids.txt have no folder in train, such as {gone[0]}")
+    labels = [label[wnid] for wnid in of]
+    return from_files(files, labels, names, folder, published=published, boxes=boxes, left_out=tuple(told))
 
 
 def _annotated(images: Path, path: Path, wnids: set[str], wnid: str | None = None) -> list[tuple[Path, str, Box]]:

@@ -69,6 +69,7 @@ class Files:
         At most ``1 + CHUNKS_AHEAD`` chunks are in memory; no thread outlives this, however it ends.
         Raises ValueError for an unreadable image, unless these are left out.
         """
+        torchvision()  # here, as threads that import it at once get in each other's way
         pool = ThreadPoolExecutor(min(16, allowed_cpus()), thread_name_prefix="decode")
         ask = lambda chunk: [(row, pool.submit(self._decode, row, masks)) for row in chunk.tolist()]
         later = iter(chunks)

@@ -32,6 +32,7 @@ class DatasetSpec:
     images: Count
     classes: Count
     needs: Annotated[tuple[str, ...], Field(min_length=1)]  # files and folders below the data root, as published
+    also: tuple[str, ...] = ()  # other names of its folder, such as that of its archive
     torchvision: str | None = None  # its class in torchvision.datasets, which fetches it and, without folders, reads it
     test: Mapping[str, Any] = field(default_factory=dict)  # that class's arguments for the test part
     train: Mapping[str, Any] | None = None  # and for a part to tune on, if there is one
@@ -51,6 +52,11 @@ class DatasetSpec:
     @property
     def folder(self) -> str:
         return self.needs[0].split("/")[0]
+
+    @property
+    def below(self) -> tuple[str, ...]:
+        """What it needs, below its folder."""
+        return tuple(need.partition("/")[2] for need in self.needs)
 
     def label(self, raw: str) -> str:
         """What to call a class outside of the published prompts."""
