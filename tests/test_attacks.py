@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from conftest import size
 
 from tgazsr_utils.core import attacks
-from tgazsr_utils.core.attacks import cw, cw_margin, pgd, run_attack, start_generators
+from tgazsr_utils.core.attacks import cw, cw_margin, pgd, run_attack
+from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.measuring.autoattack import autoattack
@@ -88,9 +89,7 @@ def test_the_released_fp16_attack_loses_gradients_and_finds_less(mini, shapes):
     released = AttackSettings(**usual.model_dump() | {"attack_precision": "released-fp16"})
     loss = {}
     for settings in (usual, released):
-        found = run_attack(
-            mini, images, data.labels, text, settings, "last", start_generators(images.device, range(12), 0)
-        )
+        found = run_attack(mini, images, data.labels, text, settings, "last", Noise.named(torch.arange(12), 0))
         assert found.dtype == torch.float32 and (found - images).abs().max() <= 8 / 255 + 1e-6
         loss[settings.label] = F.cross_entropy(mini.logits(found, text), data.labels).item()
     assert loss["pgd-3"] > loss["pgd-3-released-fp16"] > F.cross_entropy(mini.logits(images, text), data.labels)

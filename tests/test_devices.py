@@ -50,3 +50,34 @@ def test_no_process_is_started_where_no_gpu_is_counted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(devices.subprocess, "run", lambda *a, **k: pytest.fail("asked in another process"))
     assert device_name("auto") == device_name("cpu") == "cpu"
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    devices.compiles.cache_clear()
+    yield
+    devices.compiles.cache_clear()
+    torch._dynamo.reset()
+
+
+def test_without_a_compiler_nothing_is_compiled_and_it_is_told_once(no_compiler, capsys):
+    assert not devices.compiles("cpu") and not devices.compiles("cpu")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("going on without torch.compile, which does not work here: ")
+
+
+def test_a_kernel_that_does_not_run_leaves_attention_to_pytorch(monkeypatch, mini):
+    from tgazsr_utils.core import attention, attention_kernel
+
+    def fails(*arguments):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable\nmore")
+
+    monkeypatch.setattr(attention_kernel, "attention", fails)
+    attention._kernel_works.cache_clear()
+    with pytest.warns(UserWarning, match="^attention goes on without its Triton kernel: Failed to find C compiler"):
+        assert not attention._kernel_works(torch.device("cpu"))
+    attention._kernel_works.cache_clear()

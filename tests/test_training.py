@@ -8,8 +8,9 @@ import torch
 from conftest import train_settings
 from torch import nn
 
-from tgazsr_utils.core.attacks import pgd, start_generators
+from tgazsr_utils.core.attacks import pgd
 from tgazsr_utils.core.objectives import Objective, Step, Term, find_objective
+from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.training import attacked, in_openai_order, optimizer_of, warmup_cosine
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.durable import finetuning
@@ -67,7 +68,7 @@ def test_optimiser_and_start_are_those_of_the_settings(mini, train_set, method, 
     found = attacked(step, objective, settings, 0)
     arguments = step.clip, step.images, step.labels, step.text, 3 / 255, 3 / 255, 1
     for start in ("cut", "uncut"):
-        generators = start_generators(batch.images.device, range(8), "training", 0, 1, 0)
+        generators = Noise.named(torch.arange(8), "training", 0, 1, 0)
         expected = pgd(*arguments, start=start, loss=objective.attack(step), generator=generators)
         assert torch.equal(found, expected) == (start == settings.train_start)
 

@@ -1,7 +1,7 @@
 """Adversarial images: what a bounded attacker adds to pixels so that zero-shot CLIP fails."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tgazsr_utils.core.models import Clip, ImageTokens, encode
-from tgazsr_utils.core.seeds import seeded
+from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import AttackSettings, Norm, Protocol
 
 AttackLoss = Callable[[ImageTokens], Tensor]
 LogitLoss = Callable[[Tensor, Tensor], Tensor]  # of logits [B,C] and labels [B]; summed over the batch
-Generators = torch.Generator | Sequence[torch.Generator] | None  # one for the batch, or one for each image
+Generator = torch.Generator | Noise | None  # of a batch's random start
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def pgd(
     start: Literal["cut", "uncut"] = "cut",
     loss: AttackLoss | None = None,
     logit_loss: LogitLoss = summed_cross_entropy,
-    generator: Generators = None,
+    generator: Generator = None,
 ) -> Tensor:
     """Projected gradient ascent (Madry et al. 2018): adversarial images ``[B,3,H,W]``.
 
@@ -51,8 +51,8 @@ def pgd(
 
     ``direction`` is the sign for ``norm`` "linf" and gradient / ||gradient||_2 for "l2"; the loss is ``logit_loss``,
     or ``loss(tokens)`` if given. ``images`` x ``[B,3,H,W]`` in [0,1]; ``labels`` ``[B]``; ``text`` ``[C,D]`` unit
-    norm; ``eps`` and ``step_size`` in [0,1] pixel units (l2: lengths of the whole perturbation). ``generator`` seeds
-    the start; with one for each image it does not depend on the rest of the batch. Only the pixels' gradient is taken.
+    norm; ``eps`` and ``step_size`` in [0,1] pixel units (l2: lengths of the whole perturbation). ``generator`` makes
+    the start, ``seeds.Noise`` one that does not depend on the rest of the batch. Only the pixels' gradient is taken.
     The result lies within ``eps`` of ``images`` (exactly for linf, up to rounding for l2) and inside [0,1]; with
     ``start`` "uncut" the start itself may leave [0,1], the images after the first step do not.
 
@@ -68,7 +68,8 @@ def pgd(
         return images
     adversarial = _random_start(images, eps, norm, generator, cut=start == "cut" or not steps)
     bounds = ball(images, eps) if norm == "linf" else (images,)
-    ascent = _Ascent(text, eps, step_size, norm, loss, logit_loss)
+    lengths = (torch.tensor(length, dtype=torch.float64) for length in (eps, step_size))
+    ascent = _Ascent(text, *lengths, norm, loss, logit_loss)
     if protocol == "last":
         for _ in range(steps):
             adversarial, _ = clip.run(_step, adversarial.requires_grad_(True), bounds, labels, ascent)
@@ -88,11 +89,11 @@ def pgd(
 
 
 class _Ascent(NamedTuple):
-    """What is the same at every step of ``pgd``."""
+    """What is the same at every step of ``pgd``; lengths as tensors, of which one graph takes any."""
 
     text: Tensor
-    eps: float
-    step_size: float
+    eps: Tensor
+    step_size: Tensor
     norm: Norm
     loss: AttackLoss | None
     logit_loss: LogitLoss
@@ -139,7 +140,7 @@ def run_attack(
     text: Tensor,
     settings: AttackSettings,
     protocol: Protocol,
-    generator: Generators,
+    generator: Generator,
 ) -> Tensor:
     """Adversarial images ``[B,3,H,W]`` by the attack that ``settings`` name, with all that they say of it."""
     options: dict[str, Any] = {"version": settings.autoattack_version} if settings.attack == "autoattack" else {}
@@ -167,11 +168,6 @@ def _as_released(run: Callable[..., Tensor], clip: Clip, images: Tensor, *argume
         return run(clip, images, *arguments, **options)
 
 
-def start_generators(device: torch.device, rows: Iterable[int], *parts: Any) -> list[torch.Generator]:
-    """Generators for the random start of each image, seeded by its row and ``parts``."""
-    return [seeded(device, *parts, row) for row in rows]
-
-
 def check_arguments(
     images: Tensor, norm: str, protocol: str = "last", start: str | None = "cut", **numbers: float
 ) -> None:
@@ -188,24 +184,22 @@ def check_arguments(
         raise ValueError(f"pixels range from {float(images.min()):g} to {float(images.max()):g}; attacks need [0, 1]")
 
 
-def _random_start(images: Tensor, eps: float, norm: Norm, generator: Generators, cut: bool) -> Tensor:
-    """Uniform in the eps-ball around each image, perhaps cut with [0,1]; drawn where the generators are."""
+def _random_start(images: Tensor, eps: float, norm: Norm, generator: Generator, cut: bool) -> Tensor:
+    """Uniform in the eps-ball around each image, perhaps cut with [0,1]; drawn where the generator is."""
 
-    def draw(kind: Callable[..., Tensor], *shape: int) -> Tensor:
-        if isinstance(generator, Sequence):
-            drawn = torch.stack([kind(shape, generator=one, device=one.device) for one in generator])
-        else:
-            drawn = kind(
-                (len(images), *shape), generator=generator, device=None if generator is None else generator.device
-            )
-        return drawn.to(images.device, images.dtype)
+    def draw(count: int) -> Tensor:  # uniform in [0,1), [B,count]
+        if isinstance(generator, Noise):
+            return generator.uniform(count).to(images.device, images.dtype)
+        device = None if generator is None else generator.device
+        return torch.rand(len(images), count, generator=generator, device=device).to(images.device, images.dtype)
 
+    values = images.shape[1:].numel()
     if norm == "linf":
-        start = images + eps * (2 * draw(torch.rand, *images.shape[1:]) - 1)
+        start = images + eps * (2 * draw(values).view_as(images) - 1)
         return torch.clamp(start, *ball(images, eps)) if cut else start
-    direction = _unit(draw(torch.randn, *images.shape[1:]))
-    radius = draw(torch.rand, 1, 1, 1) ** (1 / images.shape[1:].numel())
-    start = images + eps * radius * direction
+    drawn, radius = draw(values + 1).split([values, 1], dim=1)
+    direction = _unit(torch.erfinv((2 * drawn - 1).clamp(2**-24 - 1, 1 - 2**-24)).view_as(images))  # of normal ones
+    start = images + eps * radius.view(-1, 1, 1, 1) ** (1 / values) * direction
     return _project_l2(start, images, eps) if cut else start
 
 
@@ -218,7 +212,7 @@ def _unit(x: Tensor) -> Tensor:
     return x / _length(x)
 
 
-def _project_l2(x: Tensor, images: Tensor, eps: float) -> Tensor:
+def _project_l2(x: Tensor, images: Tensor, eps: Tensor | float) -> Tensor:
     """Into the l2 ball, then into [0,1], which moves each pixel towards the clean one: the image stays in the ball."""
     delta = x - images
     return (images + delta * (eps / _length(delta)).clamp(max=1)).clamp(0, 1)

@@ -1,7 +1,7 @@
 """Text-guided attention: where an image encoder finds a prompt, and how far that moves under attack."""
 
 import functools
-import importlib.util
+import warnings
 from typing import Literal, get_args
 
 import torch
@@ -90,11 +90,27 @@ def _maps(
 
 
 def _kernel_takes(tokens: ImageTokens) -> bool:
-    if importlib.util.find_spec("triton") is None or tokens.patches.dtype == torch.float64:
+    if tokens.patches.dtype == torch.float64 or not _kernel_works(tokens.patches.device):
         return False
     from tgazsr_utils.core.attention_kernel import MAX_CHANNELS, MAX_PATCHES
 
     return tokens.patches.shape[1] <= MAX_PATCHES and tokens.patches.shape[2] <= MAX_CHANNELS
+
+
+@functools.cache
+def _kernel_works(device: torch.device) -> bool:
+    """Tried once: Triton may be missing, or the C compiler that it needs."""
+    try:
+        from tgazsr_utils.core.attention_kernel import attention
+
+        one = torch.ones(1, 4, 16, device=device)
+        attention(one[:, 0], one, one[:, :1], "reference")
+        return True
+    except Exception as error:  # whatever Triton and its compilers raise
+        warnings.warn(
+            f"attention goes on without its Triton kernel: {str(error).strip().splitlines()[0]}", stacklevel=2
+        )
+        return False
 
 
 def grad_cam(

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tgazsr_utils.core.attacks import ATTACKS, run_attack, start_generators
+from tgazsr_utils.core.attacks import ATTACKS, run_attack
 from tgazsr_utils.core.images import Batch, ImageSet
 from tgazsr_utils.core.models import Clip
+from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import AttackSettings, Protocol
 
 NO_ANSWER = -1  # in place of a class, where logits are not finite
@@ -41,8 +42,8 @@ def predictions(
     for batch in data.batches(chunks, clip.device):
         attacked = batch.images
         if attack is not None:
-            generators = start_generators(clip.device, batch.rows.tolist(), "evaluation", data.key, seed)
-            attacked = run_attack(attacker, batch.images, batch.labels, text, attack, protocol, generators)
+            noise = Noise.named(batch.rows.to(clip.device), "evaluation", data.key, seed)
+            attacked = run_attack(attacker, batch.images, batch.labels, text, attack, protocol, noise)
         yield Predicted(batch, attacked, classes_of(reader.logits(attacked, text)))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -84,8 +85,13 @@ class Clip(nn.Module):
 
     def run(self, function: Callable, *arguments: Any) -> Any:
         """``function(self, *arguments)``, compiled if this model is, where it is meant to run."""
-        compiled = self.numerics.compiled and self.device.type == self.numerics.device
-        return (_compile(function) if compiled else function)(self, *arguments)
+        if not self.numerics.compiled or self.device.type != self.numerics.device:
+            return function(self, *arguments)
+        for argument in arguments:
+            for tensor in argument if isinstance(argument, tuple) else (argument,):
+                if isinstance(tensor, Tensor):
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one graph for batches of all sizes, the first too
+        return _compile(function)(self, *arguments)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
@@ -153,7 +159,13 @@ def encode(clip: Clip, pixels: Tensor) -> ImageTokens:
 
 @functools.cache
 def _compile(function: Callable) -> Callable:
-    """Compiled once for all models, whose weights are inputs of the graph, and soon for batches of all sizes."""
+    """Compiled once for all models, whose weights are inputs of the graph, and for batches of all sizes."""
+    import torch._inductor.config as inductor  # slow to import
+
+    for choice in ("deterministic", "batch_invariant"):  # no kernels picked by timing; older versions have no choice
+        if hasattr(inductor, choice):
+            setattr(inductor, choice, True)
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # fp32 is to mean fp32
     config = torch._dynamo.config
     config.recompile_limit = max(64, config.recompile_limit)  # other norms, losses, precisions are other graphs
     if hasattr(

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tgazsr_utils.core.attacks import pgd, start_generators
+from tgazsr_utils.core.attacks import pgd
 from tgazsr_utils.core.images import Batch, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import Cache, Objective, Step, Term, weighted_sum
-from tgazsr_utils.core.seeds import seeded
+from tgazsr_utils.core.seeds import Noise, seeded
 from tgazsr_utils.core.settings import FinetuneSettings
 
 MakeAdversarial = Callable[[Step, Objective, FinetuneSettings, int], Tensor]
@@ -83,10 +83,10 @@ def attacked(
     """
     if objective.attack is None:
         return step.images
-    positions = range(len(step.images)) if positions is None else positions
-    generators = start_generators(step.images.device, positions, "training", settings.seed, 1, number)
+    places = torch.arange(len(step.images)) if positions is None else torch.tensor(positions)
+    noise = Noise.named(places.to(step.images.device), "training", settings.seed, 1, number)
     bounds = settings.train_eps / 255, settings.train_stepsize / 255, settings.train_numsteps
-    options: dict[str, Any] = {"start": settings.train_start, "loss": objective.attack(step), "generator": generators}
+    options: dict[str, Any] = {"start": settings.train_start, "loss": objective.attack(step), "generator": noise}
     return pgd(step.clip, step.images, step.labels, step.text, *bounds, **options)
 
 

@@ -31,6 +31,17 @@ def _cuda_works() -> bool:
         return False
 
 
+@functools.cache
+def compiles(device: str) -> bool:
+    """Can code be generated for this type of device here? Tried once on a small function: it needs a C compiler."""
+    try:
+        torch.compile(lambda x: (2 * x).sin().sum())(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # Inductor lets through whatever its compilers raise
+        print(f"going on without torch.compile, which does not work here: {_first_line(error)}", file=sys.stderr)
+        return False
+
+
 def _build(device: str) -> str:
     if not device.startswith("cuda"):
         return ""
@@ -42,17 +53,28 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0].rstrip(".")
 
 
-def device_name(device: str) -> str:
-    """What ``pick_device`` would take is called; asked for in a process of its own, which leaves this one none of it.
+def has_bf16(device: torch.device) -> bool:
+    """Does it compute in bfloat16 itself? GPUs below compute capability 8.0 only pretend to."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
-    So a cluster's GPU that admits one process at a time stays free for the notebooks.
-    """
+
+def device_name(device: str) -> str:
+    """What ``pick_device`` would take is called."""
     if device == "cpu" or device == "auto" and not torch.cuda.is_available():
         return "cpu"
-    code = "import sys, torch; from tgazsr_utils.durable.devices import pick_device; d = pick_device(sys.argv[1]); "
-    code += "print(torch.cuda.get_device_name(d) if d.type == 'cuda' else d)"
+    return _asked("torch.cuda.get_device_name(chosen) if chosen.type == 'cuda' else str(chosen)", device)
+
+
+def cuda_has_bf16() -> bool:
+    """``has_bf16`` of CUDA's first device, where this process must not start CUDA."""
+    return _asked("has_bf16(chosen)", "cuda") == "True"
+
+
+def _asked(question: str, device: str) -> str:
+    """The answer of another process, which leaves this one, and a GPU that admits one at a time, without CUDA."""
+    code = f"import sys, torch; from {__name__} import *; chosen = pick_device(sys.argv[1]); print({question})"
     asked = subprocess.run([sys.executable, "-c", code, device], capture_output=True, text=True, encoding="utf-8")
-    sys.stderr.write(asked.stderr if not asked.returncode else "")
     if asked.returncode:
         raise ValueError(asked.stderr.strip().splitlines()[-1].removeprefix("ValueError: "))
+    sys.stderr.write(asked.stderr)
     return asked.stdout.strip()

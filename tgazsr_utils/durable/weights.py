@@ -25,7 +25,7 @@ from tgazsr_utils.core.libraries import open_clip
 from tgazsr_utils.core.models import Clip, Numerics
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import Precision
-from tgazsr_utils.durable.devices import pick_device
+from tgazsr_utils.durable.devices import compiles, cuda_has_bf16, has_bf16, pick_device
 from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
 from tgazsr_utils.paths import DATA, resolve
 
@@ -78,11 +78,11 @@ def load_clip(
     "laion2b_s34b_b79k", ...) or "hf-hub:OWNER/NAME", both downloaded when first used; "local-dir:FOLDER"; a weights
     file, also of an image encoder alone as RobustVLM, TeCoA and TGA-ZSR release it (the rest then comes from "openai");
     "mini" or "mini-tga-zsr" (shipped, for "mini-clip"); or None for random weights (by ``seed``).
-    ``precision``: see ``core.models.Numerics``; "auto": "amp_bf16" on CUDA, else "fp32". ``image_size``: side in
-    pixels, other than the architecture's own; position embeddings are interpolated. ``compiled``: through
-    torch.compile; None: on CUDA. ``waiting``: it stays on the CPU for processes that will each have a device of their
-    own (``processes.launch``). Raises ValueError, one line, for an unknown name, or a file that is unreadable, of
-    another architecture, or needs pickled code to be read.
+    ``precision``: see ``core.models.Numerics``; "auto": "amp_bf16" on a CUDA device that has it (from sm_80), else
+    "fp32". ``image_size``: side in pixels, other than the architecture's own; position embeddings are interpolated.
+    ``compiled``: through torch.compile; None: on CUDA, where it works. ``waiting``: it stays on the CPU for processes
+    that will each have a device of their own (``processes.launch``). Raises ValueError, one line, for an unknown name,
+    or a file that is unreadable, of another architecture, or needs pickled code to be read.
     """
     model_config(arch)  # raises for an unknown one
     if precision not in get_args(Precision):
@@ -90,8 +90,11 @@ def load_clip(
     target = pick_device("cpu" if waiting else device)
     kind = "cuda" if waiting and torch.cuda.is_available() else target.type
     if precision == "auto":
-        precision = "amp_bf16" if kind == "cuda" else "fp32"
-    numerics = Numerics(kind, precision, kind == "cuda" if compiled is None else compiled)
+        fast = kind == "cuda" and (cuda_has_bf16() if waiting else has_bf16(target))
+        precision = "amp_bf16" if fast else "fp32"
+    if compiled is None:
+        compiled = kind == "cuda" and (waiting or compiles(str(target)))
+    numerics = Numerics(kind, precision, compiled)
     weights = "fp32" if precision == "amp_bf16" else precision
     side = None if image_size == image_size_of(arch) else image_size
     with _named(arch, pretrained), _quiet():

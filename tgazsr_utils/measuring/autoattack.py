@@ -1,14 +1,15 @@
 """AutoAttack and its Square attack, through pyautoattack: all that is known here of that library's inside."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tgazsr_utils.core.attacks import ATTACKS, Attack, Generators, ball, check_arguments
+from tgazsr_utils.core.attacks import ATTACKS, Attack, Generator, ball, check_arguments
 from tgazsr_utils.core.models import Clip
+from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import Norm, Protocol
 
 BATCH = 64  # images at once, always of the same rows
@@ -27,7 +28,7 @@ def autoattack(
     version: str = "apgd",
     norm: Norm = "linf",
     protocol: Protocol = "worst",
-    generator: Generators = None,
+    generator: Generator = None,
 ) -> Tensor:
     """AutoAttack (Croce & Hein 2020) by pyautoattack: adversarial images ``[B,3,H,W]``, the clean one where none fools.
 
@@ -44,8 +45,12 @@ def autoattack(
         return images
     if version == "standard" and classes < 4:
         raise ValueError(f"AutoAttack's standard version needs at least 4 classes (targeted DLR); there are {classes}")
-    first = generator[0] if isinstance(generator, Sequence) else generator
-    seed = int(torch.randint(2**31, (), generator=first, device=None if first is None else first.device))
+    if isinstance(generator, Noise):
+        seed = int(2**24 * generator.uniform(1)[0])
+    else:
+        seed = int(
+            torch.randint(2**31, (), generator=generator, device=None if generator is None else generator.device)
+        )
     options = {"norm": NORMS[norm], "eps": eps, "seed": seed, "device": images.device}
     attack = _configured(lambda pixels: clip.logits(pixels, text), version, classes, steps, options)
     attack.logger.setLevel("ERROR")  # its warnings repeat for each batch, and one is wrong for three classes

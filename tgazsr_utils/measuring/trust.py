@@ -19,11 +19,11 @@ from scipy.stats import binomtest
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from tgazsr_utils.core.attacks import pgd, run_attack, start_generators, summed_cross_entropy
+from tgazsr_utils.core.attacks import pgd, run_attack, summed_cross_entropy
 from tgazsr_utils.core.evaluation import classes_of
 from tgazsr_utils.core.images import Batch, ImageSet
 from tgazsr_utils.core.models import Clip
-from tgazsr_utils.core.seeds import digest
+from tgazsr_utils.core.seeds import Noise, digest
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.durable.fingerprints import code_version, fingerprint
 from tgazsr_utils.measuring.autoattack import square
@@ -167,11 +167,11 @@ def _attacked(clip: Clip, data: ImageSet, attack: AttackSettings) -> Iterator[tu
 def _attacks(clip: Clip, key: str, batch: Batch, text: Tensor, attack: AttackSettings) -> dict[str, Tensor]:
     """The batch's images under each attack of a check, by name."""
     x, y, eps = batch.images, batch.labels, attack.test_eps / 255
-    noise = lambda: start_generators(clip.device, batch.rows.tolist(), "sanity", key)
-    run = lambda eps, steps: pgd(clip, x, y, text, eps, eps / 4, steps, norm=attack.norm, generator=noise())
+    noise = Noise.named(batch.rows.to(clip.device), "sanity", key)
+    run = lambda eps, steps: pgd(clip, x, y, text, eps, eps / 4, steps, norm=attack.norm, generator=noise)
     images = {"clean": x, "noise": run(eps, 0)}
     if attack.attack != "autoattack":
-        images[MEASURED] = run_attack(clip, x, y, text, attack, "last", noise())
+        images[MEASURED] = run_attack(clip, x, y, text, attack, "last", noise)
     images |= {f"PGD-{steps}": run(eps, steps) for steps in STEPS}
     images["Square"] = square(clip.without_autocast(), x, y, text, eps, QUERIES, attack.norm)
     return images | {name: run(large / 255, LARGE_STEPS) for name, large in zip(LARGE, large_eps(attack))}
