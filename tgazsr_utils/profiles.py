@@ -16,9 +16,9 @@ from tgazsr_utils.core.settings import Settings
 from tgazsr_utils.datasets.layouts import list_datasets
 from tgazsr_utils.durable.weights import image_size_of, locate_weights
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, unknown_parameter, validate
+from tgazsr_utils.paths import NOTEBOOKS as FOLDER
 from tgazsr_utils.paths import ROOT, resolve
 
-FOLDER = ROOT / "notebooks"
 PROFILES = FOLDER / "profiles"
 _UNNAMED = {"output", "device", "processes"}  # parameters that a folder is not named after
 
