@@ -7,11 +7,12 @@ TORCH=(torch==2.13.0 torchvision==0.28.0)
 
 usage() {
     cat <<'EOF'
-Usage: ./run_all.sh [profile] [notebook numbers...] [-p name value]... [--fresh]
+Usage: ./run_all.sh [profile] [notebook numbers...] [-p name value]... [--fresh] [--locked]
        ./run_all.sh compare runs/A runs/B
-       ./run_all.sh --test [--long] [pytest arguments...]
-       ./run_all.sh --lab
+       ./run_all.sh --test [--long] [--locked] [pytest arguments...]
+       ./run_all.sh --lab [--locked] [JupyterLab's arguments...]
 
+In any order:
   profile           mini (default), or another file of notebooks/profiles
   notebook numbers  such as 01 04: run only these (also those a profile leaves out)
   -p name value     set a parameter of the notebooks; may be repeated
@@ -19,6 +20,7 @@ Usage: ./run_all.sh [profile] [notebook numbers...] [-p name value]... [--fresh]
   compare           print what differs between two runs: parameters, and paired differences of methods
   --test            set up what the tests need and run them; --long: with every count that README states
   --lab             open the workbook in JupyterLab
+  --locked          in .venv, with the very versions of requirements.lock, which the kept results were made with
   --help            show this
 
 Uses the active environment if the workbook is installed there, else .venv, which it makes on the first call.
@@ -57,7 +59,7 @@ find_python() {
 set_up() { # $1: what to install beyond the workbook itself, "" or "[test]"
     local python stamp wanted
     stamp=.venv/.installed
-    wanted="$(cksum <pyproject.toml) ${TORCH[*]} $here"
+    wanted="$(cat pyproject.toml ${locked:+requirements.lock} | cksum) ${TORCH[*]} $here"
     if [[ -f $stamp && "$(head -n 1 "$stamp")" == "$wanted" ]] && { [[ -z $1 ]] || grep -qxF -- "$1" "$stamp"; }; then
         return
     fi
@@ -66,15 +68,15 @@ set_up() { # $1: what to install beyond the workbook itself, "" or "[test]"
         python=$(find_python)
         "$python" -m venv .venv
     fi
-    .venv/bin/python -m pip install --quiet "${TORCH[@]}"
-    .venv/bin/python -m pip install --quiet --editable ".$1"
+    .venv/bin/python -m pip install --quiet ${locked:+--constraint requirements.lock} "${TORCH[@]}"
+    .venv/bin/python -m pip install --quiet ${locked:+--constraint requirements.lock} --editable ".$1"
     printf '%s\n%s\n' "$wanted" "$1" >"$stamp"
 }
 
 pick_python() { # $1: extra, $2...: modules that the extra brings; sets $python
     local extra=$1
     shift
-    if [[ -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]] && installed_in python "$@"; then
+    if [[ -z $locked && -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]] && installed_in python "$@"; then
         python=python
     else
         set_up "$extra"
@@ -82,24 +84,37 @@ pick_python() { # $1: extra, $2...: modules that the extra brings; sets $python
     fi
 }
 
+mode="" locked="" rest=()
 for argument in "$@"; do
-    if [[ $argument == --help || $argument == -h ]]; then
+    case $argument in
+    --help | -h)
         usage
         exit 0
-    fi
+        ;;
+    --test | --lab)
+        if [[ -n $mode && $mode != "$argument" ]]; then
+            echo "error: --test and --lab are two calls" >&2
+            exit 2
+        fi
+        mode=$argument
+        ;;
+    --locked) locked=yes ;;
+    *) rest+=("$argument") ;;
+    esac
 done
+set -- ${rest[@]+"${rest[@]}"} # an empty array is unknown to old shells
 
-case ${1:-} in
+case $mode in
 --test)
     pick_python "[test]" papermill pytest
-    exec "$python" -m pytest "${@:2}"
+    exec "$python" -m pytest "$@"
     ;;
 --lab)
     pick_python "" jupyterlab
     echo "from another machine: ssh -N -L 8888:127.0.0.1:8888 THIS-ONE, then open the address below there" >&2
     # Containers and rented machines run as root; it stays on this machine, behind its token.
-    [[ $EUID == 0 ]] && root=(--ServerApp.allow_root=True) || root=()
-    exec "$python" -m jupyterlab --ServerApp.ip=127.0.0.1 "${root[@]}" "${@:2}" notebooks
+    [[ $EUID == 0 ]] && set -- --ServerApp.allow_root=True "$@"
+    exec "$python" -m jupyterlab --ServerApp.ip=127.0.0.1 "$@" notebooks
     ;;
 *)
     pick_python "" papermill

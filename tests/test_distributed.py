@@ -171,7 +171,8 @@ def test_torchrun_fills_the_folder_that_a_notebook_then_only_reads(tmp_path, mon
     assert together.returncode == 0, together.stderr
     assert together.stdout.count("TGA-ZSR seed 0: 4/4") == 1  # from one of them
     with monkeypatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "2")
+        for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2"}.items():
+            patch.setenv(name, value)
         assert main([*asked, "-p", "processes", "2"]) == 2
     assert "under torchrun each process takes its own device" in capsys.readouterr().err
     stored = lambda: {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*.*")}

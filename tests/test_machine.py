@@ -1,12 +1,18 @@
-"""What the machine grants and how threads wait: said before PyTorch is imported, where the user has not said it."""
+"""What the machine grants and how threads wait: said before PyTorch is imported, where the user has not said it.
+
+And the ways to install.
+"""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from tgazsr_utils import machine
+from tgazsr_utils.paths import ROOT
 
 
 @pytest.mark.parametrize(
@@ -109,3 +115,41 @@ def test_they_are_set_before_pytorch_is_imported():
     done = subprocess.run([sys.executable, "-c", pinned + SCRIPT], env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["PASSIVE", "1000", "1", "1"]
+
+
+HOSTED = """
+from tgazsr_utils import load_clip
+from tgazsr_utils.workbook import open_workbook
+clip = load_clip("mini-clip", "mini")
+test_images = 2
+book = open_workbook("01_attention_shift", globals())
+from tgazsr_utils.measuring import recorded_sweep
+from tgazsr_utils.measuring.published import published
+import tgazsr_utils
+print(tgazsr_utils.__file__, len(book.test), len(published()) > 0, recorded_sweep.REFERENCE.exists())
+"""
+
+
+@pytest.mark.long
+def test_an_installed_wheel_has_all_it_needs_and_writes_where_it_is_called(tmp_path):
+    """Built as ``pip install`` does, put into a folder of its own, and used in an empty one."""
+    source, empty = tmp_path / "source", tmp_path / "empty"
+    source.mkdir()
+    empty.mkdir()
+    for name in ("tgazsr_utils", "notebooks", "data"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("sets", "photos", "__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip, options = [sys.executable, "-m", "pip"], {"capture_output": True, "text": True}
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    assert (done := subprocess.run(build, **options)).returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 20e6  # reference results stay in the repository
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True, **options)
+    options |= {"cwd": empty, "env": os.environ | {"PYTHONPATH": str(tmp_path / "site")}}
+    done = subprocess.run([sys.executable, "-c", HOSTED], **options)
+    said = f"results go to runs/mini-test_images-2\n(?s:.*){tmp_path / 'site'}/tgazsr_utils/__init__.py 2 True True"
+    assert re.search(said, done.stdout), done.stderr
+    command = [sys.executable, "-m", "tgazsr_utils.runner", "smoke", "01", "-p", "test_images", "2"]
+    assert (done := subprocess.run(command, **options)).returncode == 0, done.stderr
+    assert len(list(empty.glob("runs/smoke-test_images-2/figures/01_*.png"))) == 5

@@ -1,7 +1,9 @@
 import hashlib
 import json
 import re
+import socket
 
+import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tgazsr_utils.core.models import Clip
+from tgazsr_utils.durable import weights
 from tgazsr_utils.durable.fingerprints import fingerprint
 from tgazsr_utils.durable.weights import load_clip, read_metadata, save_clip
 
@@ -307,6 +310,30 @@ def test_bad_names_are_refused_in_one_line(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         load_clip(*arguments)
     assert "\n" not in str(error.value)
+
+
+def test_a_long_reason_ends_with_a_whole_word(mini, tmp_path):
+    torch.save(dict(list(mini.model.state_dict().items())[40:]), tmp_path / "part.pt")
+    with pytest.raises(ValueError, match=r"part.pt' cannot be loaded into mini-clip: .* \.\.\.$") as error:
+        load_clip("mini-clip", tmp_path / "part.pt", "cpu")
+    assert str(error.value).split()[-2] in str(error.value.__cause__).split()
+
+
+@pytest.mark.parametrize("pretrained", ["openai", "hf-hub:nobody/nothing"])
+@pytest.mark.parametrize("silent", [False, True])
+def test_without_a_network_weights_are_refused_soon_and_a_file_is_named(pretrained, silent, monkeypatch):
+    monkeypatch.setattr(weights, "_PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        if not silent:
+            server.close()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        with pytest.raises(
+            ValueError, match=f"{pretrained}.*{address} cannot be reached.*-p pretrained /path"
+        ) as error:
+            load_clip("ViT-B-32-quickgelu", pretrained, "cpu")
+    assert "\n" not in str(error.value) and not str(error.value).endswith("...")
+    assert socket.getdefaulttimeout() is None and not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "foreign"])

@@ -11,6 +11,8 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import tgazsr_utils
 from tgazsr_utils.durable import fingerprints
@@ -35,6 +37,18 @@ def test_conda_and_pip_requirements_are_the_same():
     pip = next(entry["pip"] for entry in conda if isinstance(entry, dict))
     assert set(pip) == {*project["dependencies"], *project["optional-dependencies"]["test"], "--editable ."}
     assert f"python{project['requires-python']}" in conda
+
+
+def test_the_lock_is_within_the_bounds():
+    """Triton is as PyTorch wants it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    locked = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    for text in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+        wanted = Requirement(text)
+        assert wanted.name == "triton" or wanted.specifier.contains(locked[canonicalize_name(wanted.name)]), text
+    pair = f"TORCH=(torch=={locked['torch']} torchvision=={locked['torchvision']})"
+    assert pair in (ROOT / "run_all.sh").read_text()
 
 
 def test_every_notebook_has_settings_and_every_settings_class_a_notebook():

@@ -3,6 +3,8 @@
 import hashlib
 import http.server
 import io
+import re
+import socket
 import tarfile
 import threading
 import urllib.request
@@ -15,6 +17,7 @@ import torchvision.datasets
 from miniatures import WRITERS, red, without_checksums, write_all
 from PIL import Image
 
+from tgazsr_utils.datasets import __main__ as datasets_command
 from tgazsr_utils.datasets import loading as datasets
 from tgazsr_utils.datasets import torchvision_sets
 from tgazsr_utils.datasets.__main__ import main
@@ -442,6 +445,15 @@ def test_a_killed_unpacking_is_done_again_from_the_archive(server, tmp_path):
     assert main(["fetch", "dtd", "--root", str(tmp_path / "sets")]) == 0
     assert server.asked == asked
     assert len(load_dataset("dtd", "test", tmp_path / "sets")) == 4
+
+
+@pytest.mark.parametrize("key", ["cifar10", "PCAM"])
+def test_a_silent_server_is_not_waited_for(key, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets_command, "_PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert main(["fetch", key, "--root", str(tmp_path)]) == 1
+    assert re.search(r"failed: .*timed out.*\n +source: .*\n +by hand: ", capsys.readouterr().out)
 
 
 DAMAGE = {

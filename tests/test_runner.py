@@ -7,7 +7,7 @@ import venv
 
 import nbformat
 import pytest
-from conftest import size
+from conftest import own_environment, run_all, size
 
 from tgazsr_utils import open_workbook, profiles, runner
 from tgazsr_utils.parameters import SettingsError
@@ -170,6 +170,79 @@ def test_fresh_moves_only_what_a_run_has_left(folder, tmp_path, capsys, monkeypa
     assert main(["smoke", "02", "--fresh", "-p", "output", str(out)]) == 2
     assert "is not such a folder" in capsys.readouterr().err
     assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-p", "x", "1", "mini", "04"],
+        ["mini", "-p", "x", "1", "04"],
+        ["--fresh", "04", "-p", "x", "1"],
+        ["04", "--fresh", "-p", "x", "1"],
+    ],
+)
+def test_options_come_in_any_order(arguments, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runner, "run", lambda *call: seen.append(call) or 0)
+    assert main(arguments) == 0 and seen == [("mini", ["04"], {"x": 1}, "--fresh" in arguments)]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["mini", "--frsh"], "unrecognized arguments: --frsh; there are a profile, notebook numbers, -p NAME VALUE"),
+        (["-p", "Alpha"], "argument -p: expected 2 arguments; there are"),
+        (["--lab", "--test"], "--test and --lab are two calls"),
+    ],
+)
+def test_unknown_options_get_one_line(arguments, message):
+    done = run_all(*arguments)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_the_tests_start_with_options_in_any_order():
+    done = run_all("--collect-only", "--long", "-n", "0", "--test", "tests/test_machine.py")
+    assert done.returncode == 0 and "test_machine.py" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+def test_what_another_launcher_has_left_is_named(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(name, "4")
+    assert main(["smoke", "01", "-p", "output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {name} = '4' is set") and "torchrun" in error and error.count("\n") == 1
+
+
+LEFT = {  # by launchers, hosts of notebooks and odd machines
+    "HOME": "/dev/null/home",
+    "XDG_RUNTIME_DIR": "/dev/null/runtime",
+    "JUPYTER_RUNTIME_DIR": "/dev/null/runtime",
+    "IPYTHONDIR": "/dev/null/ipython",
+    "LC_ALL": "C",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "CUDA_VISIBLE_DEVICES": "",
+    "LOCAL_RANK": "3",
+    "MASTER_ADDR": "nowhere",
+    "MASTER_PORT": "1",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "PMI_SIZE": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_NTASKS": "4",
+    "ACCELERATE_USE_CPU": "true",
+    "ACCELERATE_MIXED_PRECISION": "fp8",
+}
+
+
+@pytest.mark.long
+def test_a_run_minds_no_odd_environment(tmp_path):
+    """Nor a folder for temporary files that is deeper than the path of a socket may be."""
+    deep = tmp_path / ("deep" * 30)
+    deep.mkdir()
+    own = own_environment() | LEFT | {"TMPDIR": str(deep), "PYTHONPATH": f"/nowhere{os.pathsep}{ROOT}"}
+    command = ["bash", ROOT / "run_all.sh", "smoke", "01", "-p", "test_images", "2", "-p", "output", tmp_path / "out"]
+    done = subprocess.run(command, env=own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out" / "figures").glob("*.png"))) == 5
 
 
 def test_run_all_passes_errors_on():

@@ -28,8 +28,8 @@ def test_a_second_headless_run_into_a_folder_is_refused(tmp_path, capsys):
 
 
 def test_torchrun_into_the_folder_of_a_run_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     with FileLock(tmp_path / ".out.lock"):
         assert main(["smoke", "04", "-p", "output", str(tmp_path / "out")]) == 2
     assert "another run writes to" in capsys.readouterr().err

@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT / "data"
+_PACKAGE = Path(__file__).resolve().parent
+_INSTALLED = (_PACKAGE / "notebooks").is_dir()  # as a wheel puts it; else this is the repository, beside its notebooks
+ROOT = Path.cwd() if _INSTALLED else _PACKAGE.parent  # runs and what a person names with a relative path
+NOTEBOOKS, DATA = ((_PACKAGE if _INSTALLED else ROOT) / name for name in ("notebooks", "data"))  # what comes with it
 
 
 def resolve(path: str | Path) -> Path:
     """A path as given if absolute, else under the workbook's folder, whatever the working directory is.
 
-    Raises ValueError for text that can be no path: too long, with a NUL, not UTF-8, or below the home folder ("~") of
-    somebody who has none.
+    Of an installed wheel, it is under the directory that was the working one when this was imported. Raises ValueError
+    for text that can be no path: too long, with a NUL, not UTF-8, or below the home folder ("~") of somebody who has
+    none.
     """
     try:
         found = (ROOT / Path(path).expanduser()).resolve()

@@ -18,9 +18,9 @@ from tgazsr_utils.datasets.loading import class_prompts
 from tgazsr_utils.datasets.published_sets import DATASETS
 from tgazsr_utils.durable.weights import image_size_of, locate_weights, same_tokens
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, unknown_parameter, validate, without_effect
+from tgazsr_utils.paths import NOTEBOOKS as FOLDER
 from tgazsr_utils.paths import ROOT, resolve
 
-FOLDER = ROOT / "notebooks"
 PROFILES = FOLDER / "profiles"
 _UNNAMED = {"output", "device", "processes"}  # parameters that a folder is not named after
 

@@ -144,14 +144,14 @@ def run(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any], fre
     profiles.check_names(profile, given, chosen)
     folder = folder_of(profile_name, profile, chosen, given)
     batch = Batch(profile_name, profile, chosen, given, folder)
-    together = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    together = started_together()
     own = any(p["device"] != "auto" or p.get("processes", 1) > 1 for p in batch.parameters.values())
     if together and (own or fresh or "00_pretrain_mini_clip" in chosen):
         raise SettingsError(
             "under torchrun each process takes its own device: no device, no processes, no --fresh, not notebook 00"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    first = int(os.environ.get("RANK", 0)) == 0  # of the processes of torchrun
+    first = not together or os.environ["RANK"] == "0"  # of the processes of torchrun
     try:
         with FileLock(folder.parent / f".{folder.name}.lock", timeout=0) if first else contextlib.nullcontext():
             return take_part(batch, first) if together else batch.run(fresh)
@@ -159,6 +159,19 @@ def run(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any], fre
         raise SettingsError(
             f"another run writes to {shown(folder)} now; wait for it, or give this one a folder with -p output"
         ) from None
+
+
+def started_together() -> bool:
+    """Is this one of several processes that torchrun has started? SettingsError for what another launcher has left."""
+    if torch.distributed.is_torchelastic_launched():
+        return int(os.environ["WORLD_SIZE"]) > 1
+    for name, alone in (("WORLD_SIZE", "1"), ("RANK", "0")):
+        if (value := os.environ.get(name) or alone) != alone:
+            raise SettingsError(
+                f"{name} = {value!r} is set as for several processes, but torchrun has not started this one; unset "
+                f"{name}, or start with torchrun"
+            )
+    return False
 
 
 def folder_of(profile_name: str, profile: Profile, chosen: Sequence[str], given: Mapping[str, Any]) -> Path:
@@ -206,7 +219,9 @@ def execute(notebook: str, parameters: Mapping[str, Any], folder: Path) -> None:
     executed.parent.mkdir(parents=True, exist_ok=True)
     html = folder / "html" / f"{notebook}.html"
     output = {"progress_bar": False, "stdout_file": sys.stdout, "stderr_file": sys.stderr}
-    with tempfile.TemporaryDirectory(prefix="tgazsr-") as sockets:
+    # A socket's whole path has to fit into 107 bytes, or 103 on macOS.
+    short = None if len(os.fsencode(tempfile.gettempdir())) < 70 else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="tgazsr-", dir=short) as sockets:
         manager = {"transport": "ipc", "ip": f"{sockets}/kernel", "shutdown_wait_time": 60.0}  # ipc: no open port
         kernel = {"kernel_name": "python3", "cwd": ROOT, "config": Config({"KernelManager": manager})}
         kernel["extra_arguments"] = ["--IPKernelApp.log_level=50"]  # an interrupted one fills the log with its troubles
@@ -325,7 +340,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("numbers", nargs="*", help=which)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     parser.add_argument("--fresh", action="store_true", help="start over; earlier results are moved aside")
-    options = parser.parse_args(arguments)
+    allowed = "a profile, notebook numbers, -p NAME VALUE, --fresh; --help says more"
+    parser.error = lambda message: parser.exit(2, f"error: {message}; there are {allowed}\n")
+    options = parser.parse_intermixed_args(arguments)
     profile, numbers = options.profile, options.numbers
     if profile.isdigit():
         profile, numbers = "mini", [profile, *numbers]

@@ -29,9 +29,10 @@ from tgazsr_utils.profiles import check_prompts, default_parameters, folder_name
 def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":
     """Checks the parameters that a notebook's cells have set (``namespace``: its ``globals()``); says where results go.
 
-    Raises SettingsError, one line, for a bad one; ValueError for a method that is not there or a prompt too long.
+    What no cell has set is as the notebook ``notebook`` has it. Raises SettingsError, one line, for a bad one;
+    ValueError for a method that is not there or a prompt too long.
     """
-    settings = from_notebook(NOTEBOOKS[notebook], namespace)
+    settings = from_notebook(NOTEBOOKS[notebook], {**default_parameters(notebook), **namespace})
     for method in [*getattr(settings, "methods", []), *getattr(settings, "overrides", {})]:
         find_objective(method)
     idle, changed = without_effect(settings), changes(notebook, settings)

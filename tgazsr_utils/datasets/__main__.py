@@ -7,8 +7,10 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import gdown
 import pandas as pd
 import torch
 
@@ -22,6 +24,8 @@ from tgazsr_utils.progress import progress
 
 _ARCHIVES = (".zip", ".tgz", ".gz", ".tar")
 _NO_CHECKSUM = {"tinyImageNet", "fgvc_aircraft"}  # half an archive of these cannot be told from a whole one
+_PATIENCE = 30  # seconds for a server to say something
+_DRIVE = gdown.download
 
 
 def list_sets(root: Path, keys: list[str]) -> tuple[pd.DataFrame, list[str]]:
@@ -137,7 +141,8 @@ def fetch_set(key: str, root: Path) -> str:
     if key != "tinyImageNet" and spec.torchvision in (None, "StanfordCars"):
         raise RuntimeError("cannot be downloaded by program")
     checked = key not in _NO_CHECKSUM
-    socket.setdefaulttimeout(60)  # torchvision's downloads would wait for a silent server for ever
+    socket.setdefaulttimeout(_PATIENCE)  # torchvision's downloads would wait for a silent server for ever
+    gdown.download = partial(_DRIVE, timeout=_PATIENCE)  # so would those from a drive, which it takes from there
     _clear(staging, but_for=_ARCHIVES if checked else ())
     with _members_stay_inside(checked or spec.source.endswith(".zip")):
         if key == "tinyImageNet":

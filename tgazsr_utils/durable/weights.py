@@ -9,6 +9,8 @@ import json
 import logging
 import pickle
 import re
+import socket
+import textwrap
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -37,6 +39,7 @@ _DIGESTS = {
 }  # they were written without one in them
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SCHEMAS = ("hf-hub:", "local-dir:")
+_PATIENCE = 10  # seconds for a server to say something
 _PREFIXES = ("module.", "model.", "_orig_mod.", "visual.")
 _OUTER = ("state_dict", "model", "vision_encoder_state_dict")  # dictionaries that training code puts weights into
 _SIZES = ("input_resolution", "context_length", "vocab_size")  # that OpenAI's archives hold beside weights
@@ -123,14 +126,16 @@ def _build(arch: str, source: str | Path | None, seed: int, **options: Any) -> n
     if isinstance(source, Path):
         return _with_weights_of(source, arch, seed, options)
     if source is not None and source.startswith(_SCHEMAS):
-        model = open_clip().create_model(source, **options)
+        with contextlib.nullcontext() if source.startswith("local-dir:") else _download():
+            model = open_clip().create_model(source, **options, require_pretrained=True)
         if repr(model) != repr(open_clip().create_model(arch, **options)):
             raise ValueError(f"what it holds is another architecture than {arch}")
         return model
     device = options["device"]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return open_clip().create_model(arch, pretrained=source, **options)
+        with _download() if source else contextlib.nullcontext():
+            return open_clip().create_model(arch, pretrained=source, **options)
 
 
 def _with_weights_of(path: Path, arch: str, seed: int, options: dict[str, Any]) -> nn.Module:
@@ -215,19 +220,48 @@ def _read_checkpoint(path: Path, arch: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def _download() -> Iterator[None]:
+    """Within, weights that are not kept from before are fetched, or refused within seconds where nothing answers."""
+    import huggingface_hub as hub  # slow to import, and rarely needed
+
+    before, unreachable = (socket.getdefaulttimeout(), hub.constants.HF_HUB_OFFLINE), ""
+    socket.setdefaulttimeout(_PATIENCE)  # of what does not come from the hub
+    try:
+        hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=_PATIENCE)
+    except Exception as error:  # asked for each file, and more than once, it would take minutes
+        hub.constants.HF_HUB_OFFLINE = True
+        unreachable = f"{hub.constants.ENDPOINT} cannot be reached ({_in_short(error, 120)})"
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if not any(isinstance(cause, OSError) for cause in (error, error.__cause__, error.__context__)):
+            raise
+        hint = "a file from elsewhere does as well: pretrained = '/path/to/file', or -p pretrained /path/to/file"
+        raise ValueError(f"{unreachable or _in_short(error, 200)}; {hint}") from error
+    finally:
+        socket.setdefaulttimeout(before[0])
+        hub.constants.HF_HUB_OFFLINE = before[1]
+
+
+def _in_short(error: Exception, length: int) -> str:
+    return textwrap.shorten(str(error), length, placeholder=" ...") or type(error).__name__
+
+
+@contextlib.contextmanager
 def _named(arch: str, pretrained: str | Path | None) -> Iterator[None]:
     """Whatever a foreign file makes torch, safetensors or open_clip raise becomes one line that names it."""
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"pretrained {str(pretrained)!r} cannot be loaded into {arch}: {reason}") from error
+        raise ValueError(
+            f"pretrained {str(pretrained)!r} cannot be loaded into {arch}: {_in_short(error, 400)}"
+        ) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """open_clip warns of random weights even where others are put in afterwards; only one of its warnings matters."""
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # what it calls an error it raises, too
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*QuickGELU")  # the weights would run, with wrong numbers
