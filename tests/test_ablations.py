@@ -63,7 +63,8 @@ def test_subsets_are_chosen_by_name():
 def test_every_profile_has_what_each_ablation_compares(profile, tmp_path):
     """PGD's last iterate comes first and "worst" beside it, whatever the steps; each row has the attack of its name."""
     values = load_profile(profile)
-    values = values.model_copy(update={"parameters": {k: v for k, v in values.parameters.items() if k != "data_root"}})
+    of_files = {"data_root", "preprocess", "test_fraction", "on_bad_image"}
+    values = values.model_copy(update={"parameters": {k: v for k, v in values.parameters.items() if k not in of_files}})
     s = validate(AblationNotebook, parameters_of("03_ablations", values, "runs/x", {"attack": "cw"}))
     for choice in ("cut", "all"):
         variants = plan(s.model_copy(update={"ablations": choice}))["attacks"]

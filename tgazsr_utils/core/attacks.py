@@ -68,8 +68,8 @@ def pgd(
         return images
     adversarial = _random_start(images, eps, norm, generator, cut=start == "cut" or not steps)
     bounds = ball(images, eps) if norm == "linf" else (images,)
-    lengths = (torch.tensor(length, dtype=torch.float64) for length in (eps, step_size))
-    ascent = _Ascent(text, *lengths, norm, loss, logit_loss)
+    radius, stride = torch.tensor([eps, step_size], dtype=torch.float64)
+    ascent = _Ascent(text, radius, stride, norm, loss, logit_loss)
     if protocol == "last":
         for _ in range(steps):
             adversarial, _ = clip.run(_step, adversarial.requires_grad_(True), bounds, labels, ascent)

@@ -72,6 +72,10 @@ def cuda_has_bf16() -> bool:
 
 def _asked(question: str, device: str) -> str:
     """The answer of another process, which leaves this one, and a GPU that admits one at a time, without CUDA."""
+    try:
+        torch.device("cuda" if device == "auto" else device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} cannot be used: {_first_line(error)}") from None
     code = f"import sys, torch; from {__name__} import *; chosen = pick_device(sys.argv[1]); print({question})"
     asked = subprocess.run([sys.executable, "-c", code, device], capture_output=True, text=True, encoding="utf-8")
     if asked.returncode:
