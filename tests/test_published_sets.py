@@ -450,6 +450,9 @@ def test_a_killed_unpacking_is_done_again_from_the_archive(server, tmp_path):
 @pytest.mark.parametrize("key", ["cifar10", "PCAM"])
 def test_a_silent_server_is_not_waited_for(key, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets_command, "_PATIENCE", 0.2)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # else it keeps the proxies of the worker's first download
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for name in ("https_proxy", "http_proxy"):  # torchvision tries the one for what fails with the other
             monkeypatch.setenv(name, f"http://127.0.0.1:{silent.getsockname()[1]}")
