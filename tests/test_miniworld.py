@@ -129,7 +129,7 @@ def test_a_caption_fits_exactly_the_images_that_have_what_it_names():
 
 
 def test_rendering_is_fast_on_one_core():
-    """Images of a batch share the work (an image alone takes five times as long), 1,300 to 4,000 a second by machine."""
+    """Images of a batch share the work (an image alone takes five times as long), 1,300 to 4,000 a second."""
 
     def seconds(n):
         attributes = mw.sample_attributes(n, generator(n))
