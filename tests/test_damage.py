@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tgazsr_utils.core.settings import AttackSettings
-from tgazsr_utils.datasets.loading import decoded, load_dataset
+from tgazsr_utils.datasets.files import decoded
+from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.durable import weights
 from tgazsr_utils.durable.checkpoints import Checkpoints
 from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors

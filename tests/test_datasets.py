@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import threading
@@ -9,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tgazsr_utils.datasets import files
 from tgazsr_utils.datasets import loading as datasets
+from tgazsr_utils.datasets.files import KeptAtFileSize, fit, resident
 from tgazsr_utils.datasets.layouts import list_datasets
-from tgazsr_utils.datasets.loading import KeptAtFileSize, fit, load_dataset, resident
+from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.datasets.published_sets import clean_name
 from tgazsr_utils.durable.fingerprints import fingerprint
 
@@ -162,7 +165,7 @@ def test_what_is_not_kept_in_memory(tmp_path, monkeypatch, photo_root):
     assert resident(large, cpu) is large
     small = load_dataset("tiny", "train", photo_root, **options | {"image_size": 112})
     assert resident(small, cpu).images.images.shape == (6, 3, 64, 64)
-    monkeypatch.setattr(datasets, "KEEP_RESIDENT", 6 * 3 * 64 * 64 - 1)
+    monkeypatch.setattr(files, "KEEP_RESIDENT", 6 * 3 * 64 * 64 - 1)
     assert resident(small, cpu) is small
     (broken,) = photo_root.glob("tiny/train/n02/images/n02_1.JPEG")
     monkeypatch.undo()
@@ -196,12 +199,12 @@ def test_no_thread_outlives_reading(photo_root, end):
 
 def test_no_more_than_a_few_chunks_are_read_ahead(photo_root, monkeypatch):
     data = load_dataset("animals", "train", photo_root, decode=False)
-    read, inner = [], datasets.Files._decode
-    monkeypatch.setattr(datasets.Files, "_decode", lambda self, *a: read.append(a[0]) or inner(self, *a))
+    read, inner = [], files.Files._decode
+    monkeypatch.setattr(files.Files, "_decode", lambda self, *a: read.append(a[0]) or inner(self, *a))
     batches = data.batches(2)
     next(batches)
     time.sleep(0.2)
-    assert len(read) <= 2 * (1 + datasets.CHUNKS_AHEAD)
+    assert len(read) <= 2 * (1 + files.CHUNKS_AHEAD)
     batches.close()
     assert not decoders()
 
@@ -223,3 +226,60 @@ assert sum(len(batch.rows) for batch in data.batches([torch.arange(16)] * 64)) =
     for path in Path(datasets.__file__).parent.glob("*.py"):
         source = path.read_text(encoding="utf-8")
         assert "multiprocessing" not in source and "DataLoader" not in source, path
+
+
+@pytest.fixture
+def large(photo_root, tmp_path, monkeypatch):
+    """Loads what is too large to be kept in memory."""
+    monkeypatch.setattr(datasets, "KEEP_DECODED", 0)
+    keep = tmp_path / "store" / "decoded"
+    return lambda **options: load_dataset("animals", "test", photo_root, **{"keep": keep} | options), keep
+
+
+def test_a_large_set_is_decoded_once_for_all_that_read_it(large, monkeypatch, capfd):
+    load, keep = large
+    plain, calls, inner = load(keep=None), [], files.Files._decode
+    expected = list(plain.batches(3))
+    monkeypatch.setattr(files.Files, "_decode", lambda self, *a: calls.append(a[0]) or inner(self, *a))
+    data = load()
+    assert re.search(
+        rf"animals: when first read, {len(data)} images .* decoded in {keep} \(0.0 GB\)", capfd.readouterr().out
+    )
+    assert fingerprint(data) == fingerprint(plain) and not keep.exists()
+    for again in (lambda: data, lambda: data, load):  # the last as another notebook has it
+        for one, other in zip(expected, again().batches(3), strict=True):
+            assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(one, other))
+    assert sorted(calls) == list(range(len(data))) and len(list(keep.glob("*.uint8"))) == 1
+    assert capfd.readouterr().out == ""
+    assert len(list(data.subset(2).batches(2))) == 1 and len(list(load(preprocess="resize").batches(3))) == len(
+        expected
+    )
+    assert len(list(keep.glob("*.uint8"))) == 2  # other pixels, another file
+    for path in keep.iterdir():
+        path.unlink()
+    assert len(list(load().batches(3))) == len(expected)
+
+
+@pytest.mark.parametrize("why", ["no room", "unreadable", "interrupted", "no folder"])
+def test_what_cannot_be_kept_decoded_is_read_as_it_is_needed(why, large, photo_root, monkeypatch, capfd):
+    load, keep = large
+    left = len(load(keep=None))
+    if why == "no room":
+        monkeypatch.setattr(files, "FREE", 2**62)
+    elif why == "unreadable":
+        reader = load().images.files
+        Path(reader.source.where[int(reader.chosen[0])]).write_bytes(b"not an image")
+        left -= 1
+    elif why == "interrupted":
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            list(load().batches(3))
+    else:
+        keep.parent.mkdir(parents=True)
+        keep.write_text("a file")
+    data = load(on_bad_image="leave_out")
+    assert sum(len(batch.rows) for batch in data.batches(3)) == left
+    kept = list(keep.glob("*.uint8")) if keep.is_dir() else []
+    assert len(kept) == (why == "interrupted") and not (keep.is_dir() and list(keep.glob("*.unfinished")))
+    said = capfd.readouterr().err
+    assert {"no room": "are not kept: ", "no folder": "cannot be kept in "}.get(why, "") in said

@@ -21,8 +21,9 @@ from tgazsr_utils.datasets import __main__ as datasets_command
 from tgazsr_utils.datasets import loading as datasets
 from tgazsr_utils.datasets import torchvision_sets
 from tgazsr_utils.datasets.__main__ import main
+from tgazsr_utils.datasets.files import decoded
 from tgazsr_utils.datasets.layouts import list_datasets
-from tgazsr_utils.datasets.loading import choose_datasets, decoded, load_dataset
+from tgazsr_utils.datasets.loading import choose_datasets, load_dataset
 from tgazsr_utils.datasets.published_sets import DATASETS, read_specs
 from tgazsr_utils.durable.fingerprints import fingerprint
 from tgazsr_utils.durable.weights import load_clip

@@ -16,7 +16,7 @@ from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.training import warmup_cosine
 from tgazsr_utils.datasets import miniworld
-from tgazsr_utils.datasets.loading import decoded
+from tgazsr_utils.datasets.files import decoded
 from tgazsr_utils.durable.checkpoints import Checkpoints
 from tgazsr_utils.durable.fingerprints import code_version, fingerprint
 from tgazsr_utils.durable.processes import deferred_interrupt

@@ -255,7 +255,7 @@ def take_part(batch: Batch, first: bool) -> int:
             shell = InteractiveShell()
             for cell in profiles.code_cells(notebook):
                 shell.run_cell(cell.source).raise_error()
-                if "parameters" in cell.metadata.get("tags", []):
+                if "parameters" in cell.tags:
                     given = "\n".join(f"{name} = {value!r}" for name, value in batch.parameters[notebook].items())
                     shell.run_cell(given).raise_error()
     return 0

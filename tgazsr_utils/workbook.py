@@ -69,8 +69,9 @@ class Workbook:
         return self.model(self.settings.pretrained)
 
     def images(self, key: str, split: str, n: int | None) -> ImageSet:
-        """A set at the size the original model takes."""
-        return load_dataset(key, split, n=n, image_size=self.original.image_size[0], **self.settings.data_options)
+        """A set at the size the original model takes; one to measure on is decoded once, for all models and runs."""
+        options = self.settings.data_options | {"keep": self.run.store / "decoded" if split == "test" else None}
+        return load_dataset(key, split, n=n, image_size=self.original.image_size[0], **options)
 
     @cached_property
     def train(self) -> ImageSet:

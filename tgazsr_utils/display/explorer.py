@@ -23,7 +23,7 @@ from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import PRESET
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.datasets.decoding import read_rgb
-from tgazsr_utils.datasets.loading import fit
+from tgazsr_utils.datasets.files import fit
 from tgazsr_utils.display import panels
 from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.durable.finetuning import finetune

@@ -17,7 +17,7 @@ from tgazsr_utils.core.objectives import Objective, find_objective
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import FinetuneSettings
 from tgazsr_utils.core.training import NotFinite, Update, optimizer_of, steps, steps_in_all
-from tgazsr_utils.datasets.loading import resident
+from tgazsr_utils.datasets.files import resident
 from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.checkpoints import Checkpoints
 from tgazsr_utils.durable.fingerprints import code_version, fingerprint
