@@ -219,6 +219,7 @@ def test_the_linter_and_the_formatter_find_nothing():
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_types_of_the_core():
     command = [sys.executable, "-m", "mypy", "--no-incremental"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -114,6 +114,7 @@ def test_starting_over_has_a_store_of_its_own(tmp_path):
     assert (aside / "manifest.json").exists()
 
 
+@pytest.mark.long  # the runner calls papermill too, from a working directory of its own
 def test_plain_papermill_runs_a_notebook(tmp_path):
     """As anybody would call it; a relative folder is below the workbook."""
     given = {"test_images": 6, "shown_images": 1, "eps_list": [4.0], "test_numsteps": 1, "output": str(tmp_path / "a")}
