@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import train_settings
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tgazsr_utils.core.attacks import pgd
 from tgazsr_utils.core.objectives import Objective, Step, Term, find_objective
 from tgazsr_utils.core.seeds import Noise
-from tgazsr_utils.core.training import attacked, in_openai_order, optimizer_of, warmup_cosine
+from tgazsr_utils.core.training import NotFinite, attacked, in_openai_order, optimizer_of, steps, warmup_cosine
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.durable import finetuning
 from tgazsr_utils.durable.files import load_tensors
@@ -77,7 +78,7 @@ def test_what_the_original_model_makes_of_images_is_computed_once_and_checked(mi
     """Also over a resumed run; a damaged file is made anew with the same outcome, and none is left in the end."""
     original = lambda: sum(n for n, _ in passes) - trained  # images that passed the original model
     whole = finetune(mini, train_set, "TGA-ZSR", SETTINGS, tmp_path / "whole")
-    trained = 2 * (20 * (SETTINGS.train_numsteps + 2) + 4)  # the last batch is looked at again before an epoch is kept
+    trained = 2 * (20 * (SETTINGS.train_numsteps + 2) + 8)  # the first images are looked at before an epoch is kept
     assert original() == 20  # not 40, in two epochs
     assert not list((tmp_path / "whole" / "unfinished").glob("*"))
     for damage in (lambda path: path.write_bytes(path.read_bytes()[:50]), lambda path: _flip(path), None):
@@ -89,7 +90,7 @@ def test_what_the_original_model_makes_of_images_is_computed_once_and_checked(mi
             damage(kept)
         passes.clear()
         parts = finetune(mini, train_set, "TGA-ZSR", SETTINGS, folder)
-        trained = 20 * (SETTINGS.train_numsteps + 2) + 4
+        trained = 20 * (SETTINGS.train_numsteps + 2) + 8
         assert original() == (20 if damage else 0)
         assert ("is damaged" in capfd.readouterr().out) == bool(damage)
         first, second = weights_of(whole), weights_of(parts)
@@ -202,8 +203,15 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_term(mini, train_set,
         finetune(mini, train_set, "Nonsense", SETTINGS, tmp_path)
 
 
-def test_a_gradient_that_is_not_finite_stops_with_its_term_and_the_last_good_checkpoint(mini, train_set, tmp_path):
-    """Values are finite, and so is the cross-entropy's gradient; the root of zero has none. From epoch two on."""
+@pytest.mark.parametrize("at_once", [1, 16])
+def test_a_gradient_that_is_not_finite_stops_with_its_term_and_the_last_good_checkpoint(
+    mini, train_set, tmp_path, monkeypatch, at_once
+):
+    """Values are finite, and so is the cross-entropy's gradient; the root of zero has none. From epoch two on.
+
+    Also if steps after it were made before its numbers are read, as on CUDA.
+    """
+    monkeypatch.setattr(finetuning, "READ_EVERY", {"cpu": at_once})
     seen = []
 
     def terms(step, settings):
@@ -221,6 +229,37 @@ def test_a_gradient_that_is_not_finite_stops_with_its_term_and_the_last_good_che
     weights, about = load_tensors(checkpoint)
     assert about["state"]["step"] == 3 and all(torch.isfinite(value).all() for value in weights.values())
     assert all(row["gradient_norm"] > 0 for row in about["state"]["history"])
+
+
+@pytest.mark.parametrize("method", ["TGA-ZSR", "FARE-RobustVLM"])
+def test_a_step_waits_for_nothing_and_changes_no_weights_once_one_was_not_finite(mini, train_set, method):
+    """As operators show: a number is read where ``Update.values`` is asked for, and nowhere else."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Reads.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **kwargs or {})
+
+    objective, tuned = find_objective(method), mini.frozen_copy()
+    settings = objective.with_preset(SETTINGS)
+    optimizer = optimizer_of(tuned, settings)
+    updates = steps(tuned, mini, train_set, objective, settings, optimizer)
+    next(updates)  # which encodes prompts
+    with Reads():
+        update = next(updates)
+    assert Reads.count == 0 and update.values()["loss"] > 0
+    with torch.no_grad():
+        tuned.visual.ln_post.bias[0], kept = float("inf"), tuned.visual.ln_post.bias[0].clone()
+    bad = next(updates)
+    with torch.no_grad():
+        tuned.visual.ln_post.bias[0] = kept
+    before = fingerprint(tuned)
+    next(updates).values()  # itself sound
+    assert fingerprint(tuned) == before
+    with pytest.raises(NotFinite, match="not finite at step 2"):
+        bad.values()
 
 
 @pytest.mark.parametrize("epochs", [1, 2])

@@ -23,8 +23,8 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def cw_margin(logits: Tensor, labels: Tensor, confidence: float = 50.0) -> Tensor:
     """``-sum relu(correct - best wrong + confidence)`` (Carlini & Wagner 2017); zero once wrong leads by that much."""
-    true = F.one_hot(labels, logits.shape[1]).bool()
-    correct, wrong = logits[true], logits.masked_fill(true, -torch.inf).amax(1)
+    true = labels[:, None]
+    correct, wrong = logits.gather(1, true)[:, 0], logits.scatter(1, true, -torch.inf).amax(1)
     return -F.relu(correct - wrong + confidence).sum()
 
 
@@ -44,6 +44,7 @@ def pgd(
     loss: AttackLoss | None = None,
     logit_loss: LogitLoss = summed_cross_entropy,
     generator: Generator = None,
+    trusted: bool = False,
 ) -> Tensor:
     """Projected gradient ascent (Madry et al. 2018): adversarial images ``[B,3,H,W]``.
 
@@ -59,17 +60,16 @@ def pgd(
     ``protocol`` "last" returns the last iterate. "worst" returns the first image of the clean one, the start and all
     iterates that is misclassified, and the last iterate where none is; what is fooled leaves the batch.
 
-    Raises ValueError for pixels outside [0,1], a negative ``eps``, ``step_size`` or ``steps``, an unknown ``norm``,
-    ``protocol`` or ``start``, or "worst" with an "uncut" start or with a ``loss`` of one's own, which knows whole
-    batches only.
+    Raises ValueError for pixels outside [0,1], unless they are ``trusted``; a negative ``eps``, ``step_size`` or
+    ``steps``; an unknown ``norm``, ``protocol`` or ``start``; "worst" with an "uncut" start or with a ``loss`` of one's
+    own, which knows whole batches only.
     """
-    check_arguments(images, norm, protocol, start, eps=eps, step_size=step_size, steps=steps)
+    check_arguments(images[:0] if trusted else images, norm, protocol, start, eps=eps, step_size=step_size, steps=steps)
     if not len(images):
         return images
     adversarial = _random_start(images, eps, norm, generator, cut=start == "cut" or not steps)
     bounds = ball(images, eps) if norm == "linf" else (images,)
-    radius, stride = torch.tensor([eps, step_size], dtype=torch.float64)
-    ascent = _Ascent(text, radius, stride, norm, loss, logit_loss)
+    ascent = _Ascent(text, *torch.tensor([eps, step_size], dtype=torch.float64), norm, loss, logit_loss)
     if protocol == "last":
         for _ in range(steps):
             adversarial, _ = clip.run(_step, adversarial.requires_grad_(True), bounds, labels, ascent)

@@ -18,20 +18,31 @@ from tgazsr_utils.core.settings import FinetuneSettings
 MakeAdversarial = Callable[[Step, Objective, FinetuneSettings, int], Tensor]
 
 
+class NotFinite(FloatingPointError):
+    """The loss or its gradient is not a number; the weights are as they were before this step."""
+
+    def __init__(self, number: int, values: dict[str, float]):
+        super().__init__(f"not finite at step {number}")
+        self.number, self.values = number, values
+
+
 class Update(NamedTuple):
     """What one optimiser step did."""
 
     number: int  # of the step, from 0
-    values: dict[str, float]  # lr, loss, the unweighted terms, accuracy on the batch's attacked images, gradient norm
-    step: Step
+    lr: float
+    names: list[str]
+    numbers: Tensor  # [len(names)], on the device
 
+    def values(self) -> dict[str, float]:
+        """lr, loss, the unweighted terms, accuracy on the batch's attacked images, gradient norm.
 
-class NotFinite(FloatingPointError):
-    """The loss or its gradient is not a number; the weights are as they were before this step."""
-
-    def __init__(self, number: int, values: dict[str, float], step: Step):
-        super().__init__(f"not finite at step {number}")
-        self.number, self.values, self.step = number, values, step
+        Waits for the device. Raises NotFinite.
+        """
+        values = {"lr": self.lr} | dict(zip(self.names, self.numbers.tolist()))
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            raise NotFinite(self.number, values)
+        return values
 
 
 def steps(
@@ -51,9 +62,11 @@ def steps(
         minimise over f   sum_i weight_i * term_i(f, f0, x, x', y)
 
     with x' by PGD on the loss of the objective's attack (``attacked``, or ``make_adversarial``). ``settings`` must be
-    complete (``Objective.with_preset``); ``cache``: see ``Step``. Raises NotFinite, before the weights are touched.
+    complete (``Objective.with_preset``); ``cache``: see ``Step``. Nothing here waits for the device. A step that is not
+    finite changes no weights, nor does one after it: ``Update.values`` raises NotFinite.
     """
     total = steps_in_all(data, settings)
+    unsound = torch.zeros((), device=tuned.device)  # 1 from the first step on that is not finite
     for number, batch in batches(data, settings, start, tuned.device):
         lr = settings.lr * warmup_cosine(number, settings.warmup_steps, total)
         for group in optimizer.param_groups:
@@ -66,11 +79,11 @@ def steps(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
 
-        values = {"lr": lr} | log_values(step, loss, terms, optimizer)
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-            raise NotFinite(number, values, step)
+        names, numbers = log_values(step, loss, terms, optimizer)
+        unsound = torch.maximum(unsound, (~numbers[[0, -1]].isfinite().all()).float())
+        optimizer.found_inf = unsound  # fused optimisers then leave all as it is, as a gradient scaler asks them to
         optimizer.step()
-        yield Update(number, values, step)
+        yield Update(number, lr, names, numbers)
 
 
 def attacked(
@@ -87,26 +100,29 @@ def attacked(
     noise = Noise.named(places.to(step.images.device), "training", settings.seed, 1, number)
     bounds = settings.train_eps / 255, settings.train_stepsize / 255, settings.train_numsteps
     options: dict[str, Any] = {"start": settings.train_start, "loss": objective.attack(step), "generator": noise}
+    options["trusted"] = True  # a set's pixels are in [0,1]; to see it would wait for the device
     return pgd(step.clip, step.images, step.labels, step.text, *bounds, **options)
 
 
 @torch.no_grad()
-def log_values(step: Step, loss: Tensor, terms: list[Term], optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The numbers of a step after its backward, with one wait for the device."""
+def log_values(
+    step: Step, loss: Tensor, terms: list[Term], optimizer: torch.optim.Optimizer
+) -> tuple[list[str], Tensor]:
+    """The numbers of a step after its backward, and their names."""
     logits = step.clip.similarity(step.adversarial_tokens.pooled, step.text)
     accuracy = (logits.argmax(1) == step.labels).float().mean()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.stack(torch._foreach_norm(gradients)).norm()
     names = ["loss", *(term.name for term in terms), "robust_batch_accuracy", "gradient_norm"]
-    return dict(zip(names, torch.stack([loss, *(term.value for term in terms), accuracy, norm]).tolist()))
+    return names, torch.stack([loss, *(term.value for term in terms), accuracy, norm])
 
 
 def optimizer_of(tuned: Clip, settings: FinetuneSettings) -> torch.optim.Optimizer:
     """The optimiser of what is tuned, SGD or AdamW; ``steps`` sets its learning rate."""
     parameters, decay = trainable(tuned.visual, settings.last_num_ft), settings.weight_decay
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=decay)
-    return torch.optim.SGD(parameters, lr=0.0, momentum=settings.momentum, weight_decay=decay)
+        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=decay, fused=True)
+    return torch.optim.SGD(parameters, lr=0.0, momentum=settings.momentum, weight_decay=decay, fused=True)
 
 
 def in_openai_order(visual: nn.Module) -> list[nn.Parameter]:

@@ -4,19 +4,18 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
 
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
-from tgazsr_utils.core.objectives import Objective, find_objective
+from tgazsr_utils.core.objectives import Objective, Step, find_objective
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import FinetuneSettings
-from tgazsr_utils.core.training import NotFinite, Update, optimizer_of, steps, steps_in_all
+from tgazsr_utils.core.training import NotFinite, Update, batches, optimizer_of, steps, steps_in_all
 from tgazsr_utils.datasets.files import resident
 from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.checkpoints import Checkpoints
@@ -25,6 +24,7 @@ from tgazsr_utils.durable.original_cache import OriginalCache
 from tgazsr_utils.durable.weights import load_alike, read_metadata, save_clip
 from tgazsr_utils.progress import progress
 
+READ_EVERY = {"cuda": 16}  # steps whose numbers are read at once: to read waits for the device, which then has no work
 # Called with steps done, steps in all, what the history keeps of the last one.
 Watch = Callable[[int, int, Mapping[str, float]], None]
 
@@ -93,24 +93,30 @@ class _Run:
         processes.average_gradients_of(self.parameters)
         self.checkpoints = Checkpoints(weights.with_suffix(""))
         self.state = self.checkpoints.load(self.tuned.visual, self.optimizer)
+        self.unread: list[Update] = []
+        self.read = time.perf_counter()
+        self._what = self.tuned, self.original, self.data, self.objective, self.settings, self.optimizer
+        self._how = {"cache": self.cache, "make_adversarial": processes.shared_attack}
 
     def finish(self, stop: Callable[[], bool], watch: Watch | None) -> TrainResult:
         per_epoch, total = math.ceil(len(self.data) / self.settings.batch_size), steps_in_all(self.data, self.settings)
         name = f"{self.objective.name} seed {self.settings.seed}"
         bar = progress(total=total, initial=self.state["step"], desc=name, disable=self.hidden)
         with processes.deferred_interrupt() as interrupted, bar:
-            for update, seconds in self._updates():
-                row = {"step": update.number, **update.values, "seconds": seconds}
-                self.state["history"].append(row)
+            for update in steps(*self._what, start=self.state["step"], **self._how):
+                self.unread.append(update)
                 self.state["step"] = done = update.number + 1
-                shown = row.keys() - {"step", "lr", "robust_batch_accuracy", "gradient_norm", "seconds"}
-                bar.set_postfix({name: f"{row[name]:.3f}" for name in row if name in shown}, refresh=False)
-                bar.update()
-                if watch is not None:
-                    watch(done, total, row)
                 wanted = processes.in_any(stop() or interrupted(), self.tuned.device)
-                if wanted or done % per_epoch == 0:
-                    self._keep(update)
+                keep = wanted or done % per_epoch == 0
+                if keep or len(self.unread) == READ_EVERY.get(self.tuned.device.type, 1):
+                    for row in self._read():
+                        shown = [name for name in row if name == "loss" or name in update.names[1:-2]]
+                        bar.set_postfix({name: f"{row[name]:.3f}" for name in shown}, refresh=False)
+                        bar.update()
+                        if watch is not None:
+                            watch(row["step"] + 1, total, row)
+                if keep:
+                    self._keep()
                 if wanted:
                     raise KeyboardInterrupt(f"stopped after step {done} of {total}; the same call goes on from there")
         if processes.is_main():
@@ -121,44 +127,46 @@ class _Run:
         tuned = processes.alone(self.tuned).requires_grad_(False)
         return TrainResult(tuned, pd.DataFrame(self.state["history"]), self.weights)
 
-    def _updates(self) -> Iterator[tuple[Update, float]]:
-        """Steps and their seconds; what is not finite is told with the term at fault and the last good checkpoint."""
-        started = time.perf_counter()
-        what = self.tuned, self.original, self.data, self.objective, self.settings, self.optimizer
-        options = {"start": self.state["step"], "cache": self.cache, "make_adversarial": processes.shared_attack}
-        try:
-            for update in steps(*what, **options):
-                yield update, time.perf_counter() - started
-                started = time.perf_counter()
-        except NotFinite as error:
-            problem = diagnosis(error, self.objective, self.settings, self.parameters)
-            kept = f"nothing was changed by this step, {self.checkpoints.description()}"
-            raise FloatingPointError(f"{problem}; {kept}") from None
+    def _read(self) -> Iterator[dict[str, float]]:
+        """History of the unread steps, which share the time since those before were read.
 
-    def _keep(self, update: Update) -> None:
+        What is not finite is told with the term at fault and the last good checkpoint.
+        """
+        try:
+            values = [update.values() for update in self.unread]
+        except NotFinite as error:
+            kept = f"nothing was changed by this step, {self.checkpoints.description()}"
+            raise FloatingPointError(f"{self._diagnosis(error)}; {kept}") from None
+        seconds, self.read = (time.perf_counter() - self.read) / len(self.unread), time.perf_counter()
+        for update, row in zip(self.unread, values):
+            self.state["history"].append({"step": update.number, **row, "seconds": seconds})
+            yield self.state["history"][-1]
+        self.unread.clear()
+
+    def _keep(self) -> None:
         """Writes a checkpoint, of a model that still works."""
         with torch.no_grad():
-            tokens = self.tuned.encode_image(update.step.images[:8])
+            tokens = self.tuned.encode_image(next(self.data.batches(8, self.tuned.device)).images)
         if not all(part.isfinite().all() for part in tokens):
-            problem = f"its model gives no finite numbers after step {update.number}"
+            problem = f"its model gives no finite numbers after step {self.state['step'] - 1}"
             raise FloatingPointError(f"{self.objective.name} has diverged: {problem}; {self.checkpoints.description()}")
         if processes.is_main():
             self.checkpoints.save(self.state, self.tuned.visual, self.optimizer)
 
-
-def diagnosis(
-    error: NotFinite, objective: Objective, settings: FinetuneSettings, parameters: list[nn.Parameter]
-) -> str:
-    """Which terms of a step are not finite, or whose gradients are not."""
-    step = replace(error.step)  # the graph of its tokens is used up
-    terms = objective.terms(step, settings)
-    if not math.isfinite(error.values["loss"]):
-        listed = ", ".join(f"{term.name} {error.values[term.name]:g}" for term in terms)
-        return f"loss of {objective.name} is not finite at step {error.number}: {listed}"
-    faults = []
-    for term in (term for term in terms if term.value.requires_grad):
-        slopes = torch.autograd.grad(term.value, parameters, retain_graph=True, allow_unused=True)
-        if not all(torch.isfinite(slope).all() for slope in slopes if slope is not None):
-            faults.append(term.name)
-    at_fault = ", ".join(faults) or "their sum"
-    return f"gradient of {objective.name} is not finite at step {error.number}: that of {at_fault}"
+    def _diagnosis(self, error: NotFinite) -> str:
+        """Which terms of a step are not finite, or whose gradients are not; the weights still are as it found them."""
+        tuned, original, data, objective, settings, _ = self._what
+        _, batch = next(batches(data, settings, error.number, tuned.device))
+        step = Step(tuned, original, batch.images, batch.labels, data.prompts, rows=batch.rows, cache=self.cache)
+        step.adversarial = processes.shared_attack(step, objective, settings, error.number)
+        terms = objective.terms(step, settings)
+        if not math.isfinite(error.values["loss"]):
+            listed = ", ".join(f"{term.name} {error.values[term.name]:g}" for term in terms)
+            return f"loss of {objective.name} is not finite at step {error.number}: {listed}"
+        faults = []
+        for term in (term for term in terms if term.value.requires_grad):
+            slopes = torch.autograd.grad(term.value, self.parameters, retain_graph=True, allow_unused=True)
+            if not all(torch.isfinite(slope).all() for slope in slopes if slope is not None):
+                faults.append(term.name)
+        at_fault = ", ".join(faults) or "their sum"
+        return f"gradient of {objective.name} is not finite at step {error.number}: that of {at_fault}"
