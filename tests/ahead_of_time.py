@@ -41,6 +41,7 @@ class AheadOfTime:
         ptx = compiled.asm["ptx"]
         values = constants["BLOCK_P"] * constants["BLOCK_D"] // (32 * num_warps)  # of a tile, in a thread
         found = resources(compiled.asm["cubin"]) | {
+            "shared": compiled.metadata.shared,
             "tile_bytes": values * tensors[1].element_size(),
             "wide_bytes": 16 * sum(int(n) * int(bits) == 128 for n, bits in WIDE.findall(ptx)),
             "f64": ".f64" in ptx,
@@ -49,13 +50,13 @@ class AheadOfTime:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, and bytes of its stack and of shared memory, as the assembler gave them."""
+    """Registers of a thread, and bytes of its stack and local memory, as the assembler gave them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name.lower(): int(re.search(rf"{name}:(\d+)", said)[1]) for name in ("REG", "STACK", "SHARED", "LOCAL")}
+    return {name.lower(): int(re.search(rf"{name}:(\d+)", said)[1]) for name in ("REG", "STACK", "LOCAL")}
 
 
 def main() -> None:
