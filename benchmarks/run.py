@@ -271,7 +271,7 @@ def attention_calls(clip: Clip, images: int) -> dict[str, Callable[[], tuple[Ten
 
 
 def kernel(arch: str, device: torch.device) -> dict[str, Any]:
-    """The attention operator's forward and backward, as a share of the device's copying rate; CUDA only."""
+    """Time of the attention operator's forward and backward on CUDA, and its share of the device's copying rate."""
     if device.type != "cuda":
         return {"not_measured": "the kernel needs a CUDA device"}
     images = 32_000  # gigabytes: no cache holds them, and no launch is longer than its work
