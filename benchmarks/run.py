@@ -9,10 +9,12 @@ import tgazsr_utils  # noqa: F401  (before PyTorch: it says how threads wait)
 
 # isort: split
 import argparse
+import functools
 import gc
 import multiprocessing
 import platform
 import resource
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tgazsr_utils.core.attacks import pgd
 from tgazsr_utils.core.attention import text_guided_attention
-from tgazsr_utils.core.models import ImageTokens
+from tgazsr_utils.core.models import Clip, ImageTokens
 from tgazsr_utils.core.objectives import Step, find_objective
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.core.training import attacked, trainable
@@ -39,6 +41,7 @@ from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.display.explorer import Explorer, Models
 from tgazsr_utils.durable.devices import pick_device
 from tgazsr_utils.durable.files import write_json
+from tgazsr_utils.durable.finetuning import finetune
 from tgazsr_utils.durable.fingerprints import code_version
 from tgazsr_utils.durable.runs import Run
 from tgazsr_utils.durable.weights import SHIPPED, load_clip
@@ -123,6 +126,14 @@ def seconds(function: Callable[[], Tensor], repeats: int) -> float:
     return sorted(times[1:])[repeats // 2]
 
 
+def noise_files(folder: str, part: str, images: int, classes: int) -> None:
+    """A data root with ``set``, whose ``part`` has so many images of 64 pixels in so many classes."""
+    for number in range(images):
+        path = Path(folder) / "set" / part / f"class {number % classes}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy()).save(path)
+
+
 def count(function: Callable[[], Any]) -> int:
     """Floating-point operations of a call, of models that are not compiled."""
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operator that the counter does not know
@@ -134,18 +145,41 @@ def count(function: Callable[[], Any]) -> int:
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+def calls_a_second(function: Callable[[], Tensor]) -> float:
+    """Under load: counted over a second, after another of the same, in which clocks and temperature settle."""
+    for _ in range(2):
+        calls, started = 0, time.perf_counter()
+        while (passed := time.perf_counter() - started) < 1:
+            for _ in range(10):
+                result = function()
+            result.flatten()[0].item()  # waits for the device
+            calls += 10
+    return calls / passed
+
+
+def device_seconds(function: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
+    """Median time of a call on a CUDA device by its own clock, without launches: all calls are queued at once."""
+    function()  # may compile
+    stream, events = torch.cuda.current_stream(device), [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
+    for event in events:
+        event.record(stream)
+        function()
+    torch.cuda.synchronize(device)
+    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:])) / 1000
+
+
 def product_rate(device: torch.device) -> float:
     """FLOP/s of a large matrix product, in bfloat16 on CUDA and float32 elsewhere: what this machine can do at most."""
     side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 10 * 2 * side**3 / seconds(lambda: [a @ b for _ in range(10)][-1][0], 5)
+    return 2 * side**3 * calls_a_second(lambda: a @ b)
 
 
 def copy_rate(device: torch.device) -> float:
     """Bytes/s read and written by a copy of a GiB in the device's memory."""
     source = torch.empty(2**28, device=device)
     target = torch.empty_like(source)
-    return 10 * 2 * 2**30 / seconds(lambda: [target.copy_(source) for _ in range(10)][-1][:1], 5)
+    return 2 * 2**30 * calls_a_second(lambda: target.copy_(source))
 
 
 def operations(arch: str, device: torch.device) -> dict[str, Any]:
@@ -161,7 +195,10 @@ def operations(arch: str, device: torch.device) -> dict[str, Any]:
 
 
 def step(arch: str, device: torch.device) -> dict[str, Any]:
-    """Wall time of a training step (attack, loss, backward) after the first epoch; share of the machine's rate."""
+    """Wall time of a training step's attack, loss and backward after the first epoch; share of the machine's rate.
+
+    Without the optimiser, the images' resize and the history, which ``training`` has.
+    """
     batch = 128 if device.type == "cuda" else 8
     setup = Setup(arch, device, batch, 200)
     cached = setup.ours_after_the_first_epoch
@@ -179,6 +216,20 @@ def step(arch: str, device: torch.device) -> dict[str, Any]:
         "teraflop_s_of_a_matrix_product": rate / 1e12,
         "utilisation": 1e12 * found["teraflop"] / found["seconds"] / rate,
     }
+
+
+def training(arch: str, device: torch.device) -> dict[str, Any]:
+    """Images a second of ``finetune``: a step with resize, optimiser and history, of image files of 64 pixels."""
+    batch, steps, first = 128 if device.type == "cuda" else 8, 12, 4  # the first few compile, encode and fill caches
+    clip = load_clip(arch, None, str(device), "auto", compiled=None)
+    with tempfile.TemporaryDirectory() as folder:
+        noise_files(folder, "train", batch * steps, classes=min(200, batch * steps))
+        data = load_dataset("set", "train", folder, image_size=clip.image_size[0], decode=False)
+        settings = SETTINGS.model_copy(update={"batch_size": batch})
+        history = finetune(clip, data, TGA, settings, Path(folder), watch=lambda *_: None).history
+    found = {"batch": batch, "steps": steps - first, "classes": len(data.prompts)}
+    found |= {"precision": clip.numerics.precision, "compiled": clip.numerics.compiled}
+    return found | {"images_a_second": batch / history.seconds[first:].mean()}
 
 
 def released(arch: str, device: torch.device) -> dict[str, Any]:
@@ -204,44 +255,35 @@ def attack(arch: str, device: torch.device) -> dict[str, Any]:
     return found | {"images_a_second": batch / seconds(run, 3)}
 
 
+def attention_calls(clip: Clip, images: int) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Attention's forward and backward on random tokens as ``clip`` makes them, by each of the ways to compute it."""
+    tokens = clip.encode_image(torch.rand(1, 3, *clip.image_size, device=clip.device))
+    kind = {"dtype": tokens.patches.dtype, "device": clip.device, "requires_grad": True}
+    pooled, patches = (torch.randn(images, *part.shape[1:], **kind) for part in tokens)
+    text, slopes = torch.randn_like(pooled), torch.randn(images, *clip.grid, device=clip.device)
+    attend = lambda backend: functools.partial(text_guided_attention, grid=clip.grid, backend=backend)
+
+    def both(function: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: torch.autograd.grad(function(ImageTokens(pooled, patches), text), (pooled, patches), slopes)
+
+    ways = {"triton": attend("triton"), "eager": attend("torch"), "compiled": torch.compile(attend("torch"))}
+    return {name: both(function) for name, function in ways.items()}
+
+
 def kernel(arch: str, device: torch.device) -> dict[str, Any]:
-    """The attention operator's forward and backward, as a share of the device's copying rate; CUDA only."""
+    """Time of the attention operator's forward and backward on CUDA, and its share of the device's copying rate."""
     if device.type != "cuda":
         return {"not_measured": "the kernel needs a CUDA device"}
-    batch, patches, width = 4096, 49, 512
-    shapes = (batch, width), (batch, patches, width), (batch, width)
-    pooled, tokens, text = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
-    tokens.requires_grad_(True)
-    pooled.requires_grad_(True)
-
-    def both(attend: Callable) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            for _ in range(100):
-                maps = attend(pooled, tokens, text)
-                gradients = torch.autograd.grad(maps.square().sum(), (pooled, tokens))
-            return gradients[0]
-
-        return run
-
-    attend = lambda backend: lambda p, t, x: text_guided_attention(ImageTokens(p, t), x, "reference", backend=backend)
-    traffic, rate = (
-        3 * tokens.numel() * tokens.element_size(),
-        copy_rate(device),
-    )  # read forwards and backwards, gradient written
-    found: dict[str, Any] = {
-        "batch": batch,
-        "patches": patches,
-        "width": width,
-        "dtype": "bfloat16",
-        "copy_terabyte_s": rate / 1e12,
-    }
-    for name, function in (
-        ("triton", attend("triton")),
-        ("eager", attend("torch")),
-        ("compiled", torch.compile(attend("torch"))),
-    ):
-        found[f"{name}_microseconds"] = 1e6 * seconds(both(function), 5) / 100
-        found[f"{name}_share_of_bandwidth"] = traffic / (found[f"{name}_microseconds"] * 1e-6) / rate
+    images = 32_000  # gigabytes: no cache holds them, and no launch is longer than its work
+    calls = attention_calls(load_clip(arch, None, str(device), "auto", compiled=False), images)
+    _, gradient = calls["triton"]()
+    found: dict[str, Any] = {"images": images, "patches": gradient.shape[1], "width": gradient.shape[2]}
+    found |= {"dtype": str(gradient.dtype).removeprefix("torch."), "copy_terabyte_s": copy_rate(device) / 1e12}
+    traffic = 3 * gradient.nbytes / 1e12  # tokens are read forwards and backwards, their gradient is written
+    for name, call in calls.items():
+        spent = device_seconds(call, device)
+        found[f"{name}_microseconds"] = 1e6 * spent
+        found[f"{name}_share_of_bandwidth"] = traffic / spent / found["copy_terabyte_s"]
     return found
 
 
@@ -279,10 +321,7 @@ def evaluation(arch: str, device: torch.device) -> dict[str, Any]:
     attack = AttackSettings(test_eps=1, test_stepsize=1, test_numsteps=1)
     rounds, images = 10, 512  # so many images have workers
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(images):
-            path = Path(folder) / "set" / "test" / f"class {number % 4}" / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy()).save(path)
+        noise_files(folder, "test", images, classes=4)
         kept = []
         for number in range(2 + rounds):  # the first two fill caches
             data = load_dataset("set", "test", folder, image_size=clip.image_size[0], decode=False)
@@ -293,7 +332,7 @@ def evaluation(arch: str, device: torch.device) -> dict[str, Any]:
     return {"images": rounds * images, "mib_kept": kept[-1] - kept[1], "mib_after_each_round": kept}
 
 
-MEASUREMENTS = {f.__name__: f for f in (operations, step, released, attack, kernel, explorer, evaluation)}
+MEASUREMENTS = {f.__name__: f for f in (operations, step, training, released, attack, kernel, explorer, evaluation)}
 
 
 def peak_memory(device: torch.device) -> float:

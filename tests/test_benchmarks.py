@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -40,7 +41,25 @@ def test_the_command_measures_and_names_the_machine(found):
 
 def test_what_needs_no_process_of_its_own():
     assert run.measured("attack", "mini-clip", "cpu")["images_a_second"] > 0
+    training = run.measured("training", "mini-clip", "cpu")
+    assert training["images_a_second"] > 0 and training["batch"] == training["steps"] == 8
     assert "not_measured" in run.measured("kernel", "mini-clip", "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel's time is that of a CUDA device")
+def test_the_kernel_is_timed_by_the_devices_clock():
+    found = run.measured("kernel", "mini-clip", "cuda")
+    assert found["dtype"] == "float32" and found["triton_microseconds"] > 0 and found["copy_terabyte_s"] > 0
+
+
+def test_attention_is_timed_on_tokens_as_the_model_makes_them():
+    pytest.importorskip("triton")
+    amp = load_clip("mini-clip", "mini", "cpu", "amp_bf16")  # as "auto" is on a GPU
+    calls = run.attention_calls(amp, 3)
+    found, expected = calls["triton"](), calls["eager"]()
+    assert [tuple(x.shape) for x in found] == [(3, 128), (3, 49, 128)] and found[1].dtype == torch.float32
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
 @pytest.mark.long

@@ -1,11 +1,14 @@
 """Compiling and autocast: what they may not change, and what they must not do."""
 
+import contextlib
 import functools
 import shutil
+from collections import Counter
 
 import pytest
 import torch
 from conftest import only_long, size, train_settings
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from tgazsr_utils.core import models
@@ -24,14 +27,20 @@ SETTINGS = train_settings(Beta=0.0, lr=1e-4, train_numsteps=2)
 ATTACK = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
 
 
+@contextlib.contextmanager
+def compiled_by(backend):
+    models._compile.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+        yield
+    models._compile.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def graphs():
     """Compiles to PyTorch's own operators: the graphs are those of the default, without a minute of code generation."""
-    models._compile.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    with compiled_by("aot_eager"):
         yield
-    models._compile.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +89,45 @@ def test_a_compiled_model_gives_the_same_record(mini, compiled, graphs, protocol
     assert fast.hits == plain.hits and fast.key != plain.key
 
 
-def test_one_graph_serves_all_models_sizes_and_step_lengths(compiled, graphs, shapes):
+@pytest.mark.parametrize("norm", ["linf", *only_long("l2")])
+def test_one_graph_serves_all_models_sizes_classes_and_lengths(compiled, graphs, shapes, norm):
     text, other = compiled.encode_text(shapes.prompts), compiled.frozen_copy()
     with torch.no_grad():
         other.visual.proj.mul_(1.5)
-    start = lambda: torch.Generator().manual_seed(0)
-    run = lambda clip, n, step: pgd(
-        clip, shapes.images[:n] / 255, shapes.labels[:n], text, 0.02, step, 2, generator=start()
-    )
-    run(compiled, 40, 0.01), run(compiled, 30, 0.02)
+    unit = 1 if norm == "linf" else 50
+
+    def run(clip, n, classes, eps, step):
+        start, bounds = torch.Generator().manual_seed(0), (unit * eps, unit * step)
+        images, labels = shapes.images[:n] / 255, shapes.labels[:n] % classes
+        return pgd(clip, images, labels, text[:classes], *bounds, 2, norm=norm, generator=start)
+
+    run(compiled, 40, len(text), 0.02, 0.01), run(compiled, 30, len(text), 0.02, 0.02)
     plain = load_clip("mini-clip", "mini", "cpu")
     plain.visual.load_state_dict(other.visual.state_dict())
     counters.clear()
-    for n, step in ((7, 0.013), (23, 0.017), (40, 0.01)):
-        torch.testing.assert_close(run(other, n, step), run(plain, n, step), atol=1e-6, rtol=0)
+    for case in ((7, len(text), 0.02, 0.013), (23, 3, 0.03, 0.017), (5, 5, 0.01, 0.01), (40, 2, 0.015, 0.01)):
+        torch.testing.assert_close(run(other, *case), run(plain, *case), atol=1e-6, rtol=0)
     assert counters["stats"]["unique_graphs"] == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", *only_long("amp_bf16")])
+def test_an_attacks_step_has_no_more_products_than_it_needs(shapes, precision):
+    """A block's are queries, keys and values at once, the way out and two layers, each for values and for slopes;
+    patches, projection and logits come to these. No operator takes weights repeated for each image."""
+    clip, seen = load_clip("mini-clip", "mini", "cpu", precision, compiled=True), []
+    blocks = clip.visual.transformer.resblocks = clip.visual.transformer.resblocks[:2]
+
+    def keep(graph, inputs):
+        seen.append(Counter(str(node.target).split(".")[1] for node in graph.graph.nodes if "aten" in str(node.target)))
+        return graph.forward
+
+    images, text = shapes.images[:6] / 255, clip.encode_text(shapes.prompts)
+    with compiled_by(aot_autograd(fw_compiler=keep)):
+        pgd(clip, images, shapes.labels[:6], text, 0.02, 0.01, 1)
+    (operators,) = seen
+    assert 0 < operators["mm"] + operators["addmm"] <= 8 * len(blocks) + 6
+    assert not operators.keys() & {"bmm", "baddbmm", "convolution", "convolution_backward"}
+    assert sum(n for name, n in operators.items() if "scaled_dot_product" in name) == 2 * len(blocks)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
