@@ -32,6 +32,7 @@ from traitlets.config import Config
 
 from tgazsr_utils import profiles
 from tgazsr_utils.core.seeds import digest
+from tgazsr_utils.datasets.__main__ import fetch_missing
 from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.devices import device_name
 from tgazsr_utils.durable.files import write_atomic, write_json
@@ -56,11 +57,15 @@ class Batch:
         self, profile_name: str, profile: Profile, chosen: Sequence[str], given: Mapping[str, Any], folder: Path
     ):
         self.profile_name, self.profile, self.chosen, self.folder = profile_name, profile, chosen, folder
+        if profile.fetch and "data_root" not in given and (root := profile.parameters.get("data_root")):
+            resolve(root).mkdir(parents=True, exist_ok=True)
         in_order = [*(name for name in chosen if name not in profile.notebooks), *profile.notebooks]
         self.parameters = {name: parameters_of(name, profile, str(folder), given) for name in in_order}
         for number, name in enumerate(chosen):
             profiles.check_choices(name, self.parameters[name])
             self._check_models(name, chosen[:number])
+        if not profile.fetch:
+            self._check_sets()
         profiles.check_effect(given, {name: self.parameters[name] for name in chosen})
         self.manifest_path = folder / "manifest.json"
 
@@ -76,15 +81,24 @@ class Batch:
                 except ValueError as error:
                     raise SettingsError(f"{notebook}: {name} = {wanted!r}: {error}") from None
 
+    def _check_sets(self) -> None:
+        for name in self.chosen:
+            profiles.check_sets(name, self.parameters[name])
+
     def run(self, fresh: bool) -> int:
         """0, or 1 after a notebook failed."""
         environment = environment_of(next(iter(self.parameters.values()))["device"])
+        print(f"{self.profile_name}: {self.profile.description.strip()}", flush=True)
+        if self.profile.fetch:
+            here = [self.parameters[name] for name in self.chosen]
+            keys = dict.fromkeys(key for values in here for key in profiles.named_sets(values))
+            fetch_missing(list(keys), here[0]["data_root"])
+            self._check_sets()
         if fresh:
             start_over(self.folder)
         self.folder.mkdir(exist_ok=True)
         tempfile.TemporaryFile(dir=self.folder).close()  # raises OSError now rather than after hours
         manifest = load_manifest(self.manifest_path) | {"profile": self.profile_name}
-        print(f"{self.profile_name}: {self.profile.description.strip()}")
         print(f"results go to {shown(self.folder)}", flush=True)
         before = ""
         for name, parameters in self.parameters.items():
@@ -357,8 +371,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return compare_runs(*numbers)
         given = {name: profiles.given_value(name, text) for name, text in options.p}
         return run(profile, numbers, given, options.fresh)
-    except (SettingsError, ValueError, OSError) as error:
-        print(f"error: {SettingsError(str(error))}", file=sys.stderr)
+    except KeyboardInterrupt:  # while image sets are fetched
+        error = "interrupted; the same command goes on from here"
+    except (SettingsError, ValueError, OSError) as failure:
+        error = failure
+    print(f"error: {SettingsError(str(error))}", file=sys.stderr)
     return 2
 
 
