@@ -36,7 +36,7 @@ def test_the_quick_profile_runs_and_fetches_nothing_that_is_there(tmp_path, monk
     assert run_on_miniatures("quick", tmp_path, monkeypatch, arch="mini-clip"), capfd.readouterr().err
     assert "to download" not in capfd.readouterr().out
     table = pd.read_csv(tmp_path / "out" / "tables" / "leaderboard.csv", index_col="method", dtype=str)
-    assert set(table.index) == {"CLIP", "TeCoA", "TGA-ZSR"} and set(table.sets) == {"8"}
+    assert set(table.index) == {"CLIP", "TeCoA", "TGA-ZSR"} and set(table.sets) == {"8 of 16"}
 
 
 def test_the_full_profile_runs_on_miniatures_of_the_sixteen_sets(tmp_path, monkeypatch, capfd):

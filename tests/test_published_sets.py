@@ -489,22 +489,27 @@ def test_a_bad_parameter_is_refused_before_anything_is_fetched(tmp_path, silence
 
 def test_what_is_not_there_is_fetched_once(server, tmp_path, capsys):
     for said in (f"to download into {tmp_path}: dtd 0.63 GB; 0.6 GB in all\ndtd: fetched\n", ""):
-        datasets_command.fetch_missing(["dtd", "samples", "mine"], tmp_path)
+        datasets_command.fetch_missing(["dtd", "mine", "."], tmp_path)
         assert capsys.readouterr().out.endswith(said) and bool(said) == (server.asked > 0)
         server.asked = 0
     assert len(load_dataset("dtd", "test", tmp_path)) == 4
-    assert not (tmp_path / "samples").exists()  # somebody's own folder
     datasets_command.fetch_missing(["shapes"], None)
 
 
 def test_sample_photographs_come_with_a_library(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets_command, "DEFAULT_ROOT", str(tmp_path))
+    root = tmp_path / "samples"
+    root.mkdir()
+    datasets_command.fetch_missing(["."], root)  # somebody's own folder
+    assert not list(tmp_path.rglob("*.*"))
+    monkeypatch.setattr(datasets_command, "SAMPLES_ROOT", str(root))
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "skimage", None)
         with pytest.raises(ValueError, match="'samples' cannot be fetched: scikit-image, .*: pip install scikit-image"):
-            datasets_command.fetch_missing(["samples"], tmp_path)
-    datasets_command.fetch_missing(["samples"], tmp_path)
-    train, test = (load_dataset("samples", split, tmp_path, test_fraction=1) for split in ("train", "test"))
+            datasets_command.fetch_missing(["."], root)
+    for _ in range(2):
+        datasets_command.fetch_missing(["."], root)
+    assert [path.name for path in tmp_path.iterdir()] == ["samples"]
+    train, test = (load_dataset(".", split, root, test_fraction=1) for split in ("train", "test"))
     assert len(test) == 8 and list(test.class_names) == list(datasets_command.SAMPLES)
     assert torch.equal(train.images, test.images) and test.masks is None and not test.left_out
 

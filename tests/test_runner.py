@@ -145,11 +145,17 @@ def test_classes_of_the_same_tokens_are_told(photo_root, tmp_path, capsys):
 
 
 def test_labels_join_the_classes_of_a_set(photo_root, tmp_path, capsys):
-    given = {"data_root": str(photo_root), "dataset": "animals", "test_fraction": 1, "output": str(tmp_path / "out")}
+    given = {
+        "data_root": str(photo_root / "animals"),
+        "dataset": ".",
+        "test_fraction": 1,
+        "output": str(tmp_path / "out"),
+    }
     given |= {"labels": "tea pot, Red fox,dog", "prompt": "a photo of a {}", "tuned": None}
     for number, name in ((1, "01_attention_shift"), (2, "05_alpha_beta_explorer")):
         data = open_workbook(name, default_parameters(name) | given).test
         assert data.class_names == ("green x", "red fox", "tea pot", "dog") and len(data) == 20
+        assert data.key == "animals"
         assert data.prompts[1:3] == ("a photo of a red fox", "a photo of a tea pot")
         assert capsys.readouterr().out.count("images to tune on are those to test on") == number - 1
     name, mini_world = "01_attention_shift", {"labels": ["heart", "dog"], "output": str(tmp_path / "out")}
@@ -159,8 +165,8 @@ def test_labels_join_the_classes_of_a_set(photo_root, tmp_path, capsys):
 
 @pytest.mark.long
 def test_the_clip_profile_runs_on_photographs(tmp_path, capfd):
-    copy_samples(tmp_path / "sets" / "samples")
-    given = {"data_root": tmp_path / "sets", "arch": "mini-clip", "pretrained": "mini", "output": tmp_path / "out"}
+    copy_samples(tmp_path / "samples")
+    given = {"data_root": tmp_path / "samples", "arch": "mini-clip", "pretrained": "mini", "output": tmp_path / "out"}
     given |= {"eps_list": "[1]", "device": "cpu"}
     assert main(["clip", *(word for name in given for word in ("-p", name, str(given[name])))]) == 0
     said = capfd.readouterr().out

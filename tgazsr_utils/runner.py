@@ -57,8 +57,6 @@ class Batch:
         self, profile_name: str, profile: Profile, chosen: Sequence[str], given: Mapping[str, Any], folder: Path
     ):
         self.profile_name, self.profile, self.chosen, self.folder = profile_name, profile, chosen, folder
-        if profile.fetch and "data_root" not in given and (root := profile.parameters.get("data_root")):
-            resolve(root).mkdir(parents=True, exist_ok=True)
         in_order = [*(name for name in chosen if name not in profile.notebooks), *profile.notebooks]
         self.parameters = {name: parameters_of(name, profile, str(folder), given) for name in in_order}
         for number, name in enumerate(chosen):
@@ -156,6 +154,8 @@ def run(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any], fre
     profile = profiles.load_profile(profile_name)
     chosen = profiles.select(profile, numbers)
     profiles.check_names(profile, given, chosen)
+    if profile.fetch and "data_root" not in given and (root := profile.parameters.get("data_root")):
+        resolve(root).mkdir(parents=True, exist_ok=True)
     folder = folder_of(profile_name, profile, chosen, given)
     batch = Batch(profile_name, profile, chosen, given, folder)
     together = started_together()
@@ -194,8 +194,11 @@ def folder_of(profile_name: str, profile: Profile, chosen: Sequence[str], given:
     if asked:
         return resolve(str(asked))
     changes: dict[str, Any] = {}
+    root = {key: given[key] for key in ("data_root",) if key in given}  # the profile's own need not be there then
     for name in chosen:
-        usual, wanted = (parameters_of(name, profile, "", values) for values in ({}, given))
+        usual, wanted = (parameters_of(name, profile, "", values) for values in (root, given))
+        own = default_parameters(name) | profile.parameters | profile.by_notebook.get(name, {})
+        usual["data_root"] = own.get("data_root")
         changes |= {key: given[key] for key in given if key in wanted and wanted[key] != usual.get(key)}
     return ROOT / "runs" / profiles.folder_name(profile_name, changes)
 

@@ -75,7 +75,9 @@ class Workbook:
         """A set at the size the original model takes."""
         data = load_dataset(key, split, n=n, image_size=self.original.image_size[0], **self.settings.data_options)
         names, prompts = with_labels(self.settings, key, data.class_names, data.prompts)
-        return replace(data, class_names=names, prompts=prompts, published=data.published and prompts == data.prompts)
+        key = resolve(self.settings.data_root).name if key == "." else key  # the folder of sets is a set itself
+        alike = data.published and prompts == data.prompts
+        return replace(data, key=key, class_names=names, prompts=prompts, published=alike)
 
     @cached_property
     def train(self) -> ImageSet:

@@ -27,6 +27,7 @@ _ARCHIVES = (".zip", ".tgz", ".gz", ".tar")
 _NO_CHECKSUM = {"tinyImageNet", "fgvc_aircraft"}  # half an archive of these cannot be told from a whole one
 _PATIENCE = 30  # seconds for a server to say something
 _DRIVE = gdown.download
+SAMPLES_ROOT = "data/samples"
 SAMPLES = {  # class -> photograph in scikit-image's wheel, each CC0, in the public domain or of no known restrictions
     "astronaut": "astronaut.png",
     "brick wall": "brick.png",
@@ -166,21 +167,21 @@ def fetch_set(key: str, root: Path) -> str:
 
 
 def fetch_missing(keys: list[str], root: str | Path | None) -> None:
-    """Fetches what is not there of published sets and, into ``DEFAULT_ROOT``, of "samples"; says first what that is.
+    """Fetches those of the published sets that are not there, saying first what that is; fills ``SAMPLES_ROOT``.
 
     Raises ValueError, in one line, for the first that cannot be had.
     """
     if root is None:  # the mini-world
         return
     root = existing_root(root)
-    ours = {*DATASETS, *(["samples"] if root == resolve(DEFAULT_ROOT) else [])}
-    missing = [key for key in keys if key in ours and key not in list_datasets(root)]
-    if sizes := {key: DATASETS[key].gigabytes for key in missing if key in DATASETS}:
+    there = list_datasets(root)
+    missing = [key for key in keys if key in DATASETS and key not in there]
+    if sizes := {key: DATASETS[key].gigabytes for key in missing}:
         listed = ", ".join(f"{key} {size:g} GB" for key, size in sizes.items())
         print(f"to download into {root}: {listed}; {sum(sizes.values()):.1f} GB in all", flush=True)
-    for key in missing:
+    for key in missing + (["samples"] if root == resolve(SAMPLES_ROOT) and not there else []):
         try:
-            done = fetch_set(key, root) if key in DATASETS else copy_samples(root / key)
+            done = fetch_set(key, root) if key in DATASETS else copy_samples(root)
         except Exception as error:  # whatever a server answers
             reason = " ".join(str(error).split()) or type(error).__name__
             told = [f"image set {key!r} cannot be fetched: {reason}", *by_hand(key, root)]
@@ -189,11 +190,11 @@ def fetch_missing(keys: list[str], root: str | Path | None) -> None:
 
 
 def copy_samples(folder: Path) -> str:
-    """Puts the photographs of ``SAMPLES`` into class folders, and says so."""
+    """Puts the photographs of ``SAMPLES`` into class folders of a folder that is empty or not there, and says so."""
     package = importlib.util.find_spec("skimage")
     if package is None:
         raise RuntimeError("scikit-image, which has its photographs, is not installed: pip install scikit-image")
-    staging = folder.parent / ".fetching" / folder.name
+    staging = folder.with_name(f".{folder.name}")
     for name, file in SAMPLES.items():
         (staging / name).mkdir(parents=True, exist_ok=True)
         shutil.copy(Path(package.origin).parent / "data" / file, staging / name)
