@@ -59,7 +59,7 @@ def test_subsets_are_chosen_by_name():
             settings(ablations=bad)
 
 
-@pytest.mark.parametrize("profile", ["mini", "smoke", "mini-reference", "full", "photo"])
+@pytest.mark.parametrize("profile", ["mini", "smoke", "mini-reference", "full", "photo", "quick"])
 def test_every_profile_has_what_each_ablation_compares(profile, tmp_path):
     """PGD's last iterate comes first and "worst" beside it, whatever the steps; each row has the attack of its name."""
     values = load_profile(profile)

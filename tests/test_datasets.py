@@ -41,6 +41,13 @@ def test_the_split_is_seeded_and_disjoint(photo_root):
     assert len({frozenset(reds("test", seed)) for seed in range(5)}) > 1
 
 
+def test_a_fraction_of_one_is_all_in_both_parts(photo_root):
+    (photo_root / "animals" / "images" / "single").mkdir()
+    Image.new("RGB", (60, 60)).save(photo_root / "animals" / "images" / "single" / "one.png")
+    for split in ("train", "test"):
+        assert load_dataset("animals", split, photo_root, test_fraction=1).labels.bincount().tolist() == [10, 10, 1]
+
+
 def test_tiny_imagenets_published_layout(photo_root):
     train, test = (load_dataset("tiny", split, photo_root) for split in ("train", "test"))
     assert train.class_names == ("goldfish", "pop bottle")  # by wnid; n03 has no images

@@ -242,6 +242,14 @@ def test_fine_tuning_runs_once_can_be_cancelled_and_goes_on(explorer):
     assert 'class="error"' not in explorer.attack.status.value + explorer.mixer.status.value
 
 
+def test_it_opens_without_a_tuned_model(explorer, mini, train_set, tmp_path):
+    models = ex.Models(mini, None, Run(tmp_path / "none"))
+    attack = AttackSettings(test_eps=1, test_stepsize=1, test_numsteps=1)
+    alone = ex.Explorer(models, train_set, train_set, explorer.training, attack, tmp_path)
+    assert models.names == ["original"] == list(alone.attack.model.options) and alone.mixer.error is None
+    assert alone.mixer.terms.values[TERMS.index("L_AMC")] == 0 and "Shown:" not in alone.trainer.status.value
+
+
 def test_what_goes_wrong_in_the_background_is_said_in_the_panel(explorer, monkeypatch):
     def broken(*arguments, **options):
         raise FloatingPointError("loss is not finite <at step 3>")

@@ -7,14 +7,15 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from conftest import size
 from miniatures import write_all
 
 from tgazsr_utils.runner import main
 
 
-def test_the_full_profile_runs_on_miniatures_of_the_sixteen_sets(tmp_path, monkeypatch, capfd):
-    root, out = write_all(tmp_path / "sets"), tmp_path / "out"
+def run_on_miniatures(profile, tmp_path, monkeypatch, notebooks, **given):
+    """A profile, cut down, on a data root with miniatures of the sixteen sets; is it a success?"""
     startup = tmp_path / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
     here = str(Path(__file__).parent)
@@ -24,11 +25,26 @@ def test_the_full_profile_runs_on_miniatures_of_the_sixteen_sets(tmp_path, monke
     lines += "import miniatures; miniatures.without_checksums()\n"
     (startup / "00.py").write_text(lines)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    given = {"data_root": root, "output": out, "pretrained": "null", "epochs": 1, "batch_size": 4, "warmup_steps": 1}
-    given |= {"test_numsteps": 2, "quick_eval": 3, "device": "cpu", "methods": "[TeCoA, TGA-ZSR]"}
-    given |= size({"arch": "mini-clip"}, {"eps_list": "[1]"})
+    given |= {"data_root": write_all(tmp_path / "sets"), "output": tmp_path / "out", "pretrained": "null", "epochs": 1}
+    given |= {"batch_size": 4, "warmup_steps": 1, "test_numsteps": 2, "quick_eval": 3}
     arguments = [part for name, value in given.items() for part in ("-p", name, str(value))]
-    assert main(["full", *size(["04"], []), *arguments]) == 0, capfd.readouterr().err
+    return main([profile, *notebooks, "-p", "device", "cpu", *arguments]) == 0
+
+
+@pytest.mark.long
+def test_the_quick_profile_runs_and_fetches_nothing_that_is_there(tmp_path, monkeypatch, capfd):
+    assert run_on_miniatures("quick", tmp_path, monkeypatch, [], arch="mini-clip", eps_list="[1]"), (
+        capfd.readouterr().err
+    )
+    assert "to download" not in capfd.readouterr().out
+    table = pd.read_csv(tmp_path / "out" / "tables" / "leaderboard.csv", index_col="method", dtype=str)
+    assert set(table.index) == {"CLIP", "TeCoA", "TGA-ZSR"} and set(table.sets) == {"8 of 16"}
+
+
+def test_the_full_profile_runs_on_miniatures_of_the_sixteen_sets(tmp_path, monkeypatch, capfd):
+    given = {"methods": "[TeCoA, TGA-ZSR]"} | size({"arch": "mini-clip"}, {"eps_list": "[1]"})
+    assert run_on_miniatures("full", tmp_path, monkeypatch, size(["04"], []), **given), capfd.readouterr().err
+    out = tmp_path / "out"
     assert "plumbing check, not a result" in capfd.readouterr().out
 
     table = pd.read_csv(out / "tables" / "leaderboard.csv", index_col="method", dtype=str)

@@ -5,6 +5,7 @@ import http.server
 import io
 import re
 import socket
+import sys
 import tarfile
 import threading
 import urllib.request
@@ -17,6 +18,7 @@ import torchvision.datasets
 from miniatures import WRITERS, red, without_checksums, write_all
 from PIL import Image
 
+from tgazsr_utils import runner
 from tgazsr_utils.datasets import __main__ as datasets_command
 from tgazsr_utils.datasets import loading as datasets
 from tgazsr_utils.datasets import torchvision_sets
@@ -448,8 +450,9 @@ def test_a_killed_unpacking_is_done_again_from_the_archive(server, tmp_path):
     assert len(load_dataset("dtd", "test", tmp_path / "sets")) == 4
 
 
-@pytest.mark.parametrize("key", ["cifar10", "PCAM"])
-def test_a_silent_server_is_not_waited_for(key, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def silence(monkeypatch):
+    """All servers are silent."""
     monkeypatch.setattr(datasets_command, "_PATIENCE", 0.2)
     monkeypatch.setattr(urllib.request, "_opener", None)  # else it keeps the proxies of the worker's first download
     for name in ("no_proxy", "NO_PROXY"):
@@ -457,8 +460,59 @@ def test_a_silent_server_is_not_waited_for(key, tmp_path, monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for name in ("https_proxy", "http_proxy"):  # torchvision tries the one for what fails with the other
             monkeypatch.setenv(name, f"http://127.0.0.1:{silent.getsockname()[1]}")
-        assert main(["fetch", key, "--root", str(tmp_path)]) == 1
+        yield
+
+
+@pytest.mark.parametrize("key", ["cifar10", "PCAM"])
+def test_a_silent_server_is_not_waited_for(key, tmp_path, silence, capsys):
+    assert main(["fetch", key, "--root", str(tmp_path)]) == 1
     assert re.search(r"failed: .*timed out.*\n +source: .*\n +by hand: ", capsys.readouterr().out)
+
+
+def test_a_profile_says_what_it_fetches_and_stops_before_anything_where_it_cannot(tmp_path, silence, capsys):
+    (tmp_path / "sets" / "STL-10" / "ship").mkdir(parents=True)  # a set of which something is there
+    out = tmp_path / "out"
+    assert runner.main(["quick", "-p", "data_root", str(tmp_path / "sets"), "-p", "output", str(out)]) == 2
+    said, error = capsys.readouterr()
+    assert said.startswith("quick: ") and re.search(r"weights \(0.6 GB, .* 41 PFLOP: 35 minutes at", said)
+    assert re.search(r"to download into .*: tinyImageNet 0.24 GB, cifar10 0.17 GB, cifar100 .*; 2.4 GB in all\n$", said)
+    assert "STL10" not in said and not out.exists()
+    by_hand = "source: http.*; by hand: in .*, unpack what is offered there; looked for: tiny-imagenet-200/.*"
+    assert re.fullmatch(f"error: image set 'tinyImageNet' cannot be fetched: .*timed out.*; {by_hand}\n", error)
+
+
+def test_a_bad_parameter_is_refused_before_anything_is_fetched(tmp_path, silence, capsys):
+    given = ["-p", "data_root", str(tmp_path), "-p", "methods", "[TGA]"]
+    assert runner.main(["quick", *given]) == 2
+    said, error = capsys.readouterr()
+    assert "method 'TGA' is unknown" in error and "to download" not in said
+
+
+def test_what_is_not_there_is_fetched_once(server, tmp_path, capsys):
+    for said in (f"to download into {tmp_path}: dtd 0.63 GB; 0.6 GB in all\ndtd: fetched\n", ""):
+        datasets_command.fetch_missing(["dtd", "mine", "."], tmp_path)
+        assert capsys.readouterr().out.endswith(said) and bool(said) == (server.asked > 0)
+        server.asked = 0
+    assert len(load_dataset("dtd", "test", tmp_path)) == 4
+    datasets_command.fetch_missing(["shapes"], None)
+
+
+def test_sample_photographs_come_with_a_library(tmp_path, monkeypatch):
+    root = tmp_path / "samples"
+    root.mkdir()
+    datasets_command.fetch_missing(["."], root)  # somebody's own folder
+    assert not list(tmp_path.rglob("*.*"))
+    monkeypatch.setattr(datasets_command, "SAMPLES_ROOT", str(root))
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "skimage", None)
+        with pytest.raises(ValueError, match="'samples' cannot be fetched: scikit-image, .*: pip install scikit-image"):
+            datasets_command.fetch_missing(["."], root)
+    for _ in range(2):
+        datasets_command.fetch_missing(["."], root)
+    assert [path.name for path in tmp_path.iterdir()] == ["samples"]
+    train, test = (load_dataset(".", split, root, test_fraction=1) for split in ("train", "test"))
+    assert len(test) == 8 and list(test.class_names) == list(datasets_command.SAMPLES)
+    assert torch.equal(train.images, test.images) and test.masks is None and not test.left_out
 
 
 DAMAGE = {

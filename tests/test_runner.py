@@ -10,6 +10,7 @@ import pytest
 from conftest import own_environment, run_all, size
 
 from tgazsr_utils import open_workbook, profiles, runner
+from tgazsr_utils.datasets.__main__ import copy_samples
 from tgazsr_utils.parameters import SettingsError
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.profiles import default_parameters, given_value, load_profile, parameters_of
@@ -74,6 +75,12 @@ from tgazsr_utils.runner import fingerprint, main
         (["mini", "04", "-p", "methods", "[TeCoA]", "-p", "Alpha", "1"], "no effect: none of the methods compares att"),
         (["mini", "04", "-p", "methods", "[FT-Clean]", "-p", "train_eps", "1"], "no effect: FT-Clean trains on clean"),
         (["mini", "02", "-p", "optimizer", "adamw", "-p", "momentum", "0.5"], "no effect: optimizer is 'adamw'"),
+        (["mini", "02", "-p", "labels", "cat"], "'labels' is one of 01_attention_shift, 05_.*, not of what is to run"),
+        (["mini", "01", "-p", "labels", "[]"], "01_.*: parameter labels = \\[\\]: .*at least 1 item"),
+        (["mini", "01", "-p", "labels", "dog, cat, dog"], "parameter labels = .*: an entry is there twice"),
+        (["mini", "05", "-p", "labels", "dog,, cat"], "parameter labels.1 = '': a label is empty"),
+        (["mini", "01", "-p", "labels", "[3]"], "parameter labels.0 = 3: .*valid string"),
+        (["mini", "01", "-p", "labels", "cat" + 40 * " dim"], "01_.*: prompt 'This is a photo of a cat .* the 32 tok"),
         ([5000 * "x"], "profile 'xxx.* is unknown; there are: .*mini"),
     ],
 )
@@ -135,6 +142,37 @@ def test_classes_of_the_same_tokens_are_told(photo_root, tmp_path, capsys):
         told = capsys.readouterr().out
         assert told.count("tiny: classes that cannot be told apart, as their prompts are the same tokens") == 1
         assert "of a red fox'" in told and "of a red  fox'" in told
+
+
+def test_labels_join_the_classes_of_a_set(photo_root, tmp_path, capsys):
+    given = {
+        "data_root": str(photo_root / "animals"),
+        "dataset": ".",
+        "test_fraction": 1,
+        "output": str(tmp_path / "out"),
+    }
+    given |= {"labels": "tea pot, Red fox,dog", "prompt": "a photo of a {}", "tuned": None}
+    for number, name in ((1, "01_attention_shift"), (2, "05_alpha_beta_explorer")):
+        data = open_workbook(name, default_parameters(name) | given).test
+        assert data.class_names == ("green x", "red fox", "tea pot", "dog") and len(data) == 20
+        assert data.key == "animals"
+        assert data.prompts[1:3] == ("a photo of a red fox", "a photo of a tea pot")
+        assert capsys.readouterr().out.count("images to tune on are those to test on") == number - 1
+    name, mini_world = "01_attention_shift", {"labels": ["heart", "dog"], "output": str(tmp_path / "out")}
+    data = open_workbook(name, default_parameters(name) | mini_world).test
+    assert data.class_names.count("heart") == 1 and data.class_names[-1] == "dog" and data.prompts[-1].endswith(" dog")
+
+
+@pytest.mark.long
+def test_the_clip_profile_runs_on_photographs(tmp_path, capfd):
+    copy_samples(tmp_path / "samples")
+    given = {"data_root": tmp_path / "samples", "arch": "mini-clip", "pretrained": "mini", "output": tmp_path / "out"}
+    given |= {"eps_list": "[1]", "device": "cpu"}
+    assert main(["clip", *(word for name in given for word in ("-p", name, str(given[name])))]) == 0
+    said = capfd.readouterr().out
+    assert "8 images of samples, photographs" in said and "has neither masks nor boxes" in said
+    assert not (tmp_path / "out" / "figures" / "01_energy_inside.png").exists()
+    assert len(list((tmp_path / "out" / "figures").glob("0*.[ph][nt][gm]*"))) == 3 + 4
 
 
 @pytest.mark.parametrize("line", ["test_eps = 8 / 255", "import os", "a, b = (1, 2)", "seed"])

@@ -75,6 +75,8 @@ def test_headless_and_by_hand_have_the_same_folder():
     assert runner.folder_of("mini", profile, chosen, given) == ROOT / "runs" / "mini-Alpha-0.1"
     assert runner.folder_of("mini", profile, chosen, {"seed": 0}) == ROOT / "runs" / "mini"
     assert runner.folder_of("mini", profile, chosen, given | {"output": "runs/mine"}) == ROOT / "runs" / "mine"
+    profile = load_profile("photo").model_copy(update={"parameters": {"data_root": "no/such/folder"}})
+    assert runner.folder_of("photo", profile, chosen, {"data_root": "docs"}) == ROOT / "runs" / "photo-data_root-docs"
     settings = validate(TrainNotebook, default_parameters("02_train_tga_zsr") | {"Alpha": 0.1})
     assert workbook.changes("02_train_tga_zsr", settings) == {"Alpha": 0.1}
 

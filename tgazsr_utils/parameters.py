@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.settings import (
@@ -35,7 +35,18 @@ def _distinct(values: list[Item]) -> list[Item]:
     return values
 
 
+def _listed(value: Any) -> Any:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("a label is empty")
+    return value
+
+
 Distinct = Annotated[list[Item], Field(min_length=1), AfterValidator(_distinct)]
+Labels = Annotated[Distinct[Annotated[str, AfterValidator(_not_blank)]], BeforeValidator(_listed)]  # or "dog, teapot"
 
 
 class SettingsError(ValueError):
@@ -53,7 +64,7 @@ class WorkbookSettings(Settings):
     data_root: str | None  # folder of image sets; None: the rendered mini-world
     preprocess: Literal["resize", "crop"] | None = None  # None: each set's own
     prompt: str | None = None  # template such as "A photo of a {}."; None: each set's own
-    test_fraction: Fraction | None = None  # of sets without a split; None: see load_dataset
+    test_fraction: Fraction | None = None  # of sets without a split; 1: all, to tune on as well; None: see load_dataset
     on_bad_image: Literal["stop", "leave_out"] = "stop"  # what to do about a file that cannot be read
     output: str | None  # folder of the run; None: one below runs/, named after what differs from the defaults
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
@@ -142,11 +153,17 @@ class PretrainNotebook(WorkbookSettings):
         return self
 
 
-class AttentionShiftNotebook(ModelSettings, AttackSettings):
+class CandidateSettings(ModelSettings):
+    """What the notebooks know that look at single images."""
+
+    labels: Labels | None = None  # classes to choose from besides the set's own, such as [dog, teapot]
+    tuned: str | None  # model beside: "mini-tga-zsr", a file, or "latest:METHOD" in the output folder; None: none
+
+
+class AttentionShiftNotebook(CandidateSettings, AttackSettings):
     """01_attention_shift"""
 
     dataset: str
-    tuned: str  # model to compare with: "mini-tga-zsr", a file, or "latest:METHOD" in the output folder
     test_images: Count
     shown_images: Annotated[int, Number, Field(ge=1, le=12)]
     eps_list: Annotated[list[Eps255], Field(min_length=1)]
@@ -259,11 +276,10 @@ class AblationNotebook(EvaluateNotebook):
         return names
 
 
-class ExplorerNotebook(ModelSettings, FinetuneSettings, AttackSettings):
+class ExplorerNotebook(CandidateSettings, FinetuneSettings, AttackSettings):
     """05_alpha_beta_explorer"""
 
     dataset: str
-    tuned: str  # model to start with: "mini-tga-zsr", a file, or "latest:METHOD" in the output folder
     train_images: Count | None  # for fine-tuning at the sliders' place
     test_images: Count  # to choose from
 

@@ -15,7 +15,8 @@ from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import FinetuneSettings, Settings
 from tgazsr_utils.datasets.layouts import existing_root, list_datasets
 from tgazsr_utils.datasets.loading import class_prompts
-from tgazsr_utils.datasets.published_sets import DATASETS
+from tgazsr_utils.datasets.miniworld import TASKS
+from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_PROMPT
 from tgazsr_utils.durable.weights import image_size_of, locate_weights, same_tokens
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, unknown_parameter, validate, without_effect
 from tgazsr_utils.paths import NOTEBOOKS as FOLDER
@@ -30,6 +31,7 @@ class Profile(Settings):
 
     description: str
     notebooks: list[str]
+    fetch: bool = False  # what is not there of the image sets that parameters name
     parameters: dict[str, Any] = {}  # for every notebook that knows the name
     by_notebook: dict[str, dict[str, Any]] = {}
 
@@ -122,22 +124,35 @@ def parameters_of(notebook: str, profile: Profile, output: str, given: Mapping[s
 
 
 def check_choices(notebook: str, values: Mapping[str, Any]) -> None:
-    """Sets, methods and models that parameters name must be there before anything runs, not hours later."""
-    root, testdata = values.get("data_root"), values.get("testdata")
-    keys = [values.get("dataset"), *(values.get("sets") or []), *(testdata if isinstance(testdata, list) else [])]
+    """Methods and models that parameters name must be there before anything runs, not hours later."""
     try:
         image_size_of(values["arch"])
         for name in ("pretrained", "tuned"):
             if not str(values.get(name)).startswith("latest:"):  # made by a notebook before
                 locate_weights(values["arch"], values.get(name))
-        there = list_datasets(root)
-        for key in filter(None, keys):
-            if key not in there and not (root and resolve(existing_root(root) / key).is_dir()):
-                raise ValueError(f"image set {key!r} is not there; there are: {', '.join(there) or 'none'}")
         own = registered_in(notebook)
         for method in [*values.get("methods", []), *values.get("overrides", {})]:
             if method not in own:
                 find_objective(method)
+    except ValueError as error:
+        raise SettingsError(f"{notebook}: {error}") from None
+
+
+def named_sets(values: Mapping[str, Any]) -> list[str]:
+    """Image sets that parameters name, that to tune on first."""
+    testdata = values.get("testdata")
+    named = [values.get("dataset"), *(values.get("sets") or []), *(testdata if isinstance(testdata, list) else [])]
+    return list(dict.fromkeys(filter(None, named)))
+
+
+def check_sets(notebook: str, values: Mapping[str, Any]) -> None:
+    """So must the image sets, and their prompts be as the text tower takes them."""
+    root = values.get("data_root")
+    try:
+        there = list_datasets(root)
+        for key in named_sets(values):
+            if key not in there and not (root and resolve(existing_root(root) / key).is_dir()):
+                raise ValueError(f"image set {key!r} is not there; there are: {', '.join(there) or 'none'}")
         check_prompts(validate(NOTEBOOKS[notebook], values))
     except ValueError as error:
         raise SettingsError(f"{notebook}: {error}") from None
@@ -160,6 +175,7 @@ def check_prompts(settings: Any) -> list[str]:
             prompts = class_prompts(key, split, root, s.prompt, s.test_fraction)
         except ValueError:
             continue  # what cannot be read is said, or left out, where it is loaded
+        _, prompts = with_labels(s, key, (), prompts)
         for group in same_tokens(s.arch, prompts):
             told.append(f"{key}: classes that cannot be told apart, as their prompts are the same tokens: {group}")
         if negates and split == "train":
@@ -168,6 +184,15 @@ def check_prompts(settings: Any) -> list[str]:
             except ValueError as error:
                 raise ValueError(f"method Comp-TGA: {error}") from None
     return told
+
+
+def with_labels(settings: Any, key: str, names: Sequence[str], prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """A set's classes and their prompts, then those of the parameter ``labels`` that are not among them."""
+    known = TASKS if settings.data_root is None else DATASETS
+    template = settings.prompt or (known[key].prompt if key in known else DEFAULT_PROMPT)
+    asked = {label: template.replace("{}", label) for label in getattr(settings, "labels", None) or []}
+    new = {label: prompt for label, prompt in asked.items() if prompt.lower() not in map(str.lower, prompts)}
+    return (*names, *new), (*prompts, *new.values())
 
 
 def check_names(profile: Profile, given: Mapping[str, Any], notebooks: Sequence[str]) -> None:

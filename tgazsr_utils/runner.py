@@ -32,6 +32,7 @@ from traitlets.config import Config
 
 from tgazsr_utils import profiles
 from tgazsr_utils.core.seeds import digest
+from tgazsr_utils.datasets.__main__ import fetch_missing
 from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.devices import device_name
 from tgazsr_utils.durable.files import write_atomic, write_json
@@ -61,6 +62,8 @@ class Batch:
         for number, name in enumerate(chosen):
             profiles.check_choices(name, self.parameters[name])
             self._check_models(name, chosen[:number])
+        if not profile.fetch:
+            self._check_sets()
         profiles.check_effect(given, {name: self.parameters[name] for name in chosen})
         self.manifest_path = folder / "manifest.json"
 
@@ -76,15 +79,24 @@ class Batch:
                 except ValueError as error:
                     raise SettingsError(f"{notebook}: {name} = {wanted!r}: {error}") from None
 
+    def _check_sets(self) -> None:
+        for name in self.chosen:
+            profiles.check_sets(name, self.parameters[name])
+
     def run(self, fresh: bool) -> int:
         """0, or 1 after a notebook failed."""
         environment = environment_of(next(iter(self.parameters.values()))["device"])
+        print(f"{self.profile_name}: {self.profile.description.strip()}", flush=True)
+        if self.profile.fetch:
+            here = [self.parameters[name] for name in self.chosen]
+            keys = dict.fromkeys(key for values in here for key in profiles.named_sets(values))
+            fetch_missing(list(keys), here[0]["data_root"])
+            self._check_sets()
         if fresh:
             start_over(self.folder)
         self.folder.mkdir(exist_ok=True)
         tempfile.TemporaryFile(dir=self.folder).close()  # raises OSError now rather than after hours
         manifest = load_manifest(self.manifest_path) | {"profile": self.profile_name}
-        print(f"{self.profile_name}: {self.profile.description.strip()}")
         print(f"results go to {shown(self.folder)}", flush=True)
         before = ""
         for name, parameters in self.parameters.items():
@@ -142,6 +154,8 @@ def run(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any], fre
     profile = profiles.load_profile(profile_name)
     chosen = profiles.select(profile, numbers)
     profiles.check_names(profile, given, chosen)
+    if profile.fetch and "data_root" not in given and (root := profile.parameters.get("data_root")):
+        resolve(root).mkdir(parents=True, exist_ok=True)
     folder = folder_of(profile_name, profile, chosen, given)
     batch = Batch(profile_name, profile, chosen, given, folder)
     together = started_together()
@@ -180,8 +194,11 @@ def folder_of(profile_name: str, profile: Profile, chosen: Sequence[str], given:
     if asked:
         return resolve(str(asked))
     changes: dict[str, Any] = {}
+    root = {key: given[key] for key in ("data_root",) if key in given}  # the profile's own need not be there then
     for name in chosen:
-        usual, wanted = (parameters_of(name, profile, "", values) for values in ({}, given))
+        usual, wanted = (parameters_of(name, profile, "", values) for values in (root, given))
+        own = default_parameters(name) | profile.parameters | profile.by_notebook.get(name, {})
+        usual["data_root"] = own.get("data_root")
         changes |= {key: given[key] for key in given if key in wanted and wanted[key] != usual.get(key)}
     return ROOT / "runs" / profiles.folder_name(profile_name, changes)
 
@@ -357,8 +374,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return compare_runs(*numbers)
         given = {name: profiles.given_value(name, text) for name, text in options.p}
         return run(profile, numbers, given, options.fresh)
-    except (SettingsError, ValueError, OSError) as error:
-        print(f"error: {SettingsError(str(error))}", file=sys.stderr)
+    except KeyboardInterrupt:  # while image sets are fetched
+        error = "interrupted; the same command goes on from here"
+    except (SettingsError, ValueError, OSError) as failure:
+        error = failure
+    print(f"error: {SettingsError(str(error))}", file=sys.stderr)
     return 2
 
 

@@ -1,6 +1,7 @@
 """What the notebooks set up alike, in one call: checked parameters, the run's folder, models, image sets, the bench."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import Objective, find_objective
-from tgazsr_utils.core.settings import AttackSettings
+from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.datasets.loading import choose_datasets, load_dataset
 from tgazsr_utils.display import plots
 from tgazsr_utils.durable.files import write_atomic
@@ -23,7 +24,7 @@ from tgazsr_utils.measuring.records import Record, RecordStore
 from tgazsr_utils.measuring.tables import save_table
 from tgazsr_utils.parameters import NOTEBOOKS, WorkbookSettings, from_notebook, units, validate, without_effect
 from tgazsr_utils.paths import ROOT, resolve
-from tgazsr_utils.profiles import check_prompts, default_parameters, folder_name, shown
+from tgazsr_utils.profiles import check_prompts, default_parameters, folder_name, shown, with_labels
 
 
 def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":
@@ -40,6 +41,8 @@ def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":
     folder = resolve(settings.output) if settings.output else usual
     told = [f"{name} = {changed[name]!r} has no effect here: {idle[name]}" for name in changed if name in idle]
     told += [*units(settings.model_dump()), *check_prompts(settings)]
+    if settings.test_fraction == 1 and isinstance(settings, FinetuneSettings):
+        told.append("test_fraction = 1: images to tune on are those to test on, where a set has no split of its own")
     print(f"results go to {shown(folder)}", *told, sep="\n", flush=True)
     return Workbook(notebook, settings, Run(folder))
 
@@ -71,7 +74,11 @@ class Workbook:
     def images(self, key: str, split: str, n: int | None) -> ImageSet:
         """A set at the size the original model takes; one to measure on is decoded once, for all models and runs."""
         options = self.settings.data_options | {"keep": self.run.store / "decoded" if split == "test" else None}
-        return load_dataset(key, split, n=n, image_size=self.original.image_size[0], **options)
+        data = load_dataset(key, split, n=n, image_size=self.original.image_size[0], **options)
+        names, prompts = with_labels(self.settings, key, data.class_names, data.prompts)
+        key = resolve(self.settings.data_root).name if key == "." else key  # the folder of sets is a set itself
+        alike = data.published and prompts == data.prompts
+        return replace(data, key=key, class_names=names, prompts=prompts, published=alike)
 
     @cached_property
     def train(self) -> ImageSet:

@@ -22,7 +22,7 @@ Count = Annotated[int, Number, Field(ge=1, lt=2**63)]
 Natural = Annotated[int, Number, Field(ge=0, lt=2**63)]
 NonNegative = Annotated[float, Number, Field(ge=0)]
 Positive = Annotated[float, Number, Field(gt=0)]
-Fraction = Annotated[float, Number, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Number, Field(gt=0, le=1)]
 Of255 = BeforeValidator(_of_255)  # a number in 1/255; "8/255" is 8
 Eps255 = Annotated[float, Number, Of255, Field(ge=0, le=255, description="1/255 of the pixel range")]
 Length255 = Annotated[NonNegative, Of255]  # 1/255, of an l2 attack perhaps more than 255

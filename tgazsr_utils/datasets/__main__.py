@@ -1,6 +1,7 @@
 """``python -m tgazsr_utils.datasets``: lists, checks and fetches the published sets."""
 
 import argparse
+import importlib.util
 import shutil
 import socket
 import sys
@@ -26,6 +27,17 @@ _ARCHIVES = (".zip", ".tgz", ".gz", ".tar")
 _NO_CHECKSUM = {"tinyImageNet", "fgvc_aircraft"}  # half an archive of these cannot be told from a whole one
 _PATIENCE = 30  # seconds for a server to say something
 _DRIVE = gdown.download
+SAMPLES_ROOT = "data/samples"
+SAMPLES = {  # class -> photograph in scikit-image's wheel, each CC0, in the public domain or of no known restrictions
+    "astronaut": "astronaut.png",
+    "brick wall": "brick.png",
+    "cat": "chelsea.png",
+    "coin": "coins.png",
+    "cup of coffee": "coffee.png",
+    "galaxy": "hubble_deep_field.jpg",
+    "photographer": "camera.png",
+    "rocket": "rocket.jpg",
+}
 
 
 def list_sets(root: Path, keys: list[str]) -> tuple[pd.DataFrame, list[str]]:
@@ -152,6 +164,42 @@ def fetch_set(key: str, root: Path) -> str:
     (staging / spec.folder).rename(root / spec.folder)
     shutil.rmtree(staging)
     return "fetched"
+
+
+def fetch_missing(keys: list[str], root: str | Path | None) -> None:
+    """Fetches those of the published sets that are not there, saying first what that is; fills ``SAMPLES_ROOT``.
+
+    Raises ValueError, in one line, for the first that cannot be had.
+    """
+    if root is None:  # the mini-world
+        return
+    root = existing_root(root)
+    there = list_datasets(root)
+    missing = [key for key in keys if key in DATASETS and key not in there]
+    if sizes := {key: DATASETS[key].gigabytes for key in missing}:
+        listed = ", ".join(f"{key} {size:g} GB" for key, size in sizes.items())
+        print(f"to download into {root}: {listed}; {sum(sizes.values()):.1f} GB in all", flush=True)
+    for key in missing + (["samples"] if root == resolve(SAMPLES_ROOT) and not there else []):
+        try:
+            done = fetch_set(key, root) if key in DATASETS else copy_samples(root)
+        except Exception as error:  # whatever a server answers
+            reason = " ".join(str(error).split()) or type(error).__name__
+            told = [f"image set {key!r} cannot be fetched: {reason}", *by_hand(key, root)]
+            raise ValueError("; ".join(told)) from None
+        print(f"{key}: {done}", flush=True)
+
+
+def copy_samples(folder: Path) -> str:
+    """Puts the photographs of ``SAMPLES`` into class folders of a folder that is empty or not there, and says so."""
+    package = importlib.util.find_spec("skimage")
+    if package is None:
+        raise RuntimeError("scikit-image, which has its photographs, is not installed: pip install scikit-image")
+    staging = folder.with_name(f".{folder.name}")
+    for name, file in SAMPLES.items():
+        (staging / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(package.origin).parent / "data" / file, staging / name)
+    staging.rename(folder)
+    return f"{len(SAMPLES)} photographs are in {folder}"
 
 
 def _clear(folder: Path, but_for: tuple[str, ...]) -> None:

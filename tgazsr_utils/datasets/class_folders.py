@@ -106,7 +106,12 @@ def _parts(inner: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
 
 
 def _part_of_class(paths: list[Path], split: Split, test_fraction: float | None, seed: int) -> list[Path]:
-    """A class's images of one part, drawn by ``seed``: at least one to test on of several; None: all to test on."""
+    """A class's images of one part, drawn by ``seed``: at least one to test on of several.
+
+    None: all to test on; 1: all to test on, and to tune on as well.
+    """
+    if test_fraction == 1:
+        return paths
     if test_fraction is None:
         held_out = len(paths)
     else:

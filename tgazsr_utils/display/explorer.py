@@ -40,9 +40,10 @@ BELOW_SLIDER = "2px 2px 8px 112px"  # margin that puts a widget under the track 
 class Models:
     """The models there are to choose from, by name; loaded when first asked for, the last few kept."""
 
-    def __init__(self, original: Clip, tuned: str | Path, run: Run):
+    def __init__(self, original: Clip, tuned: str | Path | None, run: Run):
         self.original, self.run = original, run
-        self._files: dict[str, Path] = {"tuned": Path(tuned)}
+        self._files: dict[str, Path] = {} if tuned is None else {"tuned": Path(tuned)}
+        self.start = "original" if tuned is None else "tuned"
         self._loaded: dict[str, Clip] = {"original": original}
         self.refresh()
 
@@ -75,9 +76,9 @@ class Models:
         return self._loaded[name]
 
     def losses(self, name: str) -> dict[int, float]:
-        """Step -> loss of a model's fine-tuning; empty if its file does not say."""
-        file = self._files[name]
-        about = read_metadata(file) if file.suffix == ".safetensors" else {}
+        """Step -> loss of a model's fine-tuning; empty if its file does not say, or if it has none."""
+        file = self._files.get(name)
+        about = read_metadata(file) if file and file.suffix == ".safetensors" else {}
         return {row["step"]: row["loss"] for row in about.get("history", [])}
 
 
@@ -170,7 +171,7 @@ class LossMixer(Panel):
     def __init__(self, explorer: Explorer):
         self.explorer = explorer
         self.terms: TermGradients | None = None
-        self.model = control(widgets.Dropdown, "model", options=explorer.models.names, value="tuned")
+        self.model = control(widgets.Dropdown, "model", options=explorer.models.names, value=explorer.models.start)
         self.batch = control(widgets.BoundedIntText, "batch", 260, value=0, min=0, max=9999)
         reset = widgets.Button(description="published values", tooltip="put both sliders back")
         reset.layout.margin = BELOW_SLIDER
@@ -325,7 +326,7 @@ class FineTuner(Panel):
         self.stop.on_click(lambda _: self.cancel())
         run = widgets.HBox([self.start, self.stop, self.bar])
         super().__init__(side_by_side(*explorer.sliders), run, height=130)
-        kept = explorer.models.losses("tuned")
+        kept = explorer.models.losses(explorer.models.start)
         self._draw(kept, len(kept))
         shown = "Shown: how the tuned model was trained. " if kept else ""
         images = f"{len(explorer.train)} images of {explorer.train.key}, {explorer.training.epochs} epoch(s)"
