@@ -78,17 +78,17 @@ def _side_by_side(accuracy: pd.Series) -> pd.DataFrame:
     return table.reindex(index=pd.Index(methods, name="method"), columns=columns)
 
 
-def beside(records: Sequence[Record], pretrained: str | None, tuned_on: str) -> pd.DataFrame:
+def beside(records: Sequence[Record], pretrained: str | None, tuned_on: str | None) -> pd.DataFrame:
     """``published`` over the sets we measured, with (kind, "ours") and (kind, "ours - paper") beside it.
 
     Our columns are of the attack we measured under; (kind, "ours ±") is half the 95 % interval of ``summary``. They
     stay away, and a line says why, unless all was measured as published: sets with the published counts, prompts and
-    preprocessing (perhaps cut by ``quick_eval``), OpenAI's ViT-B/32 tuned on Tiny-ImageNet, epsilon 1/255, and PGD-100
-    or CW-100 with step 1/255 or AutoAttack's version "apgd" with 100 steps. Numbers of the mini-world say nothing about
-    the published ones. Raises ValueError for records that no one table may mix.
+    preprocessing (perhaps cut by ``quick_eval``), OpenAI's ViT-B/32 tuned on Tiny-ImageNet (None: on nothing), epsilon
+    1/255, and PGD-100 or CW-100 with step 1/255 or AutoAttack's version "apgd" with 100 steps. Numbers of the
+    mini-world say nothing about the published ones. Raises ValueError for records that no one table may mix.
     """
-    known = (pretrained, tuned_on) == ("openai", "tinyImageNet")
-    reasons = [] if known else [f"{pretrained} weights tuned on {tuned_on}"]
+    known = pretrained == "openai" and tuned_on in ("tinyImageNet", None)
+    reasons = [] if known else [f"{pretrained} weights" + (f" tuned on {tuned_on}" if tuned_on else "")]
     reasons += dict.fromkeys(reason for r in records if (reason := _difference_from_published(r)))
     if reasons:
         print(f"not comparable with the published table: {'; '.join(reasons)}")
