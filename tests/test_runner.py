@@ -424,12 +424,12 @@ WEIGHTS = {"arch": "mini-clip", "pretrained": "mini", "models": {"a": "mini-tga-
 
 
 def test_what_takes_over_without_weights_is_stamped_wherever_it_is_shown(tmp_path, capsys, monkeypatch):
-    """The cells of notebook 04, as profile verify runs them then; a real run in the same folder shares no record."""
+    """The cells of notebook 04, as profile verify runs them then."""
     plt.close("all")
     titles, save = [], plots.save
     monkeypatch.setattr(plots, "save", lambda figure, *rest: titles.append(shown_title(figure)) or save(figure, *rest))
     profile = load_profile("verify")
-    small = {"test_images": 3, "test_numsteps": 1, "output": str(tmp_path / "out")}
+    small = {"test_images": 2, "test_numsteps": 1, "output": str(tmp_path / "out")}
     values = parameters_of("04_evaluate_16_datasets", profile, "x", profile.without_weights | small)
     run_cells("04_evaluate_16_datasets", values)
     stamped = [title for title in titles if PLUMBING in title]
@@ -439,8 +439,6 @@ def test_what_takes_over_without_weights_is_stamped_wherever_it_is_shown(tmp_pat
     assert set(tables["leaderboard"].world) == set(tables["accuracy_by_set"].world) == {PLUMBING}
     assert list(tables["other_attacks"]) == ["method", "pgd-1", "autoattack-1"]
     assert f"{PLUMBING}: {PLUMBING} (18)" in capsys.readouterr().out
-    run_cells("04_evaluate_16_datasets", values | {"plumbing": False, "check_images": 0, "other_attacks": []})
-    assert set(pd.read_csv(tmp_path / "out" / "tables" / "leaderboard.csv").world) == {"mini-world"}
 
 
 def shown_title(figure):
@@ -453,6 +451,7 @@ def run_cells(notebook, values):
         exec(cell.source, namespace)
         if "parameters" in cell.metadata.get("tags", []):
             namespace.update(values)
+    open_workbook(notebook, namespace)  # as who runs that cell again does: no other name is taken for a parameter's
     return namespace
 
 

@@ -13,9 +13,9 @@ from tgazsr_utils.parameters import (
     SettingsError,
     TrainNotebook,
     from_notebook,
-    given_models,
     named_weights,
     units,
+    untuned,
     validate,
     without_effect,
 )
@@ -232,7 +232,7 @@ def test_given_models_have_an_architecture_and_may_stand_alone():
     values = default_parameters("04_evaluate_16_datasets") | {"methods": [], "models": models}
     settings = validate(EvaluateNotebook, values | {"other_attacks": ["CW", "autoattack"], "epochs": 3})
     each = [("mini-clip", "mini-tga-zsr"), ("ViT-L-14-quickgelu", "openai")]
-    assert given_models(settings.model_dump()) == dict(zip(models, each))
+    assert untuned(settings.model_dump()) == {"CLIP": ("mini-clip", "mini")} | dict(zip(models, each))
     named = [("pretrained", "mini-clip", "mini"), ("models: tuned", *each[0]), ("models: big", *each[1])]
     assert named_weights(settings.model_dump()) == named
     idle = without_effect(settings)

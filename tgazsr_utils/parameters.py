@@ -389,17 +389,19 @@ def without_effect(settings: Settings) -> dict[str, str]:
     return found
 
 
-def given_models(values: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Of a notebook's checked parameters: each name of ``models`` -> (architecture, weights)."""
-    each = values.get("models", {}).items()
-    whole = {name: {"pretrained": given} if isinstance(given, str) else given for name, given in each}
-    return {name: (given.get("arch", values["arch"]), given["pretrained"]) for name, given in whole.items()}
+def untuned(values: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
+    """Of a notebook's checked parameters: what is measured as it is, name -> (architecture, weights)."""
+    found = {ORIGINAL: (values["arch"], values["pretrained"])}
+    for name, given in values["models"].items():
+        found[name] = (values["arch"], given) if isinstance(given, str) else (given["arch"], given["pretrained"])
+    return found
 
 
 def named_weights(values: Mapping[str, Any]) -> list[tuple[str, str, str | None]]:
     """Of a notebook's checked parameters: (the parameter, architecture, weights) of each model that they name."""
     own = [(name, values["arch"], values[name]) for name in ("pretrained", "tuned") if name in values]
-    return own + [(f"models: {name}", *given) for name, given in given_models(values).items()]
+    given = list(untuned(values).items())[1:] if "models" in values else []
+    return own + [(f"models: {name}", *of) for name, of in given]
 
 
 def unknown_parameter(name: Any, known: Mapping[str, Any]) -> str:

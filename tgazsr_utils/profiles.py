@@ -17,15 +17,7 @@ from tgazsr_utils.datasets.layouts import existing_root, list_datasets
 from tgazsr_utils.datasets.loading import class_prompts
 from tgazsr_utils.datasets.published_sets import DATASETS
 from tgazsr_utils.durable.weights import image_size_of, locate_weights, same_tokens
-from tgazsr_utils.parameters import (
-    NOTEBOOKS,
-    SettingsError,
-    given_models,
-    named_weights,
-    unknown_parameter,
-    validate,
-    without_effect,
-)
+from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, named_weights, unknown_parameter, validate, without_effect
 from tgazsr_utils.paths import NOTEBOOKS as FOLDER
 from tgazsr_utils.paths import ROOT, resolve
 
@@ -178,7 +170,7 @@ def check_prompts(settings: Any) -> list[str]:
     Raises ValueError for one that the text tower would cut, or that Comp-TGA cannot negate.
     """
     s, root, told = settings, settings.data_root, []
-    archs = dict.fromkeys([s.arch, *(arch for arch, _ in given_models(s.model_dump()).values())])
+    archs = dict.fromkeys([s.arch, *(arch for _, arch, _ in named_weights(s.model_dump()))])
     needed = hasattr(s, "dataset") and getattr(s, "methods", True)
     parts = [(s.dataset, "train" if isinstance(s, FinetuneSettings) else "test")] if needed else []
     keys = getattr(s, "testdata", getattr(s, "sets", []))

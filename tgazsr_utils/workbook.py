@@ -22,16 +22,7 @@ from tgazsr_utils.durable.weights import find_weights, load_clip
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import AttackCheck, Record, RecordStore
 from tgazsr_utils.measuring.tables import save_table
-from tgazsr_utils.parameters import (
-    NOTEBOOKS,
-    ORIGINAL,
-    WorkbookSettings,
-    from_notebook,
-    given_models,
-    units,
-    validate,
-    without_effect,
-)
+from tgazsr_utils.parameters import NOTEBOOKS, WorkbookSettings, from_notebook, units, untuned, validate, without_effect
 from tgazsr_utils.paths import ROOT, resolve
 from tgazsr_utils.profiles import check_prompts, default_parameters, folder_name, shown
 
@@ -73,8 +64,8 @@ class Workbook:
         """What to load for a model parameter; "latest:METHOD" is of this run."""
         return find_weights(name, self.run.models)
 
-    def model(self, name: str | None) -> Clip:
-        return load_clip(self.settings.arch, self.weights(name), **self.settings.model_options)
+    def model(self, name: str | None, arch: str | None = None) -> Clip:
+        return load_clip(arch or self.settings.arch, self.weights(name), **self.settings.model_options)
 
     @cached_property
     def original(self) -> Clip:
@@ -117,16 +108,10 @@ class Workbook:
         """What notebook 04 measures under, the one of its tables first."""
         return [self.attack, *(self.settings.only(AttackSettings, attack=a) for a in self.settings.other_attacks)]
 
-    @property
+    @cached_property
     def untuned(self) -> dict[str, tuple[str, str | None]]:
         """What notebook 04 measures as it is: name -> (architecture, weights), the original model first."""
-        original = self.settings.arch, self.settings.pretrained
-        return {ORIGINAL: original} | given_models(self.settings.model_dump())
-
-    def load(self, name: str) -> Clip:
-        """One of ``untuned``."""
-        (arch, weights), options = self.untuned[name], self.settings.model_options
-        return self.original if name == ORIGINAL else load_clip(arch, self.weights(weights), **options)
+        return untuned(self.settings.model_dump())
 
     def measure(self, clip: Clip, method: str, seed: int) -> list[Record]:
         """Of a model on the test sets, at the size it takes: clean and under each of ``attacks``.
