@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from tgazsr_utils.core import evaluation as core_evaluation
 from tgazsr_utils.core.attacks import run_attack
 from tgazsr_utils.core.evaluation import predict, predictions
+from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.display import plots
@@ -19,6 +21,7 @@ from tgazsr_utils.measuring.attention_shift import attention_under_attack
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.measure import Measurement, answer, evaluate
 from tgazsr_utils.measuring.records import RecordStore
+from tgazsr_utils.measuring.scoring import score
 from tgazsr_utils.measuring.tables import leaderboard, paired_difference
 
 ATTACK = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
@@ -307,3 +310,36 @@ def test_attention_under_attack_belongs_to_the_images(mini, sets):
     assert (result.frame.attacked_prediction == result.frame.label).tolist() == right.tolist()
     assert (result.frame.flipped == result.frame.clean_correct & ~right.numpy()).all()
     assert result.frame.l2.mean() > 0 and {"energy_clean", "energy_uniform"} <= set(result.frame)
+
+
+def test_a_score_is_the_evaluations_of_each_set(mini, sets, records):
+    found = score(mini, sets, ATTACK)
+    assert [(r.key, r.hits) for r in found] == [(r.key, r.hits) for r in records]
+    assert [r.key for r in score(mini, sets)] == [r.key for r in records[::2]]
+    assert leaderboard(score(mini, sets[:1], ATTACK, method="mine")).index == ["mine"]
+
+
+def test_models_of_two_image_sizes_share_a_table_and_are_never_paired(records):
+    large = [change(r, method="Large", arch="ViT-B-32", data=f"{r.data} at 224", pixels="others") for r in records]
+    another = [change(r, method="Another", correct=0, hits="00000000") for r in records]
+    assert set(leaderboard([*records, *large]).index) == {"CLIP", "Large"}
+    table = results.differences([*records, *large, *another]).set_index(["kind", "method", "other"])
+    for kind in ("robust", "clean"):
+        assert table.loc[kind, "CLIP", "Large"].isna().all() and table.loc[kind, "Large", "Another"].isna().all()
+        assert table.loc[kind, "CLIP", "Another"].difference == pytest.approx(leaderboard(records)[kind].item())
+        assert table.loc[kind, "Large", "Large"].tolist() == [0, 0, 0]
+    plots.difference_matrix(table.reset_index(), "title")
+    with pytest.raises(ValueError, match="same images"):
+        paired_difference(records, large)
+    for changes in ({"n": 31}, {"available": 1000}, {"left_out": 1}):
+        with pytest.raises(ValueError, match="records of colours are of different images"):
+            leaderboard([*records, *(change(r, **changes) for r in large)])
+    same_size = [change(r, method="Same", arch="ViT-B-16", data="elsewhere") for r in large]
+    with pytest.raises(ValueError, match="records of colours are of different images"):
+        leaderboard([*records, *large, *same_size])
+
+
+def test_what_is_measured_for_show_has_records_of_its_own(mini, sets):
+    shown = replace(sets[0], world=PLUMBING)
+    assert Measurement(mini, shown, None).key != Measurement(mini, sets[0], None).key
+    assert Measurement(mini, replace(sets[0], world="photographs"), None).key == Measurement(mini, sets[0], None).key

@@ -252,3 +252,74 @@ def test_the_readmes_sentences_on_42_09_are_the_numbers_of_the_tables():
         assert f"{row[kind, source]:.2f}" in text
     rows = results.by_set().xs(("AutoAttack", "TGA-ZSR"), level=("attack", "method"))
     assert f"within {(rows.loc[PAPER] - rows.loc[UCAT]).abs().max():.1f} points" in text
+
+
+CLIP = {"CLIP": "openai"}
+
+
+def wilson(correct, n, z=1.959964):
+    """By hand, in percent."""
+    p, middle = correct / n, (correct + z * z / 2) / (n + z * z)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return 100 * (middle - half), 100 * (middle + half)
+
+
+def test_a_verdict_says_whether_the_published_number_lies_in_our_interval():
+    """CIFAR-10 under PGD: 2.42 in the paper, 9.57 by UCAT's authors."""
+    seen = set()
+    for correct in range(0, 140):
+        measured = record("CLIP", "cifar10", "pgd-100", correct / 10, n=1000)
+        table = results.verdicts([measured], CLIP).set_index("source")
+        low, high = wilson(correct, 1000)
+        assert table.published.to_dict() == {"paper": 2.42, "UCAT": 9.57}
+        assert table[["low", "high"]].to_numpy() == pytest.approx(np.array(2 * [(low, high)]), abs=1e-4)
+        for source, number in table.published.items():
+            inside = low - 0.005 <= number <= high + 0.005
+            assert table.verdict[source] == ("agrees" if inside else "differs")
+        seen.add(tuple(table.verdict))
+    assert len(seen) == 3  # with one of them, with the other, with none
+
+
+def test_a_verdict_at_the_edge_and_beyond():
+    """AutoAttack leaves 0.00 % of the pets by the paper; a bound below 0.005 is what the rounding of that hides."""
+    judge = lambda key, attack, correct, n: (
+        results.verdicts([record("CLIP", key, attack, 100 * correct / n, n=n)], CLIP)
+        .set_index("source")
+        .verdict["paper"]
+    )
+    assert judge("oxfordpet", "autoattack-100", 0, 1000) == "agrees"
+    assert wilson(1, 1000)[0] > 0.005 and judge("oxfordpet", "autoattack-100", 1, 1000) == "differs"
+    assert wilson(1, 8000)[0] < 0.005 and judge("oxfordpet", "autoattack-100", 1, 8000) == "agrees"
+    assert judge("STL10", "none", 1000, 1000) == "differs" and judge("STL10", "none", 970, 1000) == "agrees"
+
+
+def test_verdicts_compare_what_is_comparable_alone():
+    hub = "hf-hub:chs20/FARE4-ViT-B-32-laion2B-s34B-b79K"
+    weights = CLIP | {"FARE-4": hub, "mine": "mine.pt"}
+    measured = as_in(PAPER, ["CLIP"], sets=["cifar10", "dtd"]) + [record("CLIP", "dtd", "autoattack-100", 0.16, n=1000)]
+    given = [
+        record(name, "dtd", a, 50.0, n=1000)
+        for name in ("FARE-4", "mine", "trained")
+        for a in ("none", "pgd-100", "autoattack-100")
+    ]
+    given = [r.model_copy(update={"arch": "ViT-B-32"}) for r in given]
+    table = results.verdicts([*measured, *given], weights)
+    assert set(table.method) == {"CLIP", "FARE-4", "mine"}  # what is trained here has no weights that others have
+    own = table[table.method == "CLIP"]
+    assert len(own) == 2 * (2 * 2 + 1) and set(own[own.source == "paper"].verdict) == {"agrees"}
+    robust = table[table.method == "FARE-4"].set_index("attack")
+    assert robust.published.fillna(-1).to_dict() == {"none": 53.8, "pgd-100": -1, "autoattack-100": 44.4}
+    assert set(robust.verdict) == set(table[table.method == "mine"].verdict) == {"no number for these sets"}
+    assert robust.source["none"] == "RobustVLM, its README, mean of 13 sets" and robust.source["pgd-100"] == ""
+    at_four = given[2].model_copy(update={"eps_255": 4.0})
+    assert results.verdicts([at_four], weights).published.tolist() == [21.2]
+    for changes, verdict in (
+        ({"eps_255": 2.0}, "pgd-100, epsilon 2/255, step 1/255, protocol last"),
+        ({"published": False}, "dtd is not as published"),
+        ({"arch": "ViT-B-32"}, "ViT-B-32"),
+        ({"world": PLUMBING}, PLUMBING),
+    ):
+        row = results.verdicts([record("CLIP", "dtd", "pgd-100", 2.0).model_copy(update=changes)], CLIP).squeeze()
+        assert row.verdict == verdict and np.isnan(row.published)
+    nothing = results.verdicts(mini_records(), CLIP)
+    assert nothing.empty and "verdict" in nothing

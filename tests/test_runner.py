@@ -5,12 +5,17 @@ import shutil
 import subprocess
 import venv
 
+import matplotlib.pyplot as plt
 import nbformat
+import pandas as pd
 import pytest
 from conftest import own_environment, run_all, size
 
-from tgazsr_utils import open_workbook, profiles, runner
+from tgazsr_utils import load_clip, open_workbook, profiles, runner, save_clip
+from tgazsr_utils.core.images import PLUMBING
+from tgazsr_utils.core.libraries import open_clip
 from tgazsr_utils.datasets.__main__ import copy_samples
+from tgazsr_utils.display import plots
 from tgazsr_utils.parameters import SettingsError
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.profiles import default_parameters, given_value, load_profile, parameters_of
@@ -81,6 +86,38 @@ from tgazsr_utils.runner import fingerprint, main
         (["mini", "05", "-p", "labels", "dog,, cat"], "parameter labels.1 = '': a label is empty"),
         (["mini", "01", "-p", "labels", "[3]"], "parameter labels.0 = 3: .*valid string"),
         (["mini", "01", "-p", "labels", "cat" + 40 * " dim"], "01_.*: prompt 'This is a photo of a cat .* the 32 tok"),
+        (["mini", "03", "-p", "models", "{a: mini}"], "parameter 'models' is one of 04_evaluate_16_datasets, not of"),
+        (["mini", "04", "-p", "models", "{a: mini, a: mini}"], "parameter models = .*: the name 'a' is there twice"),
+        (["mini", "04", "-p", "models", "{TeCoA: mini}"], "04_.*: models: 'TeCoA' is a method's name, too"),
+        (["mini", "04", "-p", "models", "{a: none.pt}"], "04_.*: 'none.pt' is neither a file .*/none.pt. nor a name"),
+        (["mini", "04", "-p", "models", "{a: 'latest:X'}"], "04_.*: models: a = 'latest:X': no model 'X' in"),
+        (
+            ["mini", "04", "-p", "models", "{a: {arch: ViT-B-32, pretrained: openai, eps: 1}}"],
+            "04_.*: parameter models = .*: 'a' is .*; it should be weights",
+        ),
+        (["mini", "04", "-p", "models", "{a: {arch: ViT-X, pretrained: openai}}"], "arch 'ViT-X' is unknown"),
+        (["mini", "04", "-p", "methods", "[]", "-p", "epochs", "3"], "epochs = 3 has no effect: there is no method to"),
+        (["mini", "02", "-p", "methods", "[]"], "02_.*: parameter methods = ..: list should have at least 1 item"),
+        (
+            [
+                "full",
+                "04",
+                "-p",
+                "testdata",
+                "[cifar10, STL10, dtd]",
+                "-p",
+                "methods",
+                "[]",
+                "-p",
+                "pretrained",
+                "null",
+                "-p",
+                "data_root",
+                "no/sets",
+            ],
+            "there is no folder no/sets; image sets 'cifar10', 'STL10', 'dtd' are not there "
+            ".python -m tgazsr_utils.datasets fetch cifar10 STL10 dtd --root no/sets",
+        ),
         ([5000 * "x"], "profile 'xxx.* is unknown; there are: .*mini"),
     ],
 )
@@ -409,3 +446,96 @@ def test_an_html_copy_that_fails_does_not_fail_a_finished_notebook(tmp_path, mon
     monkeypatch.setattr(runner.papermill, "execute_notebook", lambda *_, **__: None)
     runner.execute("01_attention_shift", {}, tmp_path)
     assert "no HTML copy of 01_attention_shift could be made: no template is there" in capfd.readouterr().err
+
+
+def test_missing_published_sets_are_all_named_with_what_fetches_them(photo_root, tmp_path, capsys):
+    arguments = ["verify", "-p", "pretrained", "openai", "-p", "data_root", str(photo_root)]
+    assert main([*arguments, "-p", "output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    fetch = f"python -m tgazsr_utils.datasets fetch cifar10 STL10 dtd --root {photo_root}"
+    assert f"'cifar10', 'STL10', 'dtd' are not there ({fetch})" in error
+    assert "there are: animals, tiny" in error and error.count("\n") == 1
+
+
+def test_where_weights_cannot_be_had_a_profile_goes_on_with_others_and_says_so(capsys):
+    profile, chosen = load_profile("verify"), ["04_evaluate_16_datasets"]
+    there = profile.model_copy(update={"parameters": profile.parameters | WEIGHTS | {"pretrained": "mini"}})
+    assert runner.with_weights(there, chosen, {}) is there and not capsys.readouterr().out
+    for gone in (WEIGHTS | {"pretrained": "no/such.pt"}, WEIGHTS | {"models": {"a": "no/such.pt"}}):
+        wanted = profile.model_copy(update={"parameters": profile.parameters | gone})
+        found = runner.with_weights(wanted, chosen, {})
+        said = capsys.readouterr().out
+        assert said.startswith("PLUMBING CHECK, NOT A RESULT: other weights stand in, as pretrained 'no/such.pt' ")
+        assert said.count("\n") == 1
+        values = parameters_of(chosen[0], found, "runs/x", {"test_images": 3})
+        assert (values["pretrained"], values["data_root"], values["test_images"]) == ("mini", None, 3)
+        assert runner.with_weights(wanted, chosen, {"pretrained": "mini"}) is wanted  # what is given is not replaced
+    assert load_profile("mini").without_weights == {}
+
+
+WEIGHTS = {"arch": "mini-clip", "pretrained": "mini", "models": {"a": "mini-tga-zsr"}}
+
+
+def test_what_takes_over_without_weights_is_stamped_wherever_it_is_shown(tmp_path, capsys, monkeypatch):
+    """The cells of notebook 04, as profile verify runs them then."""
+    plt.close("all")
+    titles, save = [], plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, *rest: titles.append(shown_title(figure)) or save(figure, *rest))
+    profile = load_profile("verify")
+    small = {"test_images": 2, "test_numsteps": 1, "output": str(tmp_path / "out")}
+    values = parameters_of("04_evaluate_16_datasets", profile, "x", profile.without_weights | small)
+    run_cells("04_evaluate_16_datasets", values)
+    stamped = [title for title in titles if PLUMBING in title]
+    assert len(titles) == 4 and len(stamped) == 3 and "Did others measure what was published?" in "".join(titles)
+    tables = {path.stem: pd.read_csv(path) for path in (tmp_path / "out" / "tables").glob("*.csv")}
+    assert set(tables["verdicts"].verdict) == {PLUMBING} and len(tables["verdicts"]) == 2 * 3 * 3
+    assert set(tables["leaderboard"].world) == set(tables["accuracy_by_set"].world) == {PLUMBING}
+    assert list(tables["other_attacks"]) == ["method", "pgd-1", "autoattack-1"]
+    assert f"{PLUMBING}: {PLUMBING} (18)" in capsys.readouterr().out
+
+
+def shown_title(figure):
+    return " ".join(" ".join([figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)]).split())
+
+
+def run_cells(notebook, values):
+    namespace = {}
+    for cell in profiles.code_cells(notebook):
+        exec(cell.source, namespace)
+        if "parameters" in cell.metadata.get("tags", []):
+            namespace.update(values)
+    open_workbook(notebook, namespace)  # as who runs that cell again does: no other name is taken for a parameter's
+    return namespace
+
+
+def test_without_methods_nothing_is_trained_and_given_models_are_measured_at_their_own_size(mini, tmp_path):
+    """Here of an architecture that takes larger images; differences between images of two sizes are left out."""
+    config = json.loads((ROOT / "tgazsr_utils" / "core" / "model_configs" / "mini-clip.json").read_text())
+    config["vision_cfg"]["image_size"] *= 2
+    (tmp_path / "large-clip.json").write_text(json.dumps(config))
+    open_clip().add_model_config(tmp_path / "large-clip.json")
+    save_clip(load_clip("mini-clip", "mini", "cpu", image_size=2 * mini.image_size[0]), tmp_path / "large.safetensors")
+    models = {
+        "tuned": "mini-tga-zsr",
+        "large": {"arch": "large-clip", "pretrained": str(tmp_path / "large.safetensors")},
+    }
+    values = {"methods": [], "models": models, "testdata": ["shapes"], "test_images": 6, "test_numsteps": 1}
+    values |= {"dataset": "none such", "output": str(tmp_path / "out"), "device": "cpu", "check_images": 0}
+    found = run_cells("04_evaluate_16_datasets", default_parameters("04_evaluate_16_datasets") | values)
+    book, records = found["book"], found["records"]
+    assert "train" not in vars(book) and not (tmp_path / "store" / "models").exists()
+    assert {r.method for r in records} == {"CLIP", "tuned", "large"}
+    data = {name: {r.data for r in records if r.method == name} for name in ("CLIP", "tuned", "large")}
+    assert data["CLIP"] == data["tuned"] and not data["CLIP"] & data["large"]
+    table = found["differences"].set_index(["kind", "method", "other"]).difference
+    assert table["clean", "CLIP", "tuned"] == -table["clean", "tuned", "CLIP"]
+    assert table[:, "CLIP", "large"].isna().all() and table[:, "large", "tuned"].isna().all()
+    assert set(found["table"].index) == {"CLIP", "tuned", "large"}
+
+
+def test_a_file_among_the_given_models_is_an_input(tmp_path):
+    path = tmp_path / "mine.pt"
+    parameters = parameters_of("04_evaluate_16_datasets", load_profile("mini"), "x", {"models": {"mine": str(path)}})
+    before = fingerprint("04_evaluate_16_datasets", parameters, "")
+    path.write_bytes(b"weights")
+    assert fingerprint("04_evaluate_16_datasets", parameters, "") != before

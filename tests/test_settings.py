@@ -2,6 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from tgazsr_utils import open_workbook
+from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.objectives import OBJECTIVES, Step
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.measuring.ablations import plan
@@ -12,7 +13,9 @@ from tgazsr_utils.parameters import (
     SettingsError,
     TrainNotebook,
     from_notebook,
+    named_weights,
     units,
+    untuned,
     validate,
     without_effect,
 )
@@ -195,3 +198,45 @@ def test_which_methods_compare_attention_is_known(name, mini, shapes):
     idle = without_effect(validate(EvaluateNotebook, values))
     assert (weights(0.5) == weights(0.25)) == ("Alpha" in idle)
     assert ("train_eps" in idle) == (objective.attack is None)
+
+
+ARCH = {"arch": "ViT-L-14-quickgelu", "pretrained": "openai"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"models": {"mine": 5}}, "models = .*: 'mine' is 5; it should be weights .*arch: ARCHITECTURE"),
+        ({"models": {"mine": None}}, "'mine' is None; it should be weights"),
+        ({"models": {"mine": {"arch": "ViT-B-32"}}}, "'mine' is {'arch': 'ViT-B-32'}; it should be weights"),
+        ({"models": {"mine": ARCH | {"eps": 1}}}, "'mine' is .*; it should be weights"),
+        ({"models": {"mine": ARCH | {"arch": 5}}}, "'mine' is .*; it should be weights"),
+        ({"models": ["mini"]}, "models = .*: input should be a valid dictionary"),
+        ({"models": {"TGA-ZSR": "mini"}}, "'TGA-ZSR' is a method's name, too; give these weights another one"),
+        ({"models": {"CLIP": "mini"}, "methods": []}, "'CLIP' is the untuned model's name, too"),
+        ({"models": {"mine": "a\0b"}}, "models = .*path 'a"),
+        ({"methods": ["A", "A"]}, "twice"),
+        ({"other_attacks": ["PGD"]}, "other_attacks: 'PGD' is the attack itself"),
+        ({"other_attacks": ["magic"]}, "attack = 'magic': input should be 'pgd'"),
+        ({"other_attacks": ["cw", "cw"]}, "twice"),
+    ],
+)
+def test_given_models_and_other_attacks_are_checked_in_one_line(changes, message):
+    with pytest.raises(SettingsError, match=message) as error:
+        validate(EvaluateNotebook, default_parameters("04_evaluate_16_datasets") | changes)
+    assert "\n" not in str(error.value)
+
+
+def test_given_models_have_an_architecture_and_may_stand_alone():
+    models = {"tuned": "mini-tga-zsr", "big": ARCH}
+    values = default_parameters("04_evaluate_16_datasets") | {"methods": [], "models": models}
+    settings = validate(EvaluateNotebook, values | {"other_attacks": ["CW", "autoattack"], "epochs": 3})
+    each = [("mini-clip", "mini-tga-zsr"), ("ViT-L-14-quickgelu", "openai")]
+    assert untuned(settings.model_dump()) == {"CLIP": ("mini-clip", "mini")} | dict(zip(models, each))
+    named = [("pretrained", "mini-clip", "mini"), ("models: tuned", *each[0]), ("models: big", *each[1])]
+    assert named_weights(settings.model_dump()) == named
+    idle = without_effect(settings)
+    assert {"epochs", "dataset", "train_images", "seeds"} <= set(idle) and not {"seed", "models", "methods"} & set(idle)
+    assert "autoattack_version" not in idle and "test_stepsize" not in idle
+    assert settings.data_options["world"] is None
+    assert settings.model_copy(update={"plumbing": True}).data_options["world"] == PLUMBING

@@ -30,6 +30,7 @@ _PUBLIC = {
     "measuring.bench": "Bench",
     "measuring.measure": "evaluate",
     "measuring.records": "Record RecordStore",
+    "measuring.scoring": "score",
     "measuring.tables": "leaderboard paired_difference",
     "workbook": "open_workbook",
 }

@@ -35,6 +35,9 @@ def _distinct(values: list[Item]) -> list[Item]:
     return values
 
 
+ORIGINAL = "CLIP"  # how tables call the untuned model
+
+
 def _listed(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
@@ -209,8 +212,8 @@ class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
         return self.only(FinetuneSettings, **self.overrides.get(method, {}) | changes)
 
 
-class EvaluateNotebook(TrainNotebook):
-    """04_evaluate_16_datasets"""
+class MeasureSettings(TrainNotebook):
+    """What the notebooks know that measure on many sets."""
 
     testdata: list[str] | str | None  # "published": those of the 16 there are; None: all there are
     quick_eval: Count | None = None  # at most this many images of each set, for a first look; tables then say so
@@ -218,7 +221,7 @@ class EvaluateNotebook(TrainNotebook):
     seeds: Distinct[Natural] | None  # None: seed alone
 
     @model_validator(mode="after")
-    def _released_attack_has_one_protocol(self) -> "EvaluateNotebook":
+    def _released_attack_has_one_protocol(self) -> "MeasureSettings":
         if self.attack_precision == "released-fp16" and self.protocol != "last":
             raise ValueError("attack_precision 'released-fp16' is read at the last iterate, protocol 'last'")
         return self
@@ -236,7 +239,44 @@ class EvaluateNotebook(TrainNotebook):
         return _distinct(value) if isinstance(value, list) else value
 
 
-class AblationNotebook(EvaluateNotebook):
+class EvaluateNotebook(MeasureSettings):
+    """04_evaluate_16_datasets"""
+
+    methods: Annotated[list[str], AfterValidator(_distinct)]  # may be empty: nothing is trained
+    models: dict[str, Any] = {}  # name -> weights as ``pretrained`` has them, or {arch: ..., pretrained: ...}
+    other_attacks: Annotated[list[str], AfterValidator(_distinct)] = []  # measured too, at this epsilon and these steps
+    plumbing: bool = False  # other weights stand in for those that are meant: numbers are stamped, and mean nothing
+
+    @field_validator("models")
+    @classmethod
+    def _are_weights(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, given in value.items():
+            parts = given if isinstance(given, dict) else {"arch": "", "pretrained": given}
+            if set(parts) != {"arch", "pretrained"} or not all(isinstance(part, str) for part in parts.values()):
+                raise ValueError(
+                    f"{name!r} is {_SHORT.repr(given)}; it should be weights (a file or a name, as for pretrained), or "
+                    "{arch: ARCHITECTURE, pretrained: WEIGHTS}"
+                )
+            resolve(parts["pretrained"])
+        return value
+
+    @model_validator(mode="after")
+    def _names_and_attacks_do_not_collide(self) -> "EvaluateNotebook":
+        for name in self.models:
+            if name in (ORIGINAL, *self.methods):
+                what = "the untuned model's" if name == ORIGINAL else "a method's"
+                raise ValueError(f"models: {name!r} is {what} name, too; give these weights another one")
+        for name in self.other_attacks:
+            if self.only(AttackSettings, attack=name).attack == self.attack:
+                raise ValueError(f"other_attacks: {name!r} is the attack itself")
+        return self
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        return super().data_options | ({"world": PLUMBING} if self.plumbing else {})
+
+
+class AblationNotebook(MeasureSettings):
     """03_ablations"""
 
     ablations: str | Distinct[str]  # "cut": a few runs of each; "all"; a list of ABLATIONS, or one: all runs of these
@@ -346,21 +386,40 @@ def without_effect(settings: Settings) -> dict[str, str]:
         of = {name: readers for name, readers in _READ_BY.items() if not readers & chosen}
         found |= {name: f"it is for the ablations {', '.join(sorted(readers))}" for name, readers in of.items()}
     elif isinstance(s, AttackSettings):
-        if s.attack != "autoattack":
+        attacks = {s.attack, *map(str.lower, getattr(s, "other_attacks", ()))}
+        if "autoattack" not in attacks:
             found["autoattack_version"] = f"attack is {s.attack!r}"
-        else:
+        elif len(attacks) == 1:
             found["test_stepsize"] = "AutoAttack chooses its own steps"
             if s.autoattack_version == "standard":
                 found["test_numsteps"] = "autoattack_version is 'standard'"
     if isinstance(s, FinetuneSettings) and s.optimizer == "adamw":
         found["momentum"] = "optimizer is 'adamw'"
-    if type(s) is EvaluateNotebook:  # 02 takes a step of TGA-ZSR by hand, whatever its methods
+    if isinstance(s, EvaluateNotebook):  # 02 takes a step of TGA-ZSR by hand, whatever its methods
         methods = {*s.methods}
+        if not methods:
+            names = {*FinetuneSettings.model_fields, "dataset", "train_images", "overrides", "seeds"} - {"seed"}
+            return found | dict.fromkeys(names, "there is no method to train")
         if methods <= _INATTENTIVE:
             found |= dict.fromkeys(_OF_ATTENTION, "none of the methods compares attention")
         if methods <= {"FT-Clean"}:
             found |= dict.fromkeys(_OF_AN_ATTACK, "FT-Clean trains on clean images")
     return found
+
+
+def untuned(values: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
+    """Of a notebook's checked parameters: what is measured as it is, name -> (architecture, weights)."""
+    found = {ORIGINAL: (values["arch"], values["pretrained"])}
+    for name, given in values["models"].items():
+        found[name] = (values["arch"], given) if isinstance(given, str) else (given["arch"], given["pretrained"])
+    return found
+
+
+def named_weights(values: Mapping[str, Any]) -> list[tuple[str, str, str | None]]:
+    """Of a notebook's checked parameters: (the parameter, architecture, weights) of each model that they name."""
+    own = [(name, values["arch"], values[name]) for name in ("pretrained", "tuned") if name in values]
+    given = list(untuned(values).items())[1:] if "models" in values else []
+    return own + [(f"models: {name}", *of) for name, of in given]
 
 
 def unknown_parameter(name: Any, known: Mapping[str, Any]) -> str:

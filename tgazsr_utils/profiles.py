@@ -18,7 +18,7 @@ from tgazsr_utils.datasets.loading import class_prompts
 from tgazsr_utils.datasets.miniworld import TASKS
 from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_PROMPT
 from tgazsr_utils.durable.weights import image_size_of, locate_weights, same_tokens
-from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, unknown_parameter, validate, without_effect
+from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, named_weights, unknown_parameter, validate, without_effect
 from tgazsr_utils.paths import NOTEBOOKS as FOLDER
 from tgazsr_utils.paths import ROOT, resolve
 
@@ -34,6 +34,21 @@ class Profile(Settings):
     fetch: bool = False  # what is not there of the image sets that parameters name
     parameters: dict[str, Any] = {}  # for every notebook that knows the name
     by_notebook: dict[str, dict[str, Any]] = {}
+    without_weights: dict[str, Any] = {}  # parameters that take over where weights cannot be had; none: nothing does
+
+
+class _EachNameOnce(yaml.SafeLoader):
+    """YAML in which a name that a mapping has twice is an error, where PyYAML takes the last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.YAMLError(f"the name {twice!r} is there twice")
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, _EachNameOnce)
 
 
 def load_profile(name: str) -> Profile:
@@ -42,7 +57,7 @@ def load_profile(name: str) -> Profile:
     if name not in there:
         raise SettingsError(f"profile {name!r} is unknown; there are: {', '.join(there)}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a number or date that is none; of deep nesting
         raise SettingsError(f"profile {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -111,25 +126,40 @@ def registered_in(notebook: str) -> set[str]:
     return {name.value for name in named if isinstance(name, ast.Constant)}
 
 
+def layered(notebook: str, profile: Profile, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The profile's parameters that a notebook knows, then those given; not checked."""
+    layers = profile.parameters | profile.by_notebook.get(notebook, {}) | dict(given)
+    return {name: value for name, value in layers.items() if name in NOTEBOOKS[notebook].model_fields}
+
+
 def parameters_of(notebook: str, profile: Profile, output: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Checked parameters of one notebook: its own defaults, then the profile's, then those given."""
-    known = NOTEBOOKS[notebook].model_fields
-    values = default_parameters(notebook) | {"output": output}
-    for layer in (profile.parameters, profile.by_notebook.get(notebook, {}), given):
-        values |= {name: value for name, value in layer.items() if name in known}
+    values = default_parameters(notebook) | {"output": output} | layered(notebook, profile, given)
     try:
+        root, keys = values.get("data_root"), values.get("testdata")
+        if isinstance(root, str) and isinstance(keys, list) and not resolve(root).is_dir():
+            raise SettingsError(f"there is no folder {root}; {_not_there(keys, root)}")
         return validate(NOTEBOOKS[notebook], values).model_dump(include=set(values))
-    except SettingsError as error:
+    except ValueError as error:
         raise SettingsError(f"{notebook}: {error}") from None
+
+
+def _not_there(keys: Sequence[str], root: str | None) -> str:
+    """What is said of image sets that are missing, and how the published ones among them are fetched."""
+    fetched = " ".join(key for key in keys if root and key in DATASETS)
+    hint = f" (python -m tgazsr_utils.datasets fetch {fetched} --root {root})" if fetched else ""
+    several, be = ("s", "are") if len(keys) > 1 else ("", "is")
+    return f"image set{several} {', '.join(map(repr, keys))} {be} not there{hint}"
 
 
 def check_choices(notebook: str, values: Mapping[str, Any]) -> None:
     """Methods and models that parameters name must be there before anything runs, not hours later."""
     try:
         image_size_of(values["arch"])
-        for name in ("pretrained", "tuned"):
-            if not str(values.get(name)).startswith("latest:"):  # made by a notebook before
-                locate_weights(values["arch"], values.get(name))
+        for _, arch, weights in named_weights(values):
+            if not str(weights).startswith("latest:"):  # made by a notebook before
+                image_size_of(arch)
+                locate_weights(arch, weights)
         own = registered_in(notebook)
         for method in [*values.get("methods", []), *values.get("overrides", {})]:
             if method not in own:
@@ -139,9 +169,9 @@ def check_choices(notebook: str, values: Mapping[str, Any]) -> None:
 
 
 def named_sets(values: Mapping[str, Any]) -> list[str]:
-    """Image sets that parameters name, that to tune on first."""
-    testdata = values.get("testdata")
-    named = [values.get("dataset"), *(values.get("sets") or []), *(testdata if isinstance(testdata, list) else [])]
+    """Image sets that parameters name, that to tune on first, if there is a method to tune with."""
+    testdata, tuned_on = values.get("testdata"), [values.get("dataset")] if values.get("methods", True) else []
+    named = [*tuned_on, *(values.get("sets") or []), *(testdata if isinstance(testdata, list) else [])]
     return list(dict.fromkeys(filter(None, named)))
 
 
@@ -150,9 +180,9 @@ def check_sets(notebook: str, values: Mapping[str, Any]) -> None:
     root = values.get("data_root")
     try:
         there = list_datasets(root)
-        for key in named_sets(values):
-            if key not in there and not (root and resolve(existing_root(root) / key).is_dir()):
-                raise ValueError(f"image set {key!r} is not there; there are: {', '.join(there) or 'none'}")
+        gone = [key for key in named_sets(values) if key not in there]
+        if gone := [key for key in gone if not (root and resolve(existing_root(root) / key).is_dir())]:
+            raise ValueError(f"{_not_there(gone, root)}; there are: {', '.join(there) or 'none'}")
         check_prompts(validate(NOTEBOOKS[notebook], values))
     except ValueError as error:
         raise SettingsError(f"{notebook}: {error}") from None
@@ -164,7 +194,9 @@ def check_prompts(settings: Any) -> list[str]:
     Raises ValueError for one that the text tower would cut, or that Comp-TGA cannot negate.
     """
     s, root, told = settings, settings.data_root, []
-    parts = [(s.dataset, "train" if isinstance(s, FinetuneSettings) else "test")] if hasattr(s, "dataset") else []
+    archs = dict.fromkeys([s.arch, *(arch for _, arch, _ in named_weights(s.model_dump()))])
+    needed = hasattr(s, "dataset") and getattr(s, "methods", True)
+    parts = [(s.dataset, "train" if isinstance(s, FinetuneSettings) else "test")] if needed else []
     keys = getattr(s, "testdata", getattr(s, "sets", []))
     if not isinstance(keys, list):
         keys = [key for key in list_datasets(root) if keys is None or root is None or key in DATASETS]
@@ -176,7 +208,7 @@ def check_prompts(settings: Any) -> list[str]:
         except ValueError:
             continue  # what cannot be read is said, or left out, where it is loaded
         _, prompts = with_labels(s, key, (), prompts)
-        for group in same_tokens(s.arch, prompts):
+        for group in [same_tokens(arch, prompts) for arch in archs][0]:
             told.append(f"{key}: classes that cannot be told apart, as their prompts are the same tokens: {group}")
         if negates and split == "train":
             try:
@@ -199,7 +231,7 @@ def check_names(profile: Profile, given: Mapping[str, Any], notebooks: Sequence[
     """Every parameter must be known to a notebook that will run; in a profile, to any notebook."""
     everywhere = {name: None for model in NOTEBOOKS.values() for name in model.model_fields}
     here = {name: None for notebook in notebooks for name in NOTEBOOKS[notebook].model_fields}
-    for names, known in ((profile.parameters, everywhere), (given, here)):
+    for names, known in ((profile.parameters, everywhere), (profile.without_weights, everywhere), (given, here)):
         for name in names:
             if name not in known:
                 owners = [notebook for notebook, model in NOTEBOOKS.items() if name in model.model_fields]
@@ -227,7 +259,7 @@ def given_value(name: str, text: str) -> Any:
     if kinds and kinds[0] in (str, str | None):
         return None if text in ("null", "None", "") and kinds[0] is not str else text
     try:
-        return yaml.safe_load(text)
+        return _load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingsError(f"parameter {name} = {text[:200]!r} is not valid YAML: {error}") from None
 

@@ -31,6 +31,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from tgazsr_utils import profiles
+from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.datasets.__main__ import fetch_missing
 from tgazsr_utils.durable import processes
@@ -38,16 +39,15 @@ from tgazsr_utils.durable.devices import device_name
 from tgazsr_utils.durable.files import write_atomic, write_json
 from tgazsr_utils.durable.fingerprints import code_version
 from tgazsr_utils.durable.runs import Run
-from tgazsr_utils.durable.weights import SHIPPED, find_weights
+from tgazsr_utils.durable.weights import SHIPPED, find_weights, load_clip
 from tgazsr_utils.measuring.records import Record
 from tgazsr_utils.measuring.tables import compare
-from tgazsr_utils.parameters import SettingsError
+from tgazsr_utils.parameters import SettingsError, named_weights
 from tgazsr_utils.paths import ROOT, resolve
 from tgazsr_utils.profiles import Profile, cells_digest, default_parameters, parameters_of, shown
 from tgazsr_utils.progress import HEADLESS
 
 _PACKAGES = "torch torchvision open_clip_torch numpy pandas seaborn papermill jupyterlab ipywidgets"
-_READ = ("data_root", "pretrained", "tuned")  # parameters that may name files or a folder that a notebook reads
 
 
 class Batch:
@@ -58,7 +58,7 @@ class Batch:
     ):
         self.profile_name, self.profile, self.chosen, self.folder = profile_name, profile, chosen, folder
         in_order = [*(name for name in chosen if name not in profile.notebooks), *profile.notebooks]
-        self.parameters = {name: parameters_of(name, profile, str(folder), given) for name in in_order}
+        self.parameters = {name: self._parameters(name, given) for name in in_order}
         for number, name in enumerate(chosen):
             profiles.check_choices(name, self.parameters[name])
             self._check_models(name, chosen[:number])
@@ -67,13 +67,21 @@ class Batch:
         profiles.check_effect(given, {name: self.parameters[name] for name in chosen})
         self.manifest_path = folder / "manifest.json"
 
+    def _parameters(self, notebook: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of one that does not run, without what is given, if it could not run with that."""
+        try:
+            return parameters_of(notebook, self.profile, str(self.folder), given)
+        except SettingsError:
+            if notebook in self.chosen:
+                raise
+            return parameters_of(notebook, self.profile, str(self.folder), {})
+
     def _check_models(self, notebook: str, before: Sequence[str]) -> None:
         """What it takes as "latest:NAME" must be there, or made by a notebook before."""
         made = {method for name in before for method in self.parameters[name].get("methods", [])}
         made |= {"pretrained"} if "00_pretrain_mini_clip" in before else set()
-        for name in ("pretrained", "tuned"):
-            wanted = str(self.parameters[notebook].get(name))
-            if wanted.startswith("latest:") and wanted.removeprefix("latest:") not in made:
+        for name, _, wanted in named_weights(self.parameters[notebook]):
+            if str(wanted).startswith("latest:") and wanted.removeprefix("latest:") not in made:
                 try:
                     find_weights(wanted, Run(self.folder).models)
                 except ValueError as error:
@@ -156,6 +164,7 @@ def run(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any], fre
     profiles.check_names(profile, given, chosen)
     if profile.fetch and "data_root" not in given and (root := profile.parameters.get("data_root")):
         resolve(root).mkdir(parents=True, exist_ok=True)
+    profile = with_weights(profile, chosen, given)
     folder = folder_of(profile_name, profile, chosen, given)
     batch = Batch(profile_name, profile, chosen, given, folder)
     together = started_together()
@@ -173,6 +182,20 @@ def run(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any], fre
         raise SettingsError(
             f"another run writes to {shown(folder)} now; wait for it, or give this one a folder with -p output"
         ) from None
+
+
+def with_weights(profile: Profile, chosen: Sequence[str], given: Mapping[str, Any]) -> Profile:
+    """The profile; if weights that it names cannot be had, with what it says is to take over, which is said loudly."""
+    if not profile.without_weights or {"arch", "pretrained", "models"} & given.keys():
+        return profile
+    layers = [default_parameters(name) | profiles.layered(name, profile, given) for name in chosen]
+    for _, arch, weights in dict.fromkeys(named for values in layers for named in named_weights(values)):
+        try:
+            load_clip(arch, weights, "cpu")
+        except ValueError as error:
+            print(f"{PLUMBING.upper()}: other weights stand in, as {error}", flush=True)
+            return profile.model_copy(update={"by_notebook": dict.fromkeys(chosen, profile.without_weights)})
+    return profile
 
 
 def started_together() -> bool:
@@ -219,7 +242,7 @@ def start_over(folder: Path) -> None:
 
 def fingerprint(notebook: str, parameters: Mapping[str, Any], before: str) -> str:
     """Names a notebook's inputs: its cells, its parameters and the files they name, the code, what runs before it."""
-    values = filter(None, map(parameters.get, _READ))
+    values = filter(None, [parameters.get("data_root"), *(weights for *_, weights in named_weights(parameters))])
     paths = [Path(SHIPPED.get(value) or resolve(value)) for value in values]
     contents = [path for path in paths if path.is_file()]
     listings = [
@@ -317,10 +340,11 @@ def _content(path: Path) -> str | None:
 
 
 def show(folder: Path, with_table: bool) -> None:
-    """Prints the leaderboard and where the figures are."""
-    table = folder / "tables" / "leaderboard.csv"
-    if with_table and table.exists():
-        print("\n" + pd.read_csv(table, index_col=0).to_string(float_format="%.1f", na_rep="-"))
+    """Prints the leaderboard, verdicts if there are any, and where the figures are."""
+    for name, digits in (("leaderboard", 1), ("verdicts", 2)):
+        path = folder / "tables" / f"{name}.csv"
+        if with_table and path.exists() and len(table := pd.read_csv(path, index_col=0)):
+            print("\n" + table.to_string(float_format=f"%.{digits}f", na_rep="-"))
     figures = sorted(path for path in folder.glob("figures/*") if path.suffix in (".png", ".html"))
     print("\nfigures:" if figures else "\nno figures", *(f"\n  {os.path.relpath(p)}" for p in figures), sep="")
     print(f"notebooks as HTML: {os.path.relpath(folder / 'html')}/")

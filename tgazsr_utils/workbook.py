@@ -20,9 +20,9 @@ from tgazsr_utils.durable.finetuning import TrainResult, finetune
 from tgazsr_utils.durable.runs import Run
 from tgazsr_utils.durable.weights import find_weights, load_clip
 from tgazsr_utils.measuring.bench import Bench
-from tgazsr_utils.measuring.records import Record, RecordStore
+from tgazsr_utils.measuring.records import AttackCheck, Record, RecordStore
 from tgazsr_utils.measuring.tables import save_table
-from tgazsr_utils.parameters import NOTEBOOKS, WorkbookSettings, from_notebook, units, validate, without_effect
+from tgazsr_utils.parameters import NOTEBOOKS, WorkbookSettings, from_notebook, units, untuned, validate, without_effect
 from tgazsr_utils.paths import ROOT, resolve
 from tgazsr_utils.profiles import check_prompts, default_parameters, folder_name, shown, with_labels
 
@@ -59,22 +59,24 @@ class Workbook:
 
     def __init__(self, notebook: str, settings: Any, run: Run):
         self.notebook, self.settings, self.run = notebook, settings, run
+        self.checks: dict[tuple[str, int], AttackCheck] = {}  # of the attack, by method and seed
+        self._tests: dict[tuple[int | None, int], list[ImageSet]] = {}  # by their number and side
 
     def weights(self, name: str | None) -> str | None:
         """What to load for a model parameter; "latest:METHOD" is of this run."""
         return find_weights(name, self.run.models)
 
-    def model(self, name: str | None) -> Clip:
-        return load_clip(self.settings.arch, self.weights(name), **self.settings.model_options)
+    def model(self, name: str | None, arch: str | None = None) -> Clip:
+        return load_clip(arch or self.settings.arch, self.weights(name), **self.settings.model_options)
 
     @cached_property
     def original(self) -> Clip:
         return self.model(self.settings.pretrained)
 
-    def images(self, key: str, split: str, n: int | None) -> ImageSet:
-        """A set at the size the original model takes; one to measure on is decoded once, for all models and runs."""
+    def images(self, key: str, split: str, n: int | None, clip: Clip | None = None) -> ImageSet:
+        """A set at the size that a model takes, the original one if None; to measure on, it is decoded once for all."""
         options = self.settings.data_options | {"keep": self.run.store / "decoded" if split == "test" else None}
-        data = load_dataset(key, split, n=n, image_size=self.original.image_size[0], **options)
+        data = load_dataset(key, split, n=n, image_size=(clip or self.original).image_size[0], **options)
         names, prompts = with_labels(self.settings, key, data.class_names, data.prompts)
         key = resolve(self.settings.data_root).name if key == "." else key  # the folder of sets is a set itself
         alike = data.published and prompts == data.prompts
@@ -90,10 +92,13 @@ class Workbook:
         """Held-out images of the set that is tuned on."""
         return self.images(self.settings.dataset, "test", self.settings.test_images)
 
-    def tests(self, n: int | None) -> list[ImageSet]:
-        """At most ``n`` images of each test set."""
-        s = self.settings
-        return [self.images(key, "test", n) for key in choose_datasets(s.testdata, s.data_root, s.test_fraction)]
+    def tests(self, n: int | None, clip: Clip | None = None) -> list[ImageSet]:
+        """At most ``n`` images of each test set, at the size that a model takes; None: the original one."""
+        s, side = self.settings, (clip or self.original).image_size[0]
+        if (n, side) not in self._tests:
+            keys = choose_datasets(s.testdata, s.data_root, s.test_fraction)
+            self._tests[n, side] = [self.images(key, "test", n, clip) for key in keys]
+        return self._tests[n, side]
 
     @cached_property
     def attack(self) -> AttackSettings:
@@ -103,6 +108,30 @@ class Workbook:
         """Measures into the run's store, and checks the attack on some images of ``sets``."""
         s, store = self.settings, RecordStore(self.run.stored_records)
         return Bench.checking(store, self.attack, sets, s.check_images, s.processes)
+
+    @cached_property
+    def attacks(self) -> list[AttackSettings]:
+        """What notebook 04 measures under, the one of its tables first."""
+        return [self.attack, *(self.settings.only(AttackSettings, attack=a) for a in self.settings.other_attacks)]
+
+    @cached_property
+    def untuned(self) -> dict[str, tuple[str, str | None]]:
+        """What notebook 04 measures as it is: name -> (architecture, weights), the original model first."""
+        return untuned(self.settings.model_dump())
+
+    def measure(self, clip: Clip, method: str, seed: int) -> list[Record]:
+        """Of a model on the test sets, at the size it takes: clean and under each of ``attacks``.
+
+        The first attack is checked, which is noted in ``checks``; what cannot be trusted under it is under none.
+        """
+        sets = self.tests(self.settings.at_most_images, clip)
+        bench = replace(self.bench(sets), checks=self.checks)
+        how = {"protocol": self.settings.protocol, "method": method, "seed": seed}
+        records = bench.measure(clip, sets, self.attack, **how)
+        if any(record.attack != "none" for record in records):
+            for attack in self.attacks[1:]:
+                records += replace(bench, checked_on=()).measure(clip, sets, attack, **how)[1::2]
+        return records
 
     def tune(self, method: str | Objective, seed: int | None = None) -> TrainResult:
         """The original model fine-tuned by a method; the latest of this run then."""

@@ -320,7 +320,7 @@ def difference_matrix(differences: pd.DataFrame, title: str) -> Figure:
     """
     methods = list(dict.fromkeys(differences.method))
     n = len(methods)
-    size = 2 * (0.82 * n + 1.2) + 0.6, 0.62 * n + 2
+    size = max(8.0, 2 * (0.82 * n + 1.2) + 0.6), 0.62 * n + 2
     figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
     cells = {"fmt": "", "annot_kws": {"size": 8}, "linewidths": 0.5, "mask": np.eye(n, dtype=bool)}
     for axis, kind in zip(axes, ("robust", "clean")):

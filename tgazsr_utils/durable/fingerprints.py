@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from tgazsr_utils.core.images import ImageSet
+from tgazsr_utils.core.images import PLUMBING, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.seeds import digest
 
@@ -35,7 +35,8 @@ def fingerprint(of: Clip | ImageSet) -> str:
     else:
         state = []
         images = [of.images] if isinstance(of.images, Tensor) else of.images.identity()
-        parts = (of.key, *images, of.labels, list(of.prompts))
+        stamp = [PLUMBING] if of.world == PLUMBING else []  # what is measured for show is no record of the real thing
+        parts = (of.key, *images, of.labels, list(of.prompts), *stamp)
     if of not in _known or _known[of][0] != state:
         _known[of] = state, digest(*parts)
     return _known[of][1]

@@ -4,15 +4,16 @@ All are top-1 accuracies in percent of ViT-B/32 tuned on Tiny-ImageNet, at epsil
 ``data/published_by_set.csv`` has them set by set, ``data/published_table.csv`` the means as they are printed.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
 
 import pandas as pd
 from scipy.stats import spearmanr
 
+from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.datasets.published_sets import DATASETS
 from tgazsr_utils.measuring.records import Record
-from tgazsr_utils.measuring.tables import leaderboard
+from tgazsr_utils.measuring.tables import leaderboard, to_frame
 from tgazsr_utils.paths import DATA
 
 COLUMNS = {  # the source, as both files name it -> its column
@@ -77,17 +78,17 @@ def _side_by_side(accuracy: pd.Series) -> pd.DataFrame:
     return table.reindex(index=pd.Index(methods, name="method"), columns=columns)
 
 
-def beside(records: Sequence[Record], pretrained: str | None, tuned_on: str) -> pd.DataFrame:
+def beside(records: Sequence[Record], pretrained: str | None, tuned_on: str | None) -> pd.DataFrame:
     """``published`` over the sets we measured, with (kind, "ours") and (kind, "ours - paper") beside it.
 
     Our columns are of the attack we measured under; (kind, "ours ±") is half the 95 % interval of ``summary``. They
     stay away, and a line says why, unless all was measured as published: sets with the published counts, prompts and
-    preprocessing (perhaps cut by ``quick_eval``), OpenAI's ViT-B/32 tuned on Tiny-ImageNet, epsilon 1/255, and PGD-100
-    or CW-100 with step 1/255 or AutoAttack's version "apgd" with 100 steps. Numbers of the mini-world say nothing about
-    the published ones. Raises ValueError for records that no one table may mix.
+    preprocessing (perhaps cut by ``quick_eval``), OpenAI's ViT-B/32 tuned on Tiny-ImageNet (None: on nothing), epsilon
+    1/255, and PGD-100 or CW-100 with step 1/255 or AutoAttack's version "apgd" with 100 steps. Numbers of the
+    mini-world say nothing about the published ones. Raises ValueError for records that no one table may mix.
     """
-    known = (pretrained, tuned_on) == ("openai", "tinyImageNet")
-    reasons = [] if known else [f"{pretrained} weights tuned on {tuned_on}"]
+    known = pretrained == "openai" and tuned_on in ("tinyImageNet", None)
+    reasons = [] if known else [f"{pretrained} weights" + (f" tuned on {tuned_on}" if tuned_on else "")]
     reasons += dict.fromkeys(reason for r in records if (reason := _difference_from_published(r)))
     if reasons:
         print(f"not comparable with the published table: {'; '.join(reasons)}")
@@ -116,6 +117,48 @@ def _difference_from_published(record: Record) -> str | None:
     if (record.eps_255, record.protocol) == (eps, protocol) and published_step in (step, None):
         return None
     return f"{record.attack}, epsilon {record.eps_255:g}/255, step {step:g}/255, protocol {record.protocol}"
+
+
+_PRINTED = 0.005  # what the rounding of a printed number hides
+AGREES, DIFFERS, NO_NUMBER = "agrees", "differs", "no number for these sets"
+
+
+def verdicts(records: Sequence[Record], weights: Mapping[str, str | None]) -> pd.DataFrame:
+    """Does this machine measure what others published for the very same weights? A row a record and source.
+
+    ``weights``: of the methods that were measured as they are. ``verdict`` is "agrees" where the published number, of
+    all images of the set, lies within the 95 % interval (Wilson) of ours, else "differs": one in twenty does by chance.
+    Only what is comparable has a ``published`` number; else the verdict says why not. Means that were published for the
+    weights over other sets (``data/published_weights.csv``) are shown, not judged. No rows for the mini-world.
+    """
+    rows = []
+    for row, r in zip(to_frame(records).to_dict("records"), records):
+        if r.method in weights and r.world != "mini-world":
+            ours = {"set": r.dataset, "ours": row["accuracy"], "low": row["low"], "high": row["high"], "images": r.n}
+            for source, number, verdict in _of_others(r, weights[r.method]):
+                if not verdict:
+                    verdict = AGREES if row["low"] - _PRINTED <= number <= row["high"] + _PRINTED else DIFFERS
+                said = {"source": source, "published": number, "verdict": verdict}
+                rows.append({"method": r.method, "attack": r.attack} | ours | said)
+    columns = ["method", "attack", "set", "ours", "low", "high", "images", "source", "published", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _of_others(record: Record, weights: str | None) -> Iterator[tuple[str, float, str]]:
+    """(source, published accuracy, why it cannot be compared, or nothing) of a record's weights, set and attack."""
+    kind = _AS_PUBLISHED.get(record.attack, ("", 0, 0, ""))[0]
+    if record.world == PLUMBING:
+        yield "", float("nan"), PLUMBING
+    elif weights == "openai":
+        reason = _difference_from_published(record)
+        known = pd.Series({"": float("nan")}) if reason else by_set()[record.dataset].xs((kind, "CLIP"), level=(1, 2))
+        yield from ((COLUMNS.get(source, ""), number, reason or "") for source, number in known.items())
+    else:
+        means = pd.read_csv(DATA / "published_weights.csv").query("weights == @weights and attack == @kind")
+        means = [m for m in means.itertuples() if m.eps_255 == record.eps_255]
+        yield from ((f"{m.source}, mean of {len(m.sets.split())} sets", m.accuracy, NO_NUMBER) for m in means)
+        if not means:
+            yield "", float("nan"), NO_NUMBER
 
 
 def points(table: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -12,12 +12,14 @@ from scipy.stats import t as student_t
 from tgazsr_utils.datasets.miniworld import TASKS
 from tgazsr_utils.datasets.published_sets import DATASETS
 from tgazsr_utils.durable.files import write_atomic
+from tgazsr_utils.durable.weights import image_size_of
 from tgazsr_utils.measuring.records import Record
 
 PUBLISHED_SETS = 16
 _COLUMNS = {
     "method",
     "model",
+    "arch",
     "world",
     "dataset",
     "data",
@@ -135,9 +137,7 @@ def _refuse_mixture(frame: pd.DataFrame) -> None:
             raise ValueError(
                 f"records differ in {column} ({', '.join(sorted(map(str, values)))}); one table holds one {column}"
             )
-    other = frame.groupby("dataset").data.nunique() > 1
-    if other.any():
-        name = other[other].index[0]
+    for name in (name for name, part in frame.groupby("dataset") if not _of_one_set(part)):
         sides = [", ".join(part.method.unique()) for _, part in frame[frame.dataset == name].groupby("data")]
         raise ValueError(
             f"records of {name} are of different images, labels or prompts: those of {' and of '.join(sides)}; "
@@ -165,6 +165,14 @@ def _refuse_mixture(frame: pd.DataFrame) -> None:
         raise ValueError("methods or seeds were measured on different sets; their means cannot be compared")
 
 
+def _of_one_set(part: pd.DataFrame) -> bool:
+    """Are records of one name of the same images? Models that take another size see the same number at that size."""
+    if part.data.nunique() == 1:
+        return True
+    one_a_side = part.groupby(part.arch.map(image_size_of)).data.nunique().max() == 1
+    return one_a_side and len(part[["n", "available", "left_out"]].drop_duplicates()) == 1
+
+
 def paired_difference(a: Sequence[Record], b: Sequence[Record]) -> tuple[float, float, float]:
     """Mean over sets of accuracy(a) - accuracy(b) in percentage points, with its 95 % interval, on the same images.
 
@@ -189,12 +197,15 @@ def differences(records: Sequence[Record]) -> pd.DataFrame:
     """Every pair of methods: ``paired_difference`` of robust and of clean accuracy, best average first.
 
     Columns ``kind``, ``method``, ``other``, ``difference`` (method - other), ``low``, ``high``. A method with one
-    seed, as the untuned model has, stands for itself beside each seed of the other.
+    seed, as the untuned model has, stands for itself beside each seed of the other. NaN where two models take images of
+    different sizes: these are not the same ones, and a perturbation of one size is not the other's.
     """
     rows = []
     for method, other in product(leaderboard(records).index, repeat=2):
         a, b = ([r for r in records if r.method == name] for name in (method, other))
-        rows += [(kind, method, other, *difference(kind, a, b)) for kind in ("robust", "clean")]
+        alike = {r.data for r in a} == {r.data for r in b}
+        for kind in ("robust", "clean"):
+            rows.append((kind, method, other, *(difference(kind, a, b) if alike else 3 * (float("nan"),))))
     return pd.DataFrame(rows, columns=["kind", "method", "other", "difference", "low", "high"])
 
 
