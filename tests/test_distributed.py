@@ -4,16 +4,19 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from conftest import only_long, train_settings
 
+from tgazsr_utils import open_workbook
 from tgazsr_utils.core.attacks import ATTACKS
 from tgazsr_utils.core.evaluation import predictions
 from tgazsr_utils.core.objectives import Objective, Term
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.finetuning import finetune
 from tgazsr_utils.durable.fingerprints import fingerprint
 from tgazsr_utils.durable.weights import load_clip
@@ -183,3 +186,31 @@ def test_torchrun_fills_the_folder_that_a_notebook_then_only_reads(tmp_path, mon
     assert (out / "notebooks" / "04_evaluate_16_datasets.ipynb").exists()
     assert (out / "tables" / "leaderboard.csv").read_bytes() == leaderboard
     assert stored() == made
+
+
+def test_the_processes_of_a_notebook_are_started_once(tmp_path, monkeypatch):
+    """Trainings in whole rounds are to the bit those of one process; what is left of them shares its batches."""
+    started, launch = [], processes.launch
+    monkeypatch.setattr(processes, "launch", lambda *a: started.append(a[0]) or launch(*a))
+    given = {"train_images": 12, "batch_size": 4, "warmup_steps": 1, "test_images": 4, "test_numsteps": 1}
+    given |= {"testdata": ["shapes", "letters"], "check_images": 0}
+    methods = ["TeCoA", "FT-Clean", "FT-Adv."]
+
+    def outcome(count):
+        output = str(tmp_path / str(count) / "run")
+        book = open_workbook("04_evaluate_16_datasets", given | {"processes": count, "output": output})
+        trainings = [partial(book.tune, method) for method in methods]
+        work = lambda: [book.measure(train().clip, method, 0) for method, train in zip(methods, trainings)]
+        book.ahead(work, trainings)
+        made = {path: path.stat().st_mtime_ns for path in (tmp_path / str(count) / "store").rglob("*.*")}
+        records = [(r.method, r.dataset, r.attack, r.hits) for part in work() for r in part]
+        assert count == 1 or made == {path: path.stat().st_mtime_ns for path in made}  # all that was to do
+        return records, [train().clip for train in trainings]
+
+    alone, together = outcome(1), outcome(2)
+    assert started == [2] and [r[:3] for r in alone[0]] == [r[:3] for r in together[0]]
+    assert [fingerprint(clip) for clip in alone[1][:2]] == [fingerprint(clip) for clip in together[1][:2]]
+    assert [r for r in alone[0] if r[0] != "FT-Adv."] == [r for r in together[0] if r[0] != "FT-Adv."]
+    weights = [clip.visual.state_dict() for _, clips in (alone, together) for clip in clips[2:]]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)

@@ -159,7 +159,10 @@ def ours(tensors, **about):
 
 
 ANSWERS = evaluation.Answers(
-    torch.tensor([1, -1, 3]), torch.tensor([1, 2, 1], dtype=torch.uint8), torch.tensor([4, 5, 6])
+    torch.tensor([1, -1, 3]),
+    torch.tensor([1, 2, 1], dtype=torch.uint8),
+    torch.tensor([4, 5, 6]),
+    torch.tensor([8, 8, 8]),
 )
 PREDICTIONS = ours(ANSWERS._asdict(), run="key_0", seconds=3.0)
 

@@ -7,6 +7,7 @@ from tgazsr_utils.core.objectives import OBJECTIVES, Step
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.measuring.ablations import plan
 from tgazsr_utils.parameters import (
+    NOTEBOOKS,
     AblationNotebook,
     AttentionShiftNotebook,
     EvaluateNotebook,
@@ -19,7 +20,7 @@ from tgazsr_utils.parameters import (
     validate,
     without_effect,
 )
-from tgazsr_utils.profiles import check_effect, default_parameters
+from tgazsr_utils.profiles import check_effect, default_parameters, names_set_in
 
 KNOWN = FinetuneSettings.model_fields
 GOOD = {"test_eps": 1.0, "test_stepsize": 1.0, "test_numsteps": 10}
@@ -240,3 +241,9 @@ def test_given_models_have_an_architecture_and_may_stand_alone():
     assert "autoattack_version" not in idle and "test_stepsize" not in idle
     assert settings.data_options["world"] is None
     assert settings.model_copy(update={"plumbing": True}).data_options["world"] == PLUMBING
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_what_a_notebook_names_itself_is_no_slip_when_its_first_cell_runs_again(notebook, tmp_path):
+    own = dict.fromkeys(names_set_in(notebook) - NOTEBOOKS[notebook].model_fields.keys(), 1)
+    assert open_workbook(notebook, own | {"output": str(tmp_path / "run")}).settings.output

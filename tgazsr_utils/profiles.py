@@ -100,6 +100,12 @@ def code_cells(notebook: str) -> list[Cell]:
     return [cell for cell in cells(notebook) if cell.kind == "code"]
 
 
+def names_set_in(notebook: str) -> set[str]:
+    """What its cells assign, but for that of parameters: a name in there is no slip, when cells are run again."""
+    nodes = [n for cell in code_cells(notebook) if not cell.tags for n in ast.walk(ast.parse(cell.source))]
+    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
 def default_parameters(notebook: str) -> dict[str, Any]:
     """What a notebook's cell tagged ``parameters`` assigns."""
     (cell,) = [c for c in code_cells(notebook) if "parameters" in c.tags]

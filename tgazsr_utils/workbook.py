@@ -1,6 +1,6 @@
 """What the notebooks set up alike, in one call: checked parameters, the run's folder, models, image sets, the bench."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from tgazsr_utils.core.objectives import Objective, find_objective
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.datasets.loading import choose_datasets, load_dataset
 from tgazsr_utils.display import plots
+from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.durable.finetuning import TrainResult, finetune
 from tgazsr_utils.durable.runs import Run
@@ -24,7 +25,7 @@ from tgazsr_utils.measuring.records import AttackCheck, Record, RecordStore
 from tgazsr_utils.measuring.tables import save_table
 from tgazsr_utils.parameters import NOTEBOOKS, WorkbookSettings, from_notebook, units, untuned, validate, without_effect
 from tgazsr_utils.paths import ROOT, resolve
-from tgazsr_utils.profiles import check_prompts, default_parameters, folder_name, shown, with_labels
+from tgazsr_utils.profiles import check_prompts, default_parameters, folder_name, names_set_in, shown, with_labels
 
 
 def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":
@@ -33,7 +34,9 @@ def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":
     What no cell has set is as the notebook ``notebook`` has it. Raises SettingsError, one line, for a bad one;
     ValueError for a method that is not there or a prompt too long.
     """
-    settings = from_notebook(NOTEBOOKS[notebook], {**default_parameters(notebook), **namespace})
+    own = names_set_in(notebook) - NOTEBOOKS[notebook].model_fields.keys()
+    given = {name: value for name, value in namespace.items() if name not in own}
+    settings = from_notebook(NOTEBOOKS[notebook], {**default_parameters(notebook), **given})
     for method in [*getattr(settings, "methods", []), *getattr(settings, "overrides", {})]:
         find_objective(method)
     idle, changed = without_effect(settings), changes(notebook, settings)
@@ -67,7 +70,8 @@ class Workbook:
         return find_weights(name, self.run.models)
 
     def model(self, name: str | None, arch: str | None = None) -> Clip:
-        return load_clip(arch or self.settings.arch, self.weights(name), **self.settings.model_options)
+        clip = load_clip(arch or self.settings.arch, self.weights(name), **self.settings.model_options)
+        return clip.to(self.original.device) if processes.count() > 1 and "original" in vars(self) else clip
 
     @cached_property
     def original(self) -> Clip:
@@ -141,6 +145,21 @@ class Workbook:
         tuned = finetune(self.original, self.train, method, settings, self.run.stored_models, **options)
         self.run.show(tuned.weights)
         return tuned
+
+    def ahead(self, work: Callable[[], Any], trainings: Sequence[Callable[[], Any]] = ()) -> None:
+        """Where there are several processes: has them do all of ``work``, which then finds everything done.
+
+        They are started once, so that each compiles once. ``trainings`` are what ``work`` trains: each is done by one
+        process as if it were alone, in whole rounds; the processes share each batch of what is left.
+        """
+        if processes.count() > 1:
+            processes.do_apart(trainings)
+        elif self.settings.processes > 1:
+            processes.launch(self.settings.processes, self._in_a_process, self.original, work, trainings)
+
+    def _in_a_process(self, clip: Clip, work: Callable[[], Any], trainings: Sequence[Callable[[], Any]]) -> None:
+        processes.do_apart(trainings)  # ``clip``, the original model, is on this process's device by now
+        work()
 
     def save(self, what: Figure | pd.DataFrame | Sequence[Record], name: str) -> Any:
         """Keeps a figure, a table or records in the run's folder, for people; gives it back for display."""

@@ -26,14 +26,15 @@ from tgazsr_utils.core.settings import FinetuneSettings
 from tgazsr_utils.core.training import attacked
 
 Job = TypeVar("Job")
+_apart: list[bool] = []  # not empty while this process works by itself
 
 
 def count() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _apart else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _apart else 0
 
 
 def is_main() -> bool:
@@ -43,6 +44,18 @@ def is_main() -> bool:
 def own_part(jobs: Sequence[Job]) -> Sequence[Job]:
     """Those of the jobs that this process does."""
     return jobs[rank() :: count()]
+
+
+def do_apart(jobs: Sequence[Callable[[], Any]]) -> None:
+    """Each of the jobs in one process, as if there were no others; but for what is left of them after whole rounds."""
+    own = own_part(jobs[: len(jobs) // count() * count()])
+    _apart.append(True)
+    try:
+        for job in own:
+            job()
+    finally:
+        _apart.pop()
+    wait()
 
 
 # --- one training step
@@ -219,7 +232,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    numbers = [signal.SIGINT] if count() == 1 else [signal.SIGINT, signal.SIGTERM]
+    numbers = [signal.SIGINT, signal.SIGTERM] if dist.is_initialized() else [signal.SIGINT]
     previous = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in numbers}
     try:
         yield lambda: bool(seen)

@@ -6,6 +6,7 @@ compared with. To add one, write such a function and put it into ``ABLATIONS``.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,11 @@ class Sweep:
             done.append((v, self.records_of(v)))
         return done
 
+    def trainings(self, plan: Mapping[str, Sequence[Variant]]) -> list[Callable[[], Clip]]:
+        """What a plan trains, each once."""
+        wanted = [(v, s) for variants in plan.values() for v in variants if v.training is not None for s in v.seeds]
+        return list({self._path(v, s): partial(self._tuned, v, s) for v, s in wanted}.values())
+
     def records_of(self, v: Variant) -> list[Record]:
         """What was measured of a variant, all its seeds."""
         records = []
@@ -203,10 +209,13 @@ class Sweep:
             records += self.bench.measure(clip, sets, v.attack, v.protocol, method=v.method, seed=seed)
         return records
 
+    def _path(self, v: Variant, seed: int) -> Path:
+        training = v.training.model_copy(update={"seed": seed})
+        return tuned_path(self.models, find_objective(v.method), training, self.train, self.original)
+
     def _tuned(self, v: Variant, seed: int) -> Clip:
         """The model of a variant, trained if it is not there; the last ones used are kept."""
-        training = v.training.model_copy(update={"seed": seed})
-        path = tuned_path(self.models, find_objective(v.method), training, self.train, self.original)
+        training, path = v.training.model_copy(update={"seed": seed}), self._path(v, seed)
         if path not in self._loaded:
             options = {"number_of_processes": self.bench.number_of_processes}
             tuned = finetune(self.original, self.train, v.method, training, self.models, **options)

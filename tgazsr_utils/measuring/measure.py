@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from tgazsr_utils.core.attacks import ATTACKS
+from tgazsr_utils.core.attacks import ATTACKS, pgd
 from tgazsr_utils.core.evaluation import NO_ANSWER, predictions, protocol_of
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
@@ -26,7 +26,8 @@ from tgazsr_utils.measuring import autoattack  # noqa: F401  (adds itself to ATT
 from tgazsr_utils.measuring.records import Record
 
 LARGEST_BATCH = {"cuda": 1024, "cpu": 128}  # images attacked at once
-# Numbers that the image encoder keeps for each token, channel and block, when its input is differentiated.
+FREE_PART = {"cuda": 0.8, "cpu": 0.3}  # of the memory that is free, for their activations
+# Numbers that the image encoder keeps for each token, channel and block, when its input is differentiated, on a CPU.
 ACTIVATIONS = 32
 SLICE = 4096  # images of one job; a multiple of any ``Attack.batch``
 SAVE_EVERY = 20.0  # seconds of work that a killed measurement may lose
@@ -71,12 +72,12 @@ class Answers(NamedTuple):
     classes: Tensor  # int64, predicted; NO_ANSWER where logits are not finite
     states: Tensor  # uint8: NOT_YET, READ or UNREADABLE
     sums: Tensor  # int64, ``pixel_sums``
+    at_once: Tensor  # int64, images of a batch then
 
     @classmethod
     def none(cls, n: int) -> "Answers":
-        return cls(
-            torch.full((n,), NO_ANSWER), torch.full((n,), NOT_YET, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)
-        )
+        zeros = torch.zeros(n, dtype=torch.int64)
+        return cls(zeros + NO_ANSWER, torch.full((n,), NOT_YET, dtype=torch.uint8), zeros.clone(), zeros.clone())
 
 
 def answer(m: Measurement, rows: range, kept: Path | None = None, bar: Any = None) -> tuple[Answers, float]:
@@ -96,7 +97,7 @@ def answer(m: Measurement, rows: range, kept: Path | None = None, bar: Any = Non
                 m.clip, m.data, m.attack, _left(answers, rows, size, m.fixed_batch), m.protocol, m.seed
             ):
                 places = batch.rows - rows.start
-                for tensor, values in zip(answers, (classes.cpu(), READ, pixel_sums(batch.images))):
+                for tensor, values in zip(answers, (classes.cpu(), READ, pixel_sums(batch.images), size)):
                     tensor[places] = values
                 if bar is not None:
                     bar.update(len(places))
@@ -107,7 +108,8 @@ def answer(m: Measurement, rows: range, kept: Path | None = None, bar: Any = Non
         except RuntimeError as error:
             from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # slow to import
 
-            if m.fixed_batch or size == 1 or not should_reduce_batch_size(error):
+            memory = should_reduce_batch_size(error) or "CUDA error: out of memory" in str(error)
+            if m.fixed_batch or size == 1 or not memory:
                 raise
             size //= 2
             reduced = True
@@ -149,7 +151,7 @@ def _kept(path: Path | None, n: int) -> tuple[Answers, float]:
 
 def record_of(m: Measurement, parts: Sequence[Answers], seconds: float) -> Record:
     """The record of a measurement from the answers of all its slices. Raises ValueError if no image could be read."""
-    classes, states, sums = (torch.cat(part) for part in zip(*parts))
+    classes, states, sums, at_once = (torch.cat(part) for part in zip(*parts))
     read = states == READ
     if not read.any():
         raise ValueError(f"image set {m.data.key!r}: none of its {len(m.data)} images can be read")
@@ -184,6 +186,7 @@ def record_of(m: Measurement, parts: Sequence[Answers], seconds: float) -> Recor
         training=m.clip.training_record,
         code=code_version(__name__),
         device=m.clip.numerics.device,
+        batch=int(at_once[read].min()),
         seconds=round(seconds, 3),
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
@@ -209,19 +212,30 @@ def evaluate(
 
 
 def batch_that_fits(clip: Clip) -> int:
-    """How many images to attack at once: a power of two whose activations take about a third of the free memory."""
-    visual, device = clip.visual, clip.device
-    if device.type == "cuda":
-        free = (
-            torch.cuda.mem_get_info(device)[0]
-            + torch.cuda.memory_reserved(device)
-            - torch.cuda.memory_allocated(device)
-        )
+    """How many images to attack at once: a power of two whose activations fit into FREE_PART of the free memory."""
+    device = clip.device
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    if kind == "cuda":
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + idle
     else:
         free = psutil.virtual_memory().available
-    tokens = 1 + clip.grid[0] * clip.grid[1]
-    one = 4 * ACTIVATIONS * tokens * visual.conv1.out_channels * len(visual.transformer.resblocks)
-    return 2 ** int(math.log2(max(1, min(LARGEST_BATCH.get(device.type, 128), free / 3 / one))))
+    most = free * FREE_PART[kind] / _bytes_an_image(clip)
+    return 2 ** int(math.log2(max(1, min(LARGEST_BATCH[kind], most))))
+
+
+def _bytes_an_image(clip: Clip) -> float:
+    """What attacking one image more takes: on CUDA measured, from the peaks of two small batches."""
+    if clip.device.type != "cuda":
+        tokens, layers = 1 + clip.grid[0] * clip.grid[1], len(clip.visual.transformer.resblocks)
+        return 4 * ACTIVATIONS * tokens * clip.visual.conv1.out_channels * layers
+    text, peaks = clip.encode_text(["a"]), []
+    for n in (8, 8, 24):  # the first compiles
+        images = torch.zeros(n, 3, *clip.image_size, device=clip.device)
+        torch.cuda.reset_peak_memory_stats(clip.device)
+        pgd(clip, images, torch.zeros(n, dtype=torch.int64, device=clip.device), text, 0.1, 0.1, 1)
+        peaks.append(torch.cuda.max_memory_allocated(clip.device))
+    return max(1.0, (peaks[2] - peaks[1]) / 16)
 
 
 def pixel_sums(images: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Record(Settings):
     training: dict[str, Any] = {}  # what made the weights, where it is known: method, settings, data, code
     code: str
     device: str
+    batch: int | None = None  # images that were attacked at once; the last batch of a set is shorter
     seconds: float
     time: str  # UTC, ISO 8601
 
