@@ -2,7 +2,7 @@
 # Sets up what the workbook needs and runs it headlessly; see --help.
 set -euo pipefail
 
-# The pair the workbook is tested with. A package index's default build is taken, which on Linux brings CUDA.
+# The pair the workbook is tested with; see install_torch for which build of it.
 TORCH=(torch==2.13.0 torchvision==0.28.0)
 
 usage() {
@@ -23,6 +23,8 @@ In any order:
   --locked          in .venv, with the very versions of requirements.lock, which the kept results were made with
   --help            show this
 
+PyTorch is taken as built for this machine's driver, or for the CPU where there is no GPU: a CUDA build is several GB,
+one for the CPU 0.2. TORCH_INDEX=URL takes it from that package index instead.
 Uses the active environment if the workbook is installed there, else .venv, which it makes on the first call.
 Results go to runs/<profile>/, or with other parameters to a folder named after them; models and records to runs/store,
 for all runs. What is done and unchanged is skipped; an interrupted run goes on where it was.
@@ -56,6 +58,20 @@ find_python() {
     return 1
 }
 
+install_torch() {
+    local pip=(.venv/bin/python -m pip) pinned=(${locked:+--constraint requirements.lock} "${TORCH[@]}")
+    if [[ -n ${TORCH_INDEX:-} ]]; then
+        "${pip[@]}" install --quiet --index-url "$TORCH_INDEX" "${pinned[@]}"
+    elif "${pip[@]}" install --quiet --no-index "${pinned[@]}" 2>/dev/null; then
+        return # it is there
+    elif ! { [[ $(uname) == Linux ]] && "${pip[@]}" install --quiet uv &&
+        # which looks at the driver; where PyTorch's own index cannot be reached this ends within seconds
+        .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --torch-backend auto "${pinned[@]}"; } 2>/dev/null; then
+        echo "taking the package index's own build of PyTorch, which may be that for CUDA (several GB)" >&2
+        "${pip[@]}" install --quiet "${pinned[@]}"
+    fi
+}
+
 set_up() { # $1: what to install beyond the workbook itself, "" or "[test]"
     local python stamp wanted
     stamp=.venv/.installed
@@ -68,7 +84,7 @@ set_up() { # $1: what to install beyond the workbook itself, "" or "[test]"
         python=$(find_python)
         "$python" -m venv .venv
     fi
-    .venv/bin/python -m pip install --quiet ${locked:+--constraint requirements.lock} "${TORCH[@]}"
+    install_torch
     .venv/bin/python -m pip install --quiet ${locked:+--constraint requirements.lock} --editable ".$1"
     printf '%s\n%s\n' "$wanted" "$1" >"$stamp"
 }

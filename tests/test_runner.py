@@ -344,6 +344,31 @@ def test_an_environment_that_was_killed_while_it_was_made_is_made_again(tmp_path
     )
 
 
+@pytest.mark.parametrize("given, reachable", [("", True), ("", False), ("https://builds.example/cpu", False)])
+def test_the_build_of_pytorch_is_the_drivers_or_that_of_an_index_that_is_given(given, reachable, tmp_path):
+    """With a python that notes what it is asked to install, and has nothing there yet."""
+    for name in ("run_all.sh", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"""#!/bin/bash
+        echo "$@" >> {tmp_path}/asked
+        case "$*" in *--no-index*) exit 1;; *torch-backend*) exit {int(not reachable)};; esac
+    """)
+    python.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    command = ["bash", tmp_path / "run_all.sh", "mini"]
+    done = subprocess.run(command, env=environment | {"TORCH_INDEX": given}, capture_output=True, text=True)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    torch_asked = [line for line in asked if " torch==" in line and "--no-index" not in line]
+    assert done.returncode == 0 and asked[-1] == "-m tgazsr_utils.runner mini"
+    if given:
+        assert [line.split(" torch==")[0] for line in torch_asked] == [f"-m pip install --quiet --index-url {given}"]
+    else:
+        assert "--torch-backend auto" in torch_asked[0] and len(torch_asked) == (1 if reachable else 2)
+        assert ("may be that for CUDA (several GB)" in done.stderr) == (not reachable)
+
+
 def test_a_failing_notebook_stops_the_run_and_leaves_its_copy(photo_root, tmp_path, capfd):
     broken = photo_root / "animals" / "images" / "017.red_Fox" / "3.png"
     broken.write_bytes(b"not an image")
