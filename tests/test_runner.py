@@ -98,26 +98,6 @@ from tgazsr_utils.runner import fingerprint, main
         (["mini", "04", "-p", "models", "{a: {arch: ViT-X, pretrained: openai}}"], "arch 'ViT-X' is unknown"),
         (["mini", "04", "-p", "methods", "[]", "-p", "epochs", "3"], "epochs = 3 has no effect: there is no method to"),
         (["mini", "02", "-p", "methods", "[]"], "02_.*: parameter methods = ..: list should have at least 1 item"),
-        (
-            [
-                "full",
-                "04",
-                "-p",
-                "testdata",
-                "[cifar10, STL10, dtd]",
-                "-p",
-                "methods",
-                "[]",
-                "-p",
-                "pretrained",
-                "null",
-                "-p",
-                "data_root",
-                "no/sets",
-            ],
-            "there is no folder no/sets; image sets 'cifar10', 'STL10', 'dtd' are not there "
-            ".python -m tgazsr_utils.datasets fetch cifar10 STL10 dtd --root no/sets",
-        ),
         ([5000 * "x"], "profile 'xxx.* is unknown; there are: .*mini"),
     ],
 )
@@ -474,7 +454,9 @@ def test_an_html_copy_that_fails_does_not_fail_a_finished_notebook(tmp_path, mon
 
 
 def test_missing_published_sets_are_all_named_with_what_fetches_them(photo_root, tmp_path, capsys):
-    arguments = ["verify", "-p", "pretrained", "openai", "-p", "data_root", str(photo_root)]
+    given = {"testdata": "[cifar10, STL10, dtd]", "methods": "[]", "arch": "mini-clip", "pretrained": "mini"}
+    given |= {"data_root": str(photo_root)}
+    arguments = ["full", "04", *(word for item in given.items() for word in ("-p", *item))]
     assert main([*arguments, "-p", "output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     fetch = f"python -m tgazsr_utils.datasets fetch cifar10 STL10 dtd --root {photo_root}"
@@ -527,7 +509,7 @@ def run_cells(notebook, values):
     namespace = {}
     for cell in profiles.code_cells(notebook):
         exec(cell.source, namespace)
-        if "parameters" in cell.metadata.get("tags", []):
+        if "parameters" in cell.tags:
             namespace.update(values)
     open_workbook(notebook, namespace)  # as who runs that cell again does: no other name is taken for a parameter's
     return namespace

@@ -48,7 +48,7 @@ class _EachNameOnce(yaml.SafeLoader):
 
 
 def _load_yaml(text: str) -> Any:
-    return yaml.load(text, _EachNameOnce)
+    return _EachNameOnce(text).get_single_data()
 
 
 def load_profile(name: str) -> Profile:

@@ -1,5 +1,8 @@
 """What the notebooks set up alike, in one call: checked parameters, the run's folder, models, image sets, the bench."""
 
+import contextlib
+import io
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -159,7 +162,8 @@ class Workbook:
 
     def _in_a_process(self, clip: Clip, work: Callable[[], Any], trainings: Sequence[Callable[[], Any]]) -> None:
         processes.do_apart(trainings)  # ``clip``, the original model, is on this process's device by now
-        work()
+        with contextlib.redirect_stdout(sys.stdout if processes.is_main() else io.StringIO()):
+            work()
 
     def save(self, what: Figure | pd.DataFrame | Sequence[Record], name: str) -> Any:
         """Keeps a figure, a table or records in the run's folder, for people; gives it back for display."""

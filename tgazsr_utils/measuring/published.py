@@ -129,11 +129,12 @@ def verdicts(records: Sequence[Record], weights: Mapping[str, str | None]) -> pd
     ``weights``: of the methods that were measured as they are. ``verdict`` is "agrees" where the published number, of
     all images of the set, lies within the 95 % interval (Wilson) of ours, else "differs": one in twenty does by chance.
     Only what is comparable has a ``published`` number; else the verdict says why not. Means that were published for the
-    weights over other sets (``data/published_weights.csv``) are shown, not judged. No rows for the mini-world.
+    weights over other sets (``data/published_weights.csv``) are shown, not judged. No rows for the mini-world
+    and for random weights.
     """
     rows = []
     for row, r in zip(to_frame(records).to_dict("records"), records):
-        if r.method in weights and r.world != "mini-world":
+        if weights.get(r.method) and r.world != "mini-world":
             ours = {"set": r.dataset, "ours": row["accuracy"], "low": row["low"], "high": row["high"], "images": r.n}
             for source, number, verdict in _of_others(r, weights[r.method]):
                 if not verdict:
