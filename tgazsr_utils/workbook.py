@@ -74,7 +74,7 @@ class Workbook:
 
     def model(self, name: str | None, arch: str | None = None) -> Clip:
         clip = load_clip(arch or self.settings.arch, self.weights(name), **self.settings.model_options)
-        return clip.to(self.original.device) if processes.count() > 1 and "original" in vars(self) else clip
+        return clip.to(self.original.device) if processes.are_started() and "original" in vars(self) else clip
 
     @cached_property
     def original(self) -> Clip:
@@ -155,7 +155,7 @@ class Workbook:
         They are started once, so that each compiles once. ``trainings`` are what ``work`` trains: each is done by one
         process as if it were alone, in whole rounds; the processes share each batch of what is left.
         """
-        if processes.count() > 1:
+        if processes.are_started():
             processes.do_apart(trainings)
         elif self.settings.processes > 1:
             processes.launch(self.settings.processes, self._in_a_process, self.original, work, trainings)

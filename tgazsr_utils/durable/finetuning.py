@@ -68,7 +68,7 @@ def finetune(
         objective = find_objective(objective)
     settings = objective.with_preset(settings)
     weights = tuned_path(folder, objective, settings, data, clip)
-    if number_of_processes > 1 and processes.count() == 1 and not weights.exists():
+    if number_of_processes > 1 and not processes.are_started() and not weights.exists():
         processes.launch(number_of_processes, finetune, clip, data, objective, settings, folder)
     if processes.from_main(weights.exists):
         return TrainResult(load_alike(clip, weights), pd.DataFrame(read_metadata(weights)["history"]), weights)

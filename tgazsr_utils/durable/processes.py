@@ -37,6 +37,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() and not _apart else 0
 
 
+def are_started() -> bool:
+    """Is this one of several, be it one that works by itself?"""
+    return dist.is_initialized()
+
+
 def is_main() -> bool:
     return rank() == 0
 
@@ -232,7 +237,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    numbers = [signal.SIGINT, signal.SIGTERM] if dist.is_initialized() else [signal.SIGINT]
+    numbers = [signal.SIGINT, signal.SIGTERM] if are_started() else [signal.SIGINT]
     previous = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in numbers}
     try:
         yield lambda: bool(seen)

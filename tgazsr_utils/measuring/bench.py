@@ -51,7 +51,7 @@ class Bench:
         though stored, are not returned.
         """
         wanted = [Measurement(clip, data, kind, protocol, method, seed) for data in sets for kind in (None, attack)]
-        if self.number_of_processes > 1 and processes.count() == 1 and any(self._to_do(clip, wanted)):
+        if self.number_of_processes > 1 and not processes.are_started() and any(self._to_do(clip, wanted)):
             processes.launch(self.number_of_processes, self._work, clip, wanted)
         else:
             self._work(clip, wanted)
