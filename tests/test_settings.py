@@ -127,7 +127,7 @@ def test_overrides_change_one_method_and_are_checked():
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text, value", [("8/255", 8), (" 0.5 / 255 ", 0.5), ("4", 4)])
+@pytest.mark.parametrize("text, value", [("8/255", 8), (" 0.5 / 255 ", 0.5), ("4/255.", 4), ("8.0/255.0", 8), ("4", 4)])
 def test_epsilons_may_be_written_as_fractions_of_255(text, value):
     assert AttackSettings(**GOOD | {"test_eps": text}).test_eps == value
     values = default_parameters("03_ablations") | {"train_eps": text, "test_eps_list": [text, 1]}

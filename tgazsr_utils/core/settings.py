@@ -13,7 +13,7 @@ def _not_a_boolean(value: Any) -> Any:
 
 
 def _of_255(value: Any) -> Any:
-    found = re.fullmatch(r"\s*([\d.]+)\s*/\s*255\s*", value) if isinstance(value, str) else None
+    found = re.fullmatch(r"\s*([\d.]+)\s*/\s*255(?:\.0*)?\s*", value) if isinstance(value, str) else None
     return found[1] if found else value
 
 
