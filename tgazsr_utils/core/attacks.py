@@ -69,7 +69,7 @@ def pgd(
         return images
     adversarial = _random_start(images, eps, norm, generator, cut=start == "cut" or not steps)
     bounds = ball(images, eps) if norm == "linf" else (images,)
-    ascent = _Ascent(text, *torch.tensor([eps, step_size], dtype=torch.float64), norm, loss, logit_loss)
+    ascent = _Ascent(text, _scalar(eps), _scalar(step_size), norm, loss, logit_loss)
     if protocol == "last":
         for _ in range(steps):
             adversarial, _ = clip.run(_step, adversarial.requires_grad_(True), bounds, labels, ascent)
@@ -97,6 +97,10 @@ class _Ascent(NamedTuple):
     norm: Norm
     loss: AttackLoss | None
     logit_loss: LogitLoss
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def _step(

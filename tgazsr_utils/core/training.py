@@ -81,7 +81,8 @@ def steps(
 
         names, numbers = log_values(step, loss, terms, optimizer)
         unsound = torch.maximum(unsound, (~numbers[[0, -1]].isfinite().all()).float())
-        optimizer.found_inf = unsound  # fused optimisers then leave all as it is, as a gradient scaler asks them to
+        # Fused optimisers then leave all as it is, as a gradient scaler asks them to.
+        optimizer.found_inf = unsound  # type: ignore[attr-defined]
         optimizer.step()
         yield Update(number, lr, names, numbers)
 
