@@ -267,6 +267,18 @@ def test_a_large_set_is_decoded_once_for_all_that_read_it(large, monkeypatch, ca
     assert len(list(load().batches(3))) == len(expected)
 
 
+def test_a_file_that_changes_under_its_name_and_size_is_decoded_anew(large):
+    load, _ = large
+    reader = load().images.files
+    path = Path(reader.source.where[int(reader.chosen[0])])
+    pad = lambda: path.write_bytes(path.read_bytes().ljust(50_000, b"\0"))  # bytes that no decoder reads
+    pad()
+    first = next(load().batches(1)).images
+    Image.fromarray(255 - np.asarray(Image.open(path).convert("RGB"))).save(path)
+    pad()
+    assert path.stat().st_size == 50_000 and not torch.equal(next(load().batches(1)).images, first)
+
+
 @pytest.mark.parametrize("why", ["no room", "unreadable", "interrupted", "no folder"])
 def test_what_cannot_be_kept_decoded_is_read_as_it_is_needed(why, large, photo_root, monkeypatch, capfd):
     load, keep = large

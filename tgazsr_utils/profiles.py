@@ -214,7 +214,7 @@ def check_prompts(settings: Any) -> list[str]:
         except ValueError:
             continue  # what cannot be read is said, or left out, where it is loaded
         _, prompts = with_labels(s, key, (), prompts)
-        for group in [same_tokens(arch, prompts) for arch in archs][0]:
+        for group in [same_tokens(arch, prompts) for arch in archs][0]:  # each arch may refuse a prompt as too long
             told.append(f"{key}: classes that cannot be told apart, as their prompts are the same tokens: {group}")
         if negates and split == "train":
             try:

@@ -7,11 +7,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import PIL
 import torch
 from filelock import FileLock
 from PIL import Image
@@ -29,6 +31,7 @@ OnBadImage = Literal["stop", "leave_out"]
 CPU = torch.device("cpu")
 KEEP_RESIDENT = 2**31  # bytes: a set to tune on is kept up to this size, on CUDA up to an eighth of the device's memory
 CHUNKS_AHEAD = 2  # decoded while another one is worked on
+_CODE = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
 FREE = 2**33  # bytes of a disk that are left to others
 
 
@@ -160,9 +163,12 @@ class DecodedOnce:
     def identity(self) -> list[Any]:
         return self.files.identity()
 
-    @property
+    @cached_property
     def path(self) -> Path:
-        return self.folder / f"{digest(*self.identity())}.uint8"
+        """Named by all that the pixels depend on: files, with their times, the code of this room, Pillow."""
+        where = [self.files.source.where[i] for i in self.files.chosen.tolist()]
+        times = [os.stat(file).st_mtime_ns if os.path.isfile(file) else 0 for file in where]
+        return self.folder / f"{digest(*self.identity(), times, _CODE, PIL.__version__)}.uint8"
 
     @property
     def shape(self) -> torch.Size:
