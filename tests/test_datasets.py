@@ -1,4 +1,7 @@
+import errno
+import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -250,7 +253,7 @@ def test_a_large_set_is_decoded_once_for_all_that_read_it(large, monkeypatch, ca
     monkeypatch.setattr(files.Files, "_decode", lambda self, *a: calls.append(a[0]) or inner(self, *a))
     data = load()
     assert re.search(
-        rf"animals: when first read, {len(data)} images .* decoded in {keep} \(0.0 GB\)", capfd.readouterr().out
+        rf"animals: as they are first read, {len(data)} images .* decoded in {keep} \(0.0 GB\)", capfd.readouterr().out
     )
     assert fingerprint(data) == fingerprint(plain) and not keep.exists()
     for again in (lambda: data, lambda: data, load):  # the last as another notebook has it
@@ -279,8 +282,31 @@ def test_a_file_that_changes_under_its_name_and_size_is_decoded_anew(large):
     assert path.stat().st_size == 50_000 and not torch.equal(next(load().batches(1)).images, first)
 
 
-@pytest.mark.parametrize("why", ["no room", "unreadable", "interrupted", "no folder"])
-def test_what_cannot_be_kept_decoded_is_read_as_it_is_needed(why, large, photo_root, monkeypatch, capfd):
+def test_first_images_do_not_wait_for_others_and_what_is_decoded_stays(large, monkeypatch):
+    (load, keep), whole = large, {"test_fraction": 1}
+    expected, calls, inner = list(load(keep=None, **whole).batches(1)), [], files.Files._decode
+    monkeypatch.setattr(files, "CHUNKS_AHEAD", 0)
+    monkeypatch.setattr(files.Files, "_decode", lambda self, *a: calls.append(a[0]) or inner(self, *a))
+    pieces = load(**whole).batches(1)
+    for _ in range(2):
+        next(pieces)
+    pieces.close()  # as Ctrl-C does
+    assert len(calls) <= 3 < len(expected)
+    part = list(load(**whole).batches([torch.tensor([4, 1])]))  # one is there, the other is not
+    assert torch.equal(part[0].images, torch.cat([expected[4].images, expected[1].images]))
+    again = list(load(**whole).batches(1))
+    assert all(torch.equal(one.images, other.images) for one, other in zip(expected, again, strict=True))
+    assert len(calls) <= len(expected) + 3
+    (path,) = keep.iterdir()
+    with open(path, "r+b") as file:  # as after a power cut: images that were not said to be there
+        file.write(bytes(path.stat().st_size))
+    assert all(
+        torch.equal(one.images, other.images) for one, other in zip(expected, load(**whole).batches(1), strict=True)
+    )
+
+
+@pytest.mark.parametrize("why", ["no room", "unreadable", "full disk", "deleted", "no folder"])
+def test_what_cannot_be_kept_decoded_is_read_as_it_is_needed(why, large, monkeypatch, capfd):
     load, keep = large
     left = len(load(keep=None))
     if why == "no room":
@@ -289,16 +315,23 @@ def test_what_cannot_be_kept_decoded_is_read_as_it_is_needed(why, large, photo_r
         reader = load().images.files
         Path(reader.source.where[int(reader.chosen[0])]).write_bytes(b"not an image")
         left -= 1
-    elif why == "interrupted":
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-            list(load().batches(3))
-    else:
+    elif why == "full disk":
+
+        def full(_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(files.os, "fsync", full)
+    elif why == "no folder":
         keep.parent.mkdir(parents=True)
         keep.write_text("a file")
     data = load(on_bad_image="leave_out")
-    assert sum(len(batch.rows) for batch in data.batches(3)) == left
-    kept = list(keep.glob("*.uint8")) if keep.is_dir() else []
-    assert len(kept) == (why == "interrupted") and not (keep.is_dir() and list(keep.glob("*.unfinished")))
-    said = capfd.readouterr().err
-    assert {"no room": "are not kept: ", "no folder": "cannot be kept in "}.get(why, "") in said
+    for _ in range(2):
+        found = 0
+        for batch in data.batches(3):
+            found += len(batch.rows)
+            if why == "deleted":
+                shutil.rmtree(keep, ignore_errors=True)
+        assert found == left
+    said = [line for line in capfd.readouterr().err.splitlines() if "cannot be kept in " in line]
+    reason = {"no room": " GB are free", "full disk": "No space left", "deleted": "No such file", "no folder": "exists"}
+    assert len(said) == (0 if why == "unreadable" else 2) and all(reason[why] in line for line in said)

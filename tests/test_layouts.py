@@ -130,6 +130,15 @@ def test_images_a_level_too_deep_are_named_at_once(tmp_path, capsys):
     assert said(tmp_path, capsys, "check")[0] == 1
 
 
+def test_sets_of_ones_own_one_level_too_deep_are_named_as_what_they_may_be(tmp_path, capsys):
+    for name in ("cats", "dogs"):
+        put_classes(tmp_path / "mine" / name, ["young", "old"])
+    hint = f"cats, dogs are image sets: give data_root {tmp_path / 'mine'}"
+    assert hint in "".join(said(tmp_path, capsys, "check", "mine")[1:])
+    put(tmp_path / "mine" / "cats" / "a.png")  # an image of its own: a class
+    assert "give data_root" not in "".join(said(tmp_path, capsys, "check", "mine")[1:])
+
+
 def test_imagenets_images_without_folders_are_refused_in_a_line_that_says_so(tmp_path, capsys):
     for i in range(3):
         jpeg(tmp_path / "ImageNet" / "val" / f"ILSVRC2012_val_{i:08d}.JPEG", 0)

@@ -277,7 +277,7 @@ def test_a_wrong_architecture_gets_the_closest_right_one(arch, close):
 )
 def test_prompts_that_the_text_tower_would_cut_are_refused(template):
     clip = load_clip("mini-clip", "mini", "cpu")
-    with pytest.raises(ValueError, match="prompt '.*' has [0-9]+ tokens, with start and end; mini-clip reads 32"):
+    with pytest.raises(ValueError, match="prompt '.*' is longer than the 32 tokens that mini-clip reads"):
         clip.encode_text([template.replace("{}", "cat")])
     assert clip.encode_text(["cat" + 29 * " a"]).shape == (1, 128)  # 30 tokens, start and end
 

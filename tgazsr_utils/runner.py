@@ -68,13 +68,13 @@ class Batch:
         self.manifest_path = folder / "manifest.json"
 
     def _parameters(self, notebook: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Of one that does not run, without what is given, if it could not run with that."""
+        """Of one that does not run, the profile's as they stand, if it could not run with what is given."""
         try:
             return parameters_of(notebook, self.profile, str(self.folder), given)
         except SettingsError:
             if notebook in self.chosen:
                 raise
-            return parameters_of(notebook, self.profile, str(self.folder), {})
+            return default_parameters(notebook) | profiles.layered(notebook, self.profile, {})
 
     def _check_models(self, notebook: str, before: Sequence[str]) -> None:
         """What it takes as "latest:NAME" must be there, or made by a notebook before."""

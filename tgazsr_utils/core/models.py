@@ -109,9 +109,11 @@ class Clip(nn.Module):
 
     def check_length(self, prompt: str) -> None:
         """Raises ValueError for a prompt of more tokens than the text tower reads: its end would be lost."""
-        tokens, limit = self.tokenizer, self.model.context_length
-        if len(prompt) > limit - 2 and hasattr(tokens, "encode") and (n := len(tokens.encode(prompt)) + 2) > limit:
-            raise ValueError(f"prompt {prompt[:120]!r} has {n} tokens, with start and end; {self.arch} reads {limit}")
+        limit = self.tokenizer.context_length
+        if len(prompt) > limit - 2:
+            read, more = (self.tokenizer([prompt], context_length=n)[0, :limit] for n in (limit, limit + 1))
+            if not torch.equal(read, more):
+                raise ValueError(f"prompt {prompt[:120]!r} is longer than the {limit} tokens that {self.arch} reads")
 
     def similarity(self, pooled: Tensor, text: Tensor) -> Tensor:
         """``exp(logit_scale) * cosine``: logits ``[B,C]`` of pooled tokens ``[B,D]`` and unit-norm text ``[C,D]``."""
@@ -168,8 +170,5 @@ def _compile(function: Callable) -> Callable:
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # fp32 is to mean fp32
     config = torch._dynamo.config
     config.recompile_limit = max(64, config.recompile_limit)  # other norms, losses, precisions are other graphs
-    if hasattr(
-        config, "trace_autograd_ops"
-    ):  # an attack's gradient is part of its graph; older versions split it there
-        config.trace_autograd_ops = True
+    config.trace_autograd_ops = True  # an attack's gradient is part of its graph
     return torch.compile(function)

@@ -57,15 +57,10 @@ def class_folders(
     beside = [path for part in (folder, *parts.values()) for path in _files(part)]
     if beside := [path for path in beside if _is_image(path) or not path.exists()]:
         told.append(f"{len(beside)} images or links to nothing lie in no class folder, such as {_some(beside, folder)}")
-    by_class: dict[str, list[Path]] = {}
-    for part in [folder] if not parts else parts.values():
-        for directory in folders(part):
-            if directory.name != "BACKGROUND_Google":  # of Caltech-101, no class
-                by_class.setdefault(directory.name, []).append(directory)
     files: list[Path] = []
     labels: list[int] = []
-    classes, others = [], []
-    for name, directories in sorted(by_class.items()):
+    classes, others, deep = [], [], True
+    for name, directories in _by_class(parts.values() or [folder]):
         found = {directory: images_below(directory) for directory in directories}
         others += [path for _, rest in found.values() for path in rest]
         if not any(images for images, _ in found.values()):
@@ -79,9 +74,23 @@ def class_folders(
         files += chosen
         labels += [len(classes)] * len(chosen)
         classes.append(name)
+        deep = deep and len(parents := {path.parent for path in paths}) > 1 and not parents & {*of_part}
+    if deep and files:
+        sets = f"{', '.join(classes[:3])} are image sets: give data_root {folder}"
+        told.append(f"all images lie in several folders of each class folder; if those are the classes, {sets}")
     if others:
         told.append(f"{len(others)} files are no images that can be read, such as {_some(others, folder)}")
     return from_files(files, labels, classes, folder, published=published, left_out=tuple(told))
+
+
+def _by_class(parts: Iterable[Path]) -> list[tuple[str, list[Path]]]:
+    """Each class, by name, with its folders in the parts."""
+    found: dict[str, list[Path]] = {}
+    for part in parts:
+        for directory in folders(part):
+            if directory.name != "BACKGROUND_Google":  # of Caltech-101, no class
+                found.setdefault(directory.name, []).append(directory)
+    return sorted(found.items())
 
 
 def _parts(inner: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:

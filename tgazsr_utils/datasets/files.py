@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import PIL
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -137,25 +136,33 @@ class KeptAtFileSize:
 
 @dataclass(frozen=True, eq=False)
 class DecodedOnce:
-    """Images kept decoded in a file that is mapped into memory; made when they are first read, for all that read later.
+    """Images kept decoded as they are first read, in a file mapped into memory by all that read them later.
 
-    The file can be deleted at any time. Where it cannot be made, as there is no room or an image cannot be read, images
-    are read as ``files`` reads them.
+    The file ends with a byte an image: 1 for one that is there. It can be deleted at any time. Where it cannot be made,
+    as there is no room, images are read as ``files`` reads them.
     """
 
-    name: str  # of the set
     files: Files
     folder: Path
 
     def read(self, chunks: Sequence[Tensor], device: torch.device = CPU) -> Iterator[tuple[Tensor, Tensor]]:
         """See ``core.images.ImageReader``."""
-        images = self._mapped()
-        if images is None:
+        try:
+            images, there = self._mapped()
+        except OSError as error:  # not to be written, a quota
+            self._cannot_keep(error)
             yield from self.files.read(chunks, device)
             return
-        for rows in chunks:
-            read = images[rows]
-            yield rows, read.pin_memory() if device.type == "cuda" else read
+        lacking, keep = [not there[rows].all() for rows in chunks], True
+        decoding = self.files.read([rows for rows, lacks in zip(chunks, lacking) if lacks], device)
+        for rows, lacks in zip(chunks, lacking):
+            if not lacks:
+                read = images[rows]
+                yield rows, read.pin_memory() if device.type == "cuda" else read
+                continue
+            rows, read = next(decoding)
+            keep = keep and self._keep(rows, read)
+            yield rows, read
 
     def pick(self, rows: Tensor) -> Files:
         return self.files.pick(rows)
@@ -174,37 +181,36 @@ class DecodedOnce:
     def shape(self) -> torch.Size:
         return torch.Size((len(self.files.chosen), 3, self.files.side, self.files.side))
 
-    def _mapped(self) -> Tensor | None:
-        """All images ``[N,3,S,S]``; None where they cannot be kept."""
-        if not self.path.exists():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with FileLock(self.path.with_suffix(".lock")):  # other processes wait for the one that makes it
-                    if not self.path.exists() and not self._make():
-                        return None
-            except OSError as error:  # a quota, a disk that others have filled
-                print(f"decoded images cannot be kept in {self.folder}: {error.strerror or error}", file=sys.stderr)
-                return None
-        kept = torch.from_file(str(self.path), shared=False, size=self.shape.numel(), dtype=torch.uint8)
-        return kept.view(self.shape)
+    def _mapped(self) -> tuple[Tensor, Tensor]:
+        """Images ``[N,3,S,S]``, and which are there ``[N]``. Raises OSError where they cannot be kept."""
+        pixels, size = self.shape.numel(), self.shape.numel() + self.shape[0]
+        if not self.path.exists() or self.path.stat().st_size != size:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if (free := shutil.disk_usage(self.folder).free) < size + FREE:
+                raise OSError(f"they take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+            with open(self.path, "ab") as file:
+                file.truncate(size)  # takes no room yet
+        kept = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
+        return kept[:pixels].view(self.shape), kept[pixels:]
 
-    def _make(self) -> bool:
-        """Decodes all images into the file. False where there is no room, or an image cannot be read."""
-        unfinished, free = self.path.with_suffix(".unfinished"), shutil.disk_usage(self.folder).free
-        if free < self.shape.numel() + FREE:
-            size = f"{self.shape.numel() / 1e9:.1f} GB"
-            print(f"decoded images ({size}) are not kept: {self.folder} has {free / 1e9:.1f} GB free", file=sys.stderr)
-            return False
+    def _keep(self, rows: Tensor, images: Tensor) -> bool:
+        """Writes images, and only when they are on the disk that they are there. False where it cannot."""
         try:
-            with open(unfinished, "wb") as file:
-                for _, read in _decode_in_order(self.name, self.files):
-                    file.writelines(one.image.numpy() for one in read)
-            if unfinished.stat().st_size < self.shape.numel():  # what was left out has been told
-                return False
-            os.replace(unfinished, self.path)
+            with open(self.path, "r+b", buffering=0) as file:
+                for row, image in zip(rows.tolist(), images.numpy()):
+                    file.seek(row * image.size)
+                    file.write(image)
+                os.fsync(file.fileno())
+                for row in rows.tolist():
+                    file.seek(self.shape.numel() + row)
+                    file.write(b"\1")
             return True
-        finally:
-            unfinished.unlink(missing_ok=True)
+        except OSError as error:  # a disk that others have filled; a file that has been deleted
+            self._cannot_keep(error)
+            return False
+
+    def _cannot_keep(self, error: OSError) -> None:
+        print(f"decoded images cannot be kept in {self.folder}: {error.strerror or error}", file=sys.stderr, flush=True)
 
 
 def resident(data: ImageSet, device: torch.device) -> ImageSet:

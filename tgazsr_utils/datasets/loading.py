@@ -88,8 +88,8 @@ def load_dataset(
         return decoded(data)
     if keep is None or not decode:
         return data
-    if not (once := DecodedOnce(key, data.images, keep)).path.exists():
-        print(f"{key}: when first read, {len(data)} images are kept decoded in {keep} ({size / 1e9:.1f} GB)")
+    if not (once := DecodedOnce(data.images, keep)).path.exists():
+        print(f"{key}: as they are first read, {len(data)} images are kept decoded in {keep} ({size / 1e9:.1f} GB)")
     return replace(data, images=once)
 
 
