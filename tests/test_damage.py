@@ -385,6 +385,7 @@ def in_namespace(script):
     return done.stdout, done.stderr
 
 
+@pytest.mark.long
 @can_mount
 def test_a_full_disk_stops_the_run_with_its_cause_and_leaves_earlier_results(tmp_path):
     """Eight MiB hold records, perhaps a checkpoint, not the weights; with room (--long) the same command ends well."""

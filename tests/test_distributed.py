@@ -163,6 +163,7 @@ NOTEBOOK = SETTINGS.model_dump() | {
 }
 
 
+@pytest.mark.long
 def test_torchrun_fills_the_folder_that_a_notebook_then_only_reads(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     given = {"output": str(out), "testdata": "[shapes, letters]", "methods": "[TGA-ZSR]", "check_images": "2"}

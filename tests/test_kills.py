@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 
+import pytest
 import torch
 from conftest import own_environment, run_all, size, train_settings
 from safetensors.torch import load_file
@@ -110,6 +111,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_been(tmp
         print(f"\n{done} kills in {rounds} runs, seed {seed}: each run ended as the undisturbed one", flush=True)
 
 
+@pytest.mark.long
 def test_the_whole_run_killed_and_started_again(tmp_path, request, capsys):
     """run_all.sh, which becomes the runner: while its notebook starts, trains, or measures; with --long, thrice."""
     chance = random.Random(request.config.option.kills_seed)

@@ -6,6 +6,7 @@ import shutil
 
 import nbformat
 import pandas as pd
+import pytest
 from conftest import size
 
 from tgazsr_utils import profiles, runner
@@ -17,6 +18,7 @@ def the_readmes_cell():
     return re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1).strip()
 
 
+@pytest.mark.long
 def test_a_cell_of_ten_lines_brings_a_method_into_the_leaderboard(tmp_path, monkeypatch, capfd):
     cell = the_readmes_cell()
     assert len(cell.splitlines()) <= 10

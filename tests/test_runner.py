@@ -428,6 +428,7 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(smoke, capfd):
     assert out.exists() and not [path for path in out.parent.iterdir() if "-before-" in path.name]
 
 
+@pytest.mark.long
 def test_the_photo_profile_runs_on_folders_of_photographs(photo_root, tmp_path_factory, capfd):
     """Without --long, only what is looked at, and 01 with the pre-trained model in place of the tuned one."""
     out = tmp_path_factory.mktemp("photo") / "out"  # not below the folder of image sets

@@ -5,7 +5,6 @@ from tgazsr_utils import open_workbook
 from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.objectives import OBJECTIVES, Step
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
-from tgazsr_utils.measuring.ablations import plan
 from tgazsr_utils.parameters import (
     NOTEBOOKS,
     AblationNotebook,
@@ -152,12 +151,6 @@ def test_the_released_attack_is_for_one_protocol_and_not_for_autoattack():
     ):
         with pytest.raises(SettingsError, match=message):
             validate(EvaluateNotebook, values | changes)
-    ablations = validate(AblationNotebook, default_parameters("03_ablations") | {"attack_precision": "released-fp16"})
-    kinds = {variant.attack.label: variant.attack.attack_precision for variant in plan(ablations)["attacks"]}
-    assert kinds == {"pgd-10-released-fp16": "released-fp16", "pgd-10": "model"} | {
-        "cw-10-released-fp16": "released-fp16",
-        "autoattack-100": "model",
-    }
 
 
 def test_an_attack_may_be_named_as_in_the_original_code():

@@ -287,7 +287,8 @@ class AblationNotebook(MeasureSettings):
     train_numsteps_list: Distinct[Count]
     test_numsteps_list: Distinct[Count]
     last_num_ft_list: Distinct[Natural]  # 0: the whole encoder
-    attack_images: Count  # for each set, under the attacks of "epsilon" and "attacks"
+    lr_list: Distinct[Positive]
+    attack_images: Count  # for each set, under the attacks of "epsilon"
     attack_sets: Count | None = None  # of the sets, evenly chosen, under these; None: all
 
     @property
@@ -316,6 +317,15 @@ class AblationNotebook(MeasureSettings):
         return names
 
 
+class HoldNotebook(MeasureSettings):
+    """06_does_it_hold"""
+
+    Alpha_list: Annotated[list[NonNegative], AfterValidator(_distinct)]  # of TGA-ZSR, each with its own Beta
+    Beta_list: Annotated[list[NonNegative], AfterValidator(_distinct)]  # of TGA-ZSR, each with its own Alpha
+    test_numsteps_list: Distinct[Count]
+    attack_sets: Count | None = None  # of the sets, evenly chosen; None: all
+
+
 class ExplorerNotebook(CandidateSettings, FinetuneSettings, AttackSettings):
     """05_alpha_beta_explorer"""
 
@@ -324,7 +334,15 @@ class ExplorerNotebook(CandidateSettings, FinetuneSettings, AttackSettings):
     test_images: Count  # to choose from
 
 
-_BOOKS = PretrainNotebook, AttentionShiftNotebook, TrainNotebook, AblationNotebook, EvaluateNotebook, ExplorerNotebook
+_BOOKS = (
+    PretrainNotebook,
+    AttentionShiftNotebook,
+    TrainNotebook,
+    AblationNotebook,
+    EvaluateNotebook,
+    ExplorerNotebook,
+    HoldNotebook,
+)
 NOTEBOOKS: dict[str, type[WorkbookSettings]] = {book.__doc__: book for book in _BOOKS}  # by the name that each states
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -369,9 +387,10 @@ _OF_AN_ATTACK = "train_eps", "train_stepsize", "train_numsteps", "train_start"
 _READ_BY = {  # parameter of notebook 03 -> ablations that it is for
     **dict.fromkeys(("Alpha_list", "Beta_list"), {"alpha_beta"}),
     **dict.fromkeys(("train_eps_list", "test_eps_list", "train_numsteps_list"), {"epsilon"}),
-    **dict.fromkeys(("test_numsteps_list", "attack_images", "attack_sets"), {"epsilon", "attacks"}),
+    **dict.fromkeys(("test_numsteps_list", "attack_images", "attack_sets"), {"epsilon"}),
     "last_num_ft_list": {"tuned_part"},
-    "methods": {"attacks", "seeds"},
+    "methods": {"seeds", "learning_rate"},
+    "lr_list": {"learning_rate"},
 }
 
 
@@ -385,6 +404,9 @@ def without_effect(settings: Settings) -> dict[str, str]:
         chosen = {*ABLATIONS} if s.ablations in ("cut", "all") else {*s.ablations}
         of = {name: readers for name, readers in _READ_BY.items() if not readers & chosen}
         found |= {name: f"it is for the ablations {', '.join(sorted(readers))}" for name, readers in of.items()}
+    elif isinstance(s, HoldNotebook):
+        names = ("attack", "test_stepsize", "attack_precision", "protocol", "autoattack_version")
+        found |= dict.fromkeys(names, "this notebook runs attacks of its own")
     elif isinstance(s, AttackSettings):
         attacks = {s.attack, *map(str.lower, getattr(s, "other_attacks", ()))}
         if "autoattack" not in attacks:

@@ -420,4 +420,4 @@ def of_ablation(name: str, table: pd.DataFrame, seeds: pd.DataFrame, title: str)
     title = f"{title[:-1]}; 95 % intervals over {' or '.join(table.interval.unique())})"
     if name == "epsilon":
         return budgets(table, title)
-    return ablation(table, seeds, title, ("robust",) if name == "attacks" else ("robust", "clean", "average"))
+    return ablation(table, seeds, title, ("robust",) if name == "does_it_hold" else KINDS)

@@ -38,6 +38,7 @@ class Variant:
     seeds: tuple[int, ...]
     few_images: bool = False  # measured on ``attack_images`` of each set: many or long attacks on one model
     in_cut: bool = True  # part of the quick look
+    transfer: bool = False  # attacked against the untuned model
 
 
 def base_training(s: AblationSettings, method: str = "TGA-ZSR") -> FinetuneSettings:
@@ -56,6 +57,7 @@ def variant(
     seeds: Sequence[int] | None = None,
     few_images: bool = False,
     in_cut: bool = True,
+    transfer: bool = False,
     **changes: Any,
 ) -> Variant:
     """A variant trained with ``base_training``, that of its ``own`` method or of TGA-ZSR, but for ``changes``."""
@@ -65,7 +67,7 @@ def variant(
     else:
         training = FinetuneSettings(**base_training(s, method if own else "TGA-ZSR").model_dump() | changes)
     attacked = s.only(AttackSettings, **attack)
-    return Variant(label, method, training, attacked, protocol or s.protocol, seeds, few_images, in_cut)
+    return Variant(label, method, training, attacked, protocol or s.protocol, seeds, few_images, in_cut, transfer)
 
 
 def loss_parts(s: AblationSettings) -> Iterator[Variant]:
@@ -133,20 +135,6 @@ def tuned_part(s: AblationSettings) -> Iterator[Variant]:
         yield variant(s, label, last_num_ft=last, in_cut=last in (0, s.last_num_ft_list[-1]))
 
 
-def attacks(s: AblationSettings) -> Iterator[Variant]:
-    """Does robustness hold against stronger attacks, and when every iterate counts?"""
-    steps, strong = s.test_numsteps, [n for n in s.test_numsteps_list if n > s.test_numsteps][-1:]
-    pgd = product((steps, *strong), ("last", "worst"))
-    kinds = [(f"PGD-{n}, {protocol}", "pgd", n, protocol) for n, protocol in pgd]
-    kinds += [(f"CW-{steps}, last", "cw", steps, "last"), ("AutoAttack", "autoattack", 100, "worst")]
-    for method, (kind, name, n, protocol) in product([*s.methods, UNTUNED], kinds):
-        label, attack = {"method": method, "attack": kind}, {"attack": name, "test_numsteps": n}
-        if protocol == "worst":
-            attack["attack_precision"] = "model"  # the released one is read at the last iterate
-        quick = method != UNTUNED and (name != "pgd" or n == steps)
-        yield variant(s, label, method, own=True, attack=attack, protocol=protocol, few_images=True, in_cut=quick)
-
-
 def seeds(s: AblationSettings) -> Iterator[Variant]:
     """How much is chance?"""
     few = range(s.seed, s.seed + (2 if s.ablations == "cut" else 3))
@@ -155,12 +143,20 @@ def seeds(s: AblationSettings) -> Iterator[Variant]:
         yield variant(s, {"method": method}, method, own=True, seeds=several)
 
 
+def learning_rate(s: AblationSettings) -> Iterator[Variant]:
+    """Which learning rate suits each method? One grid for all, on the sets that are measured."""
+    for method in s.methods:
+        own = base_training(s, method).lr
+        for lr in _first(own, s.lr_list):
+            yield variant(s, {"method": method, "lr": lr}, method, own=True, in_cut=lr == own, lr=lr)
+
+
 def _first(base: Any, values: Sequence | Iterator) -> list:
     return [base, *(value for value in values if value != base)]
 
 
 ABLATIONS: dict[str, Callable[[AblationSettings], Iterator[Variant]]] = {
-    f.__name__: f for f in (loss_parts, distance, attention, alpha_beta, epsilon, tuned_part, attacks, seeds)
+    f.__name__: f for f in (loss_parts, distance, attention, alpha_beta, epsilon, tuned_part, seeds, learning_rate)
 }
 
 
@@ -206,7 +202,8 @@ class Sweep:
         for seed in v.seeds:
             clip = self.original if v.training is None else self._tuned(v, seed)
             sets = self.parts if v.few_images else self.tests
-            records += self.bench.measure(clip, sets, v.attack, v.protocol, method=v.method, seed=seed)
+            how = {"method": v.method, "seed": seed, "source": self.original if v.transfer else None}
+            records += self.bench.measure(clip, sets, v.attack, v.protocol, **how)
         return records
 
     def _path(self, v: Variant, seed: int) -> Path:
@@ -226,7 +223,7 @@ class Sweep:
 
 
 # What a variant is compared with is the first one that agrees with it in these; elsewhere the first one of all.
-COMPARED_WITHIN = {"attacks": ("method",), "epsilon": ("test_eps", "test_numsteps")}
+COMPARED_WITHIN = {"learning_rate": ("method",), "does_it_hold": ("model",), "epsilon": ("test_eps", "test_numsteps")}
 
 
 def table(name: str, done: Sequence[tuple[Variant, list[Record]]]) -> pd.DataFrame:

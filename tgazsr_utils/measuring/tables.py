@@ -69,8 +69,8 @@ def summary(records: Sequence[Record]) -> dict[str, float | str]:
         halves = student_t.ppf(0.975, len(means) - 1) * means.std(skipna=False) / np.sqrt(len(means))
         interval = f"{len(means)} seeds"
     else:
-        robust = {r.data: _bits(r) for r in records if r.attack != "none"}
-        clean = {r.data: _bits(r) for r in records if r.attack == "none"}
+        robust = {r.data: bits(r) for r in records if r.attack != "none"}
+        clean = {r.data: bits(r) for r in records if r.attack == "none"}
         both = {data: (robust[data] + clean[data]) / 2 for data in robust if data in clean}
         kinds = {"robust": robust, "clean": clean, "average": both}
         # One success and one failure more in each set: a set of few images that are all right is no certainty.
@@ -185,7 +185,7 @@ def paired_difference(a: Sequence[Record], b: Sequence[Record]) -> tuple[float, 
         raise ValueError("a paired difference needs both methods measured on the same images and seeds")
     by_set: dict[str, list[np.ndarray]] = {}
     for r in a:
-        difference = _bits(r).astype(float) - _bits(match[key(r)])
+        difference = bits(r).astype(float) - bits(match[key(r)])
         by_set.setdefault(r.data, []).append(difference)
     each_image = [np.mean(seeds, axis=0) for seeds in by_set.values()]  # seeds share images: first averaged for each
     mean = 100 * np.mean([d.mean() for d in each_image])
@@ -244,7 +244,8 @@ def _beside_each_seed(a: Sequence[Record], b: Sequence[Record]) -> tuple[list[Re
     return list(a), repeat(b, seeds_a) if len(seeds_b) == 1 else list(b)
 
 
-def _bits(record: Record) -> np.ndarray:
+def bits(record: Record) -> np.ndarray:
+    """Which images were right ``[n]``, 0 or 1."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(record.hits), np.uint8))[: record.n]
 
 

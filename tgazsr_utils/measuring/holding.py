@@ -1,0 +1,102 @@
+"""Does robustness hold? Models under attacks of other steps and losses, without gradients, against other models."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+from tgazsr_utils.measuring.ablations import UNTUNED, Variant, base_training, variant
+from tgazsr_utils.measuring.records import Record
+from tgazsr_utils.measuring.tables import bits, paired_difference, per_seed
+
+ALL = "all of these"  # an image counts if it withstands every attack
+BASELINE = "TeCoA"
+Done = Sequence[tuple[Variant, list[Record]]]
+
+
+def models(s: Any) -> dict[str, tuple[str, dict[str, float]]]:
+    """Name -> method and what is not as it was published: the untuned model, methods, TGA-ZSR's neighbours."""
+    own, found = base_training(s), {name: (name, {}) for name in (UNTUNED, *s.methods)}
+    found |= {f"TGA-ZSR, Beta {b:g}": ("TGA-ZSR", {"Beta": b}) for b in s.Beta_list if b != own.Beta}
+    return found | {f"TGA-ZSR, Alpha {a:g}": ("TGA-ZSR", {"Alpha": a}) for a in s.Alpha_list if a != own.Alpha}
+
+
+def attacks(s: Any) -> dict[str, dict[str, Any]]:
+    """Name -> what ``ablations.variant`` takes of it, that of the paper first: PGD with steps as long as epsilon."""
+    n, eps, most = s.test_numsteps, s.test_eps, max(s.test_numsteps, *s.test_numsteps_list)
+    of = lambda name, steps=n, part=1, **more: (
+        {"attack": name, "test_numsteps": steps, "test_stepsize": eps / part} | more
+    )
+    found: dict[str, dict[str, Any]] = {f"PGD-{n}, step ε": {"attack": of("pgd")}}
+    for steps in sorted({n, *s.test_numsteps_list}):
+        for part, step in ((1, "ε"), (4, "ε/4")):
+            found[f"PGD-{steps}, step {step}"] = {"attack": of("pgd", steps, part)}
+    found[f"PGD-{n}, fp16 as released"] = {"attack": of("pgd", attack_precision="released-fp16")}
+    found[f"CW-{n}"] = {"attack": of("cw")}
+    found["APGD-CE"], found["APGD-T"] = ({"attack": of(name, most)} for name in ("apgd-ce", "apgd-t"))
+    found["Square"] = {"attack": of("square", square_queries=s.square_queries)}
+    found[f"PGD-{most} made on {UNTUNED}"] = {"attack": of("pgd", most, 4), "transfer": True}
+    return found
+
+
+def variants(s: Any) -> list[Variant]:
+    """Each model under each attack; the untuned one is not attacked against itself once more."""
+    return [
+        variant(s, {"model": model, "attack": name}, method, own=True, protocol="last", few_images=True, **how, **other)
+        for model, (method, other) in models(s).items()
+        for name, how in attacks(s).items()
+        if not (model == UNTUNED and how.get("transfer"))
+    ]
+
+
+def by_model(done: Done) -> dict[str, dict[str, list[Record]]]:
+    """model -> attack -> records, in order, with ``ALL`` at the end."""
+    found: dict[str, dict[str, list[Record]]] = {}
+    for v, records in done:
+        found.setdefault(v.label["model"], {})[v.label["attack"]] = records
+    return {model: of | {ALL: _combined(np.logical_and, *of.values())} for model, of in found.items()}
+
+
+def with_all(done: Done) -> list[tuple[Variant, list[Record]]]:
+    """The same, and each model under ``ALL``."""
+    together = {model: of[ALL] for model, of in by_model(done).items()}
+    last = {v.label["model"]: v for v, _ in done}
+    rows = [(replace(v, label=v.label | {"attack": ALL}), together[model]) for model, v in last.items()]
+    return sorted([*done, *rows], key=lambda row: list(last).index(row[0].label["model"]))
+
+
+def _combined(of_bits: np.ufunc, *parts: Sequence[Record]) -> list[Record]:
+    """Records as those of the first part, with each image's bits under attack combined over all parts."""
+    others = [{(r.data, r.seed): bits(r) for r in part if r.attack != "none"} for part in parts]
+    found = []
+    for r in parts[0]:
+        if r.attack != "none":
+            value = reduce(of_bits, (part[r.data, r.seed] for part in others)).astype(np.uint8)
+            about = {"attack": ALL, "settings": {}, "protocol": "worst", "correct": int(value.sum())}
+            r = r.model_copy(update=about | {"hits": np.packbits(value).tobytes().hex()})
+        found.append(r)
+    return found
+
+
+def answer(done: Done) -> str:
+    """A sentence a model, and one that says whether the published attack flatters one more than ``BASELINE``."""
+    lines, flattered = [], {}
+    attacked = lambda records: [r for r in records if r.attack != "none"]
+    for model, of in by_model(done).items():
+        (name, first), together = next(iter(of.items())), of[ALL]
+        if not attacked(first):
+            lines.append(f"{model}: not counted, as the attack cannot be trusted.")
+            continue
+        flattered[model] = attacked(_combined(np.greater, first, together))
+        before, after = (per_seed(records).robust.mean() for records in (first, together))
+        change = "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*paired_difference(attacked(together), attacked(first)))
+        lines.append(f"{model}: {before:.1f} % withstands {name}, {after:.1f} % {ALL}: {change}.")
+    others = [model for model in flattered if model not in (UNTUNED, BASELINE) and BASELINE in flattered]
+    for model in others:
+        more, low, high = paired_difference(flattered[model], flattered[BASELINE])
+        verdict = "flatters" if low > 0 else "does not flatter" if high < 0 else "is not shown to flatter"
+        by = f"by {more:+.1f} points [{low:+.1f}, {high:+.1f}]"
+        lines.append(f"The published attack {verdict} {model} more than {BASELINE}: {by}.")
+    return "\n".join(lines)
