@@ -128,7 +128,7 @@ def test_what_another_notebook_trained_is_shared_and_stays_the_latest(sweep, tmp
 
 def hurried(variants):
     """With fewer steps of AutoAttack, but for --long."""
-    steps = lambda v: size(20, v.attack.test_numsteps) if v.attack.attack == "autoattack" else v.attack.test_numsteps
+    steps = lambda v: size(20, v.attack.test_numsteps) if v.attack.attack == "apgd" else v.attack.test_numsteps
     fewer = lambda v: replace(v, attack=v.attack.model_copy(update={"test_numsteps": steps(v)}))
     return {name: list(map(fewer, part)) for name, part in variants.items()}
 
@@ -160,7 +160,7 @@ def test_a_sweep_resumes_and_does_nothing_twice(sweep, monkeypatch):
         robust = attacks.loc[method].robust
         np.testing.assert_allclose(attacks.loc[method].robust_minus_first.iloc[1:], robust.iloc[1:] - robust.iloc[0])
         assert robust["PGD-2, worst"] <= robust["PGD-2, last"]
-        assert robust["PGD-4, worst"] <= robust["PGD-4, last"] and robust["AutoAttack"] <= robust["PGD-4, worst"]
+        assert robust["PGD-4, worst"] <= robust["PGD-4, last"] and robust["APGD-100"] <= robust["PGD-4, worst"]
         assert attacks.loc[method].clean.nunique() == 1
 
 

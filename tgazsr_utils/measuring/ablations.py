@@ -138,7 +138,7 @@ def attacks(s: AblationSettings) -> Iterator[Variant]:
     steps, strong = s.test_numsteps, [n for n in s.test_numsteps_list if n > s.test_numsteps][-1:]
     pgd = product((steps, *strong), ("last", "worst"))
     kinds = [(f"PGD-{n}, {protocol}", "pgd", n, protocol) for n, protocol in pgd]
-    kinds += [(f"CW-{steps}, last", "cw", steps, "last"), ("AutoAttack", "autoattack", 100, "worst")]
+    kinds += [(f"CW-{steps}, last", "cw", steps, "last"), ("APGD-100", "apgd", 100, "worst")]
     for method, (kind, name, n, protocol) in product([*s.methods, UNTUNED], kinds):
         label, attack = {"method": method, "attack": kind}, {"attack": name, "test_numsteps": n}
         if protocol == "worst":
