@@ -1,4 +1,5 @@
-"""Miniatures of the published on-disk layouts of the 16 sets, for tests: a few classes, two images each.
+"""Miniatures of the published on-disk layouts of the 16 sets and further ones, for tests: a few classes, two images
+each.
 
 An image's colour tells its class: red is 40 + 50 times the label (modulo 200). Blue grows from left to right, so that a
 crop differs from a squeeze. Parts to tune on are smaller than parts to test on.
@@ -171,6 +172,24 @@ def imagenet(root: Path) -> None:
     folders(root / "ImageNet" / "val", ["n01440764", "n01443537"], "ILSVRC2012_val_{:08d}.JPEG")
 
 
+def imagenet_v2(root: Path) -> None:
+    """Folders are numbers; in the order of their names "10" is before "2"."""
+    folders(root / "imagenetv2-matched-frequency-format-val", ["0", "10", "2"], "{:04d}.jpeg")
+
+
+def imagenet_r(root: Path) -> None:
+    folders(root / "imagenet-r", ["n01443537", "n01484850"], "art_{}.jpg")
+    text(root / "imagenet-r" / "README.txt", "n01443537 goldfish")
+
+
+def imagenet_a(root: Path) -> None:
+    folders(root / "imagenet-a", ["n01498041", "n01531178"], "0.000{}_fox squirrel.jpg")
+
+
+def imagenet_sketch(root: Path) -> None:
+    folders(root / "ImageNet-Sketch", ["n01440764", "n01443537"], "sketch_{}.JPEG")
+
+
 def caltech101(root: Path) -> None:
     names = ["BACKGROUND_Google", "Faces_easy", "yin_yang"]
     folders(root / "caltech101" / "101_ObjectCategories", names)
@@ -224,6 +243,10 @@ WRITERS = {
     "Caltech256": caltech256,
     "StanfordCars": cars,
     "PCAM": pcam,
+    "ImageNet-V2": imagenet_v2,
+    "ImageNet-R": imagenet_r,
+    "ImageNet-A": imagenet_a,
+    "ImageNet-Sketch": imagenet_sketch,
 }
 
 

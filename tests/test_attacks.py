@@ -11,7 +11,7 @@ from tgazsr_utils.core.attacks import cw, cw_margin, pgd, run_attack
 from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.measuring.autoattack import autoattack
+from tgazsr_utils.measuring.autoattack import VERSIONS, autoattack, square
 
 EPS = 3 / 255
 
@@ -209,8 +209,20 @@ def test_autoattack_finds_at_least_what_pgd_does(mini, shapes, norm, eps):
     assert adversarial.min() >= 0 and adversarial.max() <= 1
 
 
-@pytest.mark.parametrize("classes, expected", [(2, ["apgd-ce"]), (3, ["apgd-ce", "apgd-dlr"])])
-def test_autoattack_leaves_dlr_out_for_two_classes(mini, classes, expected, monkeypatch):
+PARTS = {  # version and number of classes -> what is run
+    ("apgd-ce", 9): ["apgd-ce"],
+    ("apgd", 2): ["apgd-ce"],
+    ("apgd", 3): ["apgd-ce", "apgd-dlr"],
+    ("apgd-t", 2): ["apgd-ce"],
+    ("apgd-t", 3): ["apgd-ce"],
+    ("apgd-t", 4): ["apgd-ce", "apgd-t"],
+    ("apgd-t", 12): ["apgd-ce", "apgd-t"],
+}
+
+
+@pytest.mark.parametrize("version, classes", PARTS)
+def test_a_part_of_autoattack_that_needs_more_classes_is_left_out(mini, version, classes, monkeypatch):
+    """And there are no more targets than classes, and at most nine."""
     import pyautoattack
 
     chosen = []
@@ -218,17 +230,19 @@ def test_autoattack_leaves_dlr_out_for_two_classes(mini, classes, expected, monk
     class Watched(pyautoattack.AutoAttack):
         def run_standard_evaluation(self, *args, **options):
             chosen.extend(self.attacks_to_run)
-            assert self.apgd.n_iter == 3 and self.apgd.n_restarts == 1
+            for part in (self.apgd, self.apgd_targeted):
+                assert part.n_iter == 3 and part.n_restarts == 1
+            assert self.apgd_targeted.n_target_classes == min(9, classes - 1)
             return super().run_standard_evaluation(*args, **options)
 
     monkeypatch.setattr(pyautoattack, "AutoAttack", Watched)
-    data = load_dataset("shapes", "test", n=6)
+    data = load_dataset("colour_shapes", "test", n=12)
     text = mini.encode_text(data.prompts)[:classes]
-    autoattack(mini, data.images.float() / 255, data.labels % classes, text, EPS, steps=3)
-    assert chosen == expected
+    autoattack(mini, data.images.float() / 255, data.labels % classes, text, EPS, steps=3, version=version)
+    assert chosen == PARTS[version, classes] and len(text) == classes
 
 
-@pytest.mark.parametrize("classes", [4, 6])
+@pytest.mark.parametrize("classes", [2, 4, 6])
 def test_the_standard_autoattack_runs_all_its_attacks(mini, classes, monkeypatch):
     """At epsilon 0 every image withstands all four; fewer steps than the published ones, so that it ends soon."""
     import pyautoattack
@@ -239,6 +253,7 @@ def test_the_standard_autoattack_runs_all_its_attacks(mini, classes, monkeypatch
         def run_standard_evaluation(self, *args, **options):
             targets = [self.apgd_targeted.n_target_classes, self.fab.n_target_classes]
             assert targets == [min(9, classes - 1)] * 2 and self.square.n_queries == 5000
+            assert [(part.n_iter, part.n_restarts) for part in (self.apgd, self.apgd_targeted)] == [(100, 1)] * 2
             for name in ("apgd", "apgd_targeted", "fab", "square"):
                 part = getattr(self, name)
                 part.n_iter, part.n_queries = 2, 2
@@ -252,17 +267,58 @@ def test_the_standard_autoattack_runs_all_its_attacks(mini, classes, monkeypatch
     few = data.subset(4, 0)
     images, text = few.images.float() / 255, mini.encode_text(data.prompts)[:classes]
     labels = mini.logits(images, text).argmax(1)
-    assert torch.equal(autoattack(mini, images, labels, text, 0.0, version="standard"), images)
-    assert ran == ["apgd", "apgd_targeted", "fab", "square"]
+    assert torch.equal(autoattack(mini, images, labels, text, 0.0, steps=7, version="standard"), images)
+    assert ran == ["apgd", *(["apgd_targeted"] if classes > 3 else []), "fab", "square"]
 
 
-@pytest.mark.parametrize("run", [pgd, cw, autoattack])
+def outcomes(mini, data, names, eps=3):
+    """Which images each attack leaves right, by name, all by ``run_attack``."""
+    text, images = mini.encode_text(data.prompts), data.images.float() / 255
+    right, noise = {}, Noise(0, torch.arange(len(data)))
+    for name in names:
+        settings = AttackSettings(attack=name, test_eps=eps, test_stepsize=1, test_numsteps=5, square_queries=20)
+        attacked = run_attack(mini, images, data.labels, text, settings, "last", noise)
+        assert ((attacked.double() - images.double()).abs() <= eps / 255 + 1e-7).all()
+        right[name] = mini.logits(attacked, text).argmax(1) == data.labels
+    return right
+
+
+def test_every_attack_runs_by_its_name_and_none_is_weaker_than_its_parts(mini):
+    data = load_dataset("colour_shapes", "test", n=size(12, 40))  # more than ten classes
+    right = outcomes(mini, data, ["pgd", "cw", "apgd-ce", "apgd", "apgd-t", "square"])
+    left = {name: int(of.sum()) for name, of in right.items()}
+    clean = (mini.logits(data.images.float() / 255, mini.encode_text(data.prompts)).argmax(1) == data.labels).sum()
+    assert not (right["apgd"] & ~right["apgd-ce"]).any() and not (right["apgd-t"] & ~right["apgd-ce"]).any()
+    assert max(left["apgd"], left["apgd-t"]) <= left["apgd-ce"] <= left["pgd"] < left["square"] <= clean
+
+
+@pytest.mark.long
+def test_the_whole_autoattack_leaves_no_more_than_any_other(mini):
+    data = load_dataset("shapes", "test", n=12)
+    left = {
+        name: int(of.sum()) for name, of in outcomes(mini, data, ["pgd", "apgd-t", "square", "standard"], 2).items()
+    }
+    assert 0 < left["standard"] <= min(left.values())
+
+
+def test_the_square_attack_repeats_itself_and_gives_the_clean_image_where_none_fools(mini, shapes):
+    shapes = shapes.subset(16, 0)
+    text, images, seeded = mini.encode_text(shapes.prompts), shapes.images.float() / 255, torch.Generator().manual_seed
+    run = lambda seed: square(mini, images, shapes.labels, text, 8 / 255, steps=20, generator=seeded(seed))
+    found = run(0)
+    assert torch.equal(found, run(0)) and not torch.equal(found, run(1))
+    kept = (found == images).flatten(1).all(1)
+    right = lambda x: mini.logits(x, text).argmax(1) == shapes.labels
+    assert torch.equal(kept, right(found) | ~right(images)) and 0 < kept.sum() < len(shapes)
+
+
+@pytest.mark.parametrize("run", [pgd, cw, autoattack, square])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_an_empty_batch_and_half_precision(mini, shapes, run, norm):
     text, few = mini.encode_text(shapes.prompts), shapes.subset(3, 0)
     images = few.images.float() / 255
     assert run(mini, images[:0], few.labels[:0], text, EPS, EPS, 2, norm=norm).shape == (0, *images.shape[1:])
-    if run is not autoattack:
+    if run in (pgd, cw):
         adversarial = run(mini, images.half(), few.labels, text, EPS, EPS, 2, norm=norm, protocol="worst")
         assert adversarial.dtype == torch.float16
 
@@ -290,7 +346,7 @@ def test_bad_choices_of_an_attack_are_named(mini, shapes):
         run(pgd, protocol="best")
     with pytest.raises(ValueError, match="worst.*no loss of one's own"):
         run(pgd, protocol="worst", loss=lambda tokens: tokens.pooled.sum())
-    with pytest.raises(ValueError, match="at least 4 classes.*there are 3"):
-        run(autoattack, version="standard")
-    with pytest.raises(ValueError, match="version 'fast' is unknown"):
+    with pytest.raises(ValueError, match="norm 'l1' is unknown"):
+        run(square, norm="l1")
+    with pytest.raises(ValueError, match=f"version 'fast' is unknown; choose of {', '.join(VERSIONS)}"):
         run(autoattack, version="fast")

@@ -83,11 +83,11 @@ def test_two_processes_measure_what_one_does(mini, tmp_path, protocol):
     assert not list((tmp_path / "2" / "unfinished").glob("*"))
 
 
-def test_two_processes_measure_autoattack_as_one_does_whatever_fits(mini, tmp_path, monkeypatch):
-    monkeypatch.setitem(ATTACKS, "autoattack", ATTACKS["autoattack"]._replace(batch=8))
+def test_two_processes_measure_apgd_as_one_does_whatever_fits(mini, tmp_path, monkeypatch):
+    monkeypatch.setitem(ATTACKS, "apgd", ATTACKS["apgd"]._replace(batch=8))
     data, attack = (
         load_dataset("shapes", "test", n=20),
-        AttackSettings(attack="autoattack", test_eps=1.5, test_stepsize=0, test_numsteps=5),
+        AttackSettings(attack="apgd", test_eps=1.5, test_stepsize=0, test_numsteps=5),
     )
     found = []
     for count, fits in ((1, 64), (1, 4), (2, 64)):

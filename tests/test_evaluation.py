@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from tgazsr_utils.core import evaluation as core_evaluation
-from tgazsr_utils.core.attacks import run_attack
+from tgazsr_utils.core.attacks import pgd, run_attack
 from tgazsr_utils.core.evaluation import predict, predictions
 from tgazsr_utils.core.images import PLUMBING
+from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.display import plots
+from tgazsr_utils.durable.fingerprints import fingerprint
+from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring import bench
 from tgazsr_utils.measuring import measure as evaluation
 from tgazsr_utils.measuring import tables as results
@@ -76,12 +79,35 @@ def test_under_worst_no_more_is_right_and_the_record_says_so(mini, sets, changes
 
 
 def test_autoattack_counts_any_success_and_clean_images_know_no_protocol(mini, sets):
-    attack = AttackSettings(attack="autoattack", test_eps=3, test_stepsize=0, test_numsteps=10)
+    attack = AttackSettings(attack="apgd", test_eps=3, test_stepsize=0, test_numsteps=10)
     record = evaluate(mini, sets[0], attack, "last", method="CLIP")
-    assert (record.protocol, record.attack) == ("worst", "autoattack-10")
+    assert (record.protocol, record.attack) == ("worst", "apgd-10")
     assert record.correct <= evaluate(mini, sets[0], ATTACK, "worst", method="CLIP").correct
     clean = [evaluate(mini, sets[0], None, protocol, method="CLIP") for protocol in ("last", "worst")]
     assert clean[0].key == clean[1].key and clean[1].protocol == "last"
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    return load_clip("mini-clip", "mini-tga-zsr", "cpu")
+
+
+@pytest.mark.parametrize("protocol", ["last", "worst"])
+def test_transferred_images_are_made_against_the_source_and_read_by_the_target(mini, tuned, sets, protocol):
+    """Image by image what pgd alone makes of the source; what fools the source on the way says nothing."""
+    data, kinds = sets[0], {"method": "Tuned", "seed": 3}
+    record = evaluate(tuned, data, ATTACK, protocol, source=mini, **kinds)
+    noise = Noise.named(torch.arange(30), "evaluation", "shapes", 3)
+    text, images = mini.encode_text(data.prompts), data.images.float() / 255
+    made = pgd(mini, images, data.labels, text, 3 / 255, 1 / 255, 3, generator=noise)
+    right = tuned.logits(made, tuned.encode_text(data.prompts)).argmax(1) == data.labels
+    np.testing.assert_array_equal(results._bits(record), right.numpy())
+    assert (record.attack, record.protocol) == ("transfer-pgd-3", "last")
+    assert record.settings == ATTACK.model_dump() | {"source": fingerprint(mini)}
+    keys = {Measurement(tuned, data, ATTACK, source=source, **kinds).key for source in (None, mini, tuned)}
+    assert len(keys) == 3 and record.key in keys
+    clean = {Measurement(tuned, data, None, source=source, **kinds).key for source in (None, mini)}
+    assert len(clean) == 1
 
 
 def test_a_rerun_measures_only_what_is_missing(mini, sets, tmp_path, monkeypatch):
@@ -123,6 +149,70 @@ def test_the_leaderboard_averages_sets_then_seeds(records):
     # Two values: Student's t for 97.5 % with one degree of freedom is 12.706, and s / sqrt(2) is half their distance.
     assert row.clean_ci == pytest.approx(100 * 12.7062 * abs(clean[0] - clean[1]) / 2, rel=1e-4)
     assert row.sets == "2 of 16" and row.interval == "2 seeds" and row.world == "mini-world"
+
+
+def under(records, attack, correct, eps=3.0, **settings):
+    """The attacked ones of ``records`` as if under another attack."""
+    attacked = [r for r in records if r.attack != "none"]
+    kept = np.packbits(np.arange(30) < correct).tobytes().hex()
+    changes = {"attack": attack, "correct": correct, "hits": kept, "eps_255": eps}
+    return [change(r, **changes, settings=r.settings | settings) for r in attacked]
+
+
+def test_the_harmonic_mean_is_of_clean_and_the_strongest_attack(records):
+    clean = [change(r, correct=24) for r in records if r.attack == "none"]
+    measured = [*clean, *under(records, "pgd-3", 12), *under(records, "apgd-3", 6), *under(records, "pgd-3", 0, 9.0)]
+    table = results.under_attacks(measured)
+    assert table.loc["CLIP"].to_dict() == {"pgd-3, 3/255": 40, "apgd-3, 3/255": 20, "pgd-3, 9/255": 0}
+    own = [r for r in measured if (r.attack, r.eps_255) in (("none", 0), ("pgd-3", 3))]
+    assert leaderboard(own).harmonic["CLIP"] == pytest.approx(2 * 80 * 40 / 120)
+    board = leaderboard(own, table[["pgd-3, 3/255", "apgd-3, 3/255"]])
+    assert board.harmonic["CLIP"] == pytest.approx(2 * 80 * 20 / 100) and board.average["CLIP"] == 60
+    assert results.readable(board).harmonic["CLIP"] == "32.0" and list(board)[4:7] == [
+        "average",
+        "average_ci",
+        "harmonic",
+    ]
+    nothing = [change(r, correct=0, hits="00000000") for r in records]
+    assert leaderboard(nothing).harmonic["CLIP"] == 0
+    assert results.readable(leaderboard(clean)).harmonic["CLIP"] == "not counted"
+
+
+def test_of_a_transferred_attack_the_worst_source_counts_and_is_named(records):
+    """Each method has other sources; of two seeds each its own, called by one name."""
+    a, b = ([change(r, method=m, model=m, seed=s) for s in (0, 1) for r in records] for m in "ab")
+    a, b = ([change(r, model=f"{r.method}{r.seed}") for r in part] for part in (a, b))
+    of = lambda part, source, correct: [
+        change(r, settings=r.settings | {"source": source if source == "CLIP model" else f"{source}{r.seed}"})
+        for r in under(part, "transfer-pgd-3", correct)
+    ]
+    original = [change(r, model="CLIP model") for r in records]
+    measured = [*original, *a, *b, *of(a, "CLIP model", 12), *of(a, "b", 9), *of(b, "CLIP model", 15), *of(b, "a", 18)]
+    table = results.under_attacks(measured)
+    assert list(table) == ["pgd-3, 3/255", "transfer-pgd-3, 3/255", "transfer-pgd-3, 3/255, from"]
+    worst = table["transfer-pgd-3, 3/255"]
+    assert worst[["a", "b"]].tolist() == [30, 50] and np.isnan(worst["CLIP"])
+    assert table["transfer-pgd-3, 3/255, from"][["a", "b"]].tolist() == ["b", "CLIP"]
+
+
+def test_further_sets_are_in_no_mean_with_others_and_that_is_said(records):
+    """Alone they have one of their own."""
+    renamed = {"shapes": "dtd", "colours": "ImageNet-R"}
+    measured = [change(r, dataset=renamed[r.dataset], world="photographs") for r in records]
+    worse = [change(r, method="Worse", correct=0, hits="00000000") for r in measured]
+    of_dtd = lambda part: [r for r in part if r.dataset == "dtd"]
+    board, alone = leaderboard([*measured, *worse]), leaderboard(of_dtd([*measured, *worse]))
+    same = ["robust", "clean", "average", "average_ci", "harmonic", "images"]
+    pd.testing.assert_frame_equal(board[same], alone[same])
+    assert board.sets["CLIP"] == "1 of 16 (without ImageNet-R)" and alone.sets["CLIP"] == "1 of 16"
+    robust = [r for r in measured if r.attack != "none"]
+    against = [r for r in worse if r.attack != "none"]
+    assert paired_difference(robust, against) == paired_difference(of_dtd(robust), of_dtd(against))
+    figure = plots.accuracy_heatmap(results.to_frame(measured), "title")
+    shown = [float(text.get_text()) for text in figure.axes[0].texts]
+    assert shown[0] == shown[2] == round(board.robust["CLIP"]) != shown[1]  # dtd, ImageNet-R, MEAN
+    further = leaderboard([r for r in measured if r.dataset == "ImageNet-R"])
+    assert further.sets["CLIP"] == "1" and further.images["CLIP"] == "30"
 
 
 def test_one_seed_has_intervals_over_images(records):

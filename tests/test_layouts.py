@@ -18,9 +18,9 @@ from tgazsr_utils.datasets import torchvision_sets
 from tgazsr_utils.datasets.__main__ import fetch_set, list_sets, main
 from tgazsr_utils.datasets.layouts import existing_root, list_datasets
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.datasets.published_sets import DATASETS
+from tgazsr_utils.datasets.published_sets import FURTHER, KNOWN
 
-BY_NAME = ("tinyImageNet", "ImageNet")  # of any other name they are sets of one's own
+BY_NAME = ("tinyImageNet", "ImageNet", *FURTHER)  # of any other name they are sets of one's own
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ MOVES = {
 def test_a_set_one_level_off_is_read_as_in_its_published_place(key, how, tmp_path):
     WRITERS[key](tmp_path)
     published = load_dataset(key, "test", tmp_path)
-    root = MOVES[how](tmp_path, DATASETS[key].folder)
+    root = MOVES[how](tmp_path, KNOWN[key].folder)
     torchvision_sets.reader.cache_clear()
     sets, problems = list_sets(existing_root(root), [key])
     if key in BY_NAME and how == "without its folder":
@@ -87,7 +87,7 @@ def said(root, capsys, *action):
 def test_half_a_set_is_incomplete_whatever_its_folder_is_called(key, tmp_path, capsys):
     """And never read as class folders."""
     WRITERS[key](tmp_path)
-    spec = DATASETS[key]
+    spec = KNOWN[key]
     lost = move(tmp_path, spec.folder, spec.folder.upper()) / spec.needs[0].replace(spec.folder, spec.folder.upper(), 1)
     lost.unlink()
     status, printed = said(tmp_path, capsys, "list", key)

@@ -17,7 +17,7 @@ from tgazsr_utils.measuring.tables import leaderboard
 from tgazsr_utils.paths import DATA
 
 PAPER, UCAT = "TGA-ZSR paper, NeurIPS 2024", "UCAT paper, ICML 2026 (arXiv 2512.12997), Table 16"
-ATTACKS = {"PGD": "pgd-100", "CW": "cw-100", "AutoAttack": "autoattack-100"}
+ATTACKS = {"PGD": "pgd-100", "CW": "cw-100", "AutoAttack": "apgd-100"}
 
 
 def record(method, key, attack, accuracy, n=10_000):
@@ -34,7 +34,7 @@ def record(method, key, attack, accuracy, n=10_000):
         data=key,
         attack=attack,
         eps_255=float(attack != "none"),
-        protocol="worst" if attack.startswith("autoattack") else "last",
+        protocol="worst" if attack.startswith("apgd") else "last",
         seed=0,
         n=n,
         available=n,
@@ -157,13 +157,17 @@ def test_ours_stay_away_where_anything_differs_from_what_was_published(capsys):
         {"eps_255": 2.0},
         {"attack": "pgd-10"},
         {"attack": "pgd-100-l2"},
-        {"attack": "autoattack-standard", "protocol": "worst"},
+        {"attack": "standard", "protocol": "worst"},
+        {"attack": "apgd-t-100", "protocol": "worst"},
     ):
         capsys.readouterr()
         pd.testing.assert_frame_equal(beside([*records, records[-1].model_copy(update=other)]), theirs)
         (said,) = capsys.readouterr().out.splitlines()
         assert said.startswith("not comparable with the published table: ")
     pd.testing.assert_frame_equal(results.beside(records, "laion2b_s34b_b79k", "tinyImageNet"), theirs)
+    further = [r.model_copy(update={"dataset": "ImageNet-R", "data": "ImageNet-R"}) for r in records[::2]]
+    pd.testing.assert_frame_equal(beside([*records, *further]), beside(records))
+    pd.testing.assert_frame_equal(beside(further), theirs)
     with pytest.raises(ValueError, match="differ in attack"):
         beside([*records, *as_in(PAPER, ["CLIP"], "CW", sets=["cifar10", "dtd"])[2:]])
 
@@ -287,20 +291,20 @@ def test_a_verdict_at_the_edge_and_beyond():
         .set_index("source")
         .verdict["paper"]
     )
-    assert judge("oxfordpet", "autoattack-100", 0, 1000) == "agrees"
-    assert wilson(1, 1000)[0] > 0.005 and judge("oxfordpet", "autoattack-100", 1, 1000) == "differs"
-    assert wilson(1, 8000)[0] < 0.005 and judge("oxfordpet", "autoattack-100", 1, 8000) == "agrees"
+    assert judge("oxfordpet", "apgd-100", 0, 1000) == "agrees"
+    assert wilson(1, 1000)[0] > 0.005 and judge("oxfordpet", "apgd-100", 1, 1000) == "differs"
+    assert wilson(1, 8000)[0] < 0.005 and judge("oxfordpet", "apgd-100", 1, 8000) == "agrees"
     assert judge("STL10", "none", 1000, 1000) == "differs" and judge("STL10", "none", 970, 1000) == "agrees"
 
 
 def test_verdicts_compare_what_is_comparable_alone():
     hub = "hf-hub:chs20/FARE4-ViT-B-32-laion2B-s34B-b79K"
     weights = CLIP | {"FARE-4": hub, "mine": "mine.pt"}
-    measured = as_in(PAPER, ["CLIP"], sets=["cifar10", "dtd"]) + [record("CLIP", "dtd", "autoattack-100", 0.16, n=1000)]
+    measured = as_in(PAPER, ["CLIP"], sets=["cifar10", "dtd"]) + [record("CLIP", "dtd", "apgd-100", 0.16, n=1000)]
     given = [
         record(name, "dtd", a, 50.0, n=1000)
         for name in ("FARE-4", "mine", "trained")
-        for a in ("none", "pgd-100", "autoattack-100")
+        for a in ("none", "pgd-100", "apgd-t-100")
     ]
     given = [r.model_copy(update={"arch": "ViT-B-32"}) for r in given]
     table = results.verdicts([*measured, *given], weights)
@@ -308,7 +312,7 @@ def test_verdicts_compare_what_is_comparable_alone():
     own = table[table.method == "CLIP"]
     assert len(own) == 2 * (2 * 2 + 1) and set(own[own.source == "paper"].verdict) == {"agrees"}
     robust = table[table.method == "FARE-4"].set_index("attack")
-    assert robust.published.fillna(-1).to_dict() == {"none": 53.8, "pgd-100": -1, "autoattack-100": 44.4}
+    assert robust.published.fillna(-1).to_dict() == {"none": 53.8, "pgd-100": -1, "apgd-t-100": 44.4}
     assert set(robust.verdict) == set(table[table.method == "mine"].verdict) == {"no number for these sets"}
     assert robust.source["none"] == "RobustVLM, its README, mean of 13 sets" and robust.source["pgd-100"] == ""
     at_four = given[2].model_copy(update={"eps_255": 4.0})

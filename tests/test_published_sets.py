@@ -1,4 +1,4 @@
-"""The 16 published sets: each read from a miniature of its published layout through the real loader."""
+"""The 16 published sets and further ones, each read from a miniature of its published layout by the real loader."""
 
 import hashlib
 import http.server
@@ -26,7 +26,7 @@ from tgazsr_utils.datasets.__main__ import main
 from tgazsr_utils.datasets.files import decoded
 from tgazsr_utils.datasets.layouts import list_datasets
 from tgazsr_utils.datasets.loading import choose_datasets, load_dataset
-from tgazsr_utils.datasets.published_sets import DATASETS, read_specs
+from tgazsr_utils.datasets.published_sets import DATASETS, FURTHER, KNOWN, read_specs
 from tgazsr_utils.durable.fingerprints import fingerprint
 from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring.measure import evaluate
@@ -151,6 +151,34 @@ EXPECTED = {
         [1, 0, 1, 0],
         ["Tthis is a photo of healthy lymph node tissue.", "This is a photo of lymph node tumor tissue."],
     ),
+    "ImageNet-V2": (
+        10_000,
+        1000,
+        "crop",
+        [0, 0, 1, 1, 2, 2],
+        ["This is a photo of a tench", "This is a photo of a brambling", "This is a photo of a great white shark"],
+    ),
+    "ImageNet-R": (
+        30_000,
+        200,
+        "crop",
+        [0, 0, 1, 1],
+        ["This is a photo of a goldfish", "This is a photo of a great white shark"],
+    ),
+    "ImageNet-A": (
+        7_500,
+        200,
+        "crop",
+        [0, 0, 1, 1],
+        ["This is a photo of a stingray", "This is a photo of a goldfinch"],
+    ),
+    "ImageNet-Sketch": (
+        50_889,
+        1000,
+        "crop",
+        [0, 0, 1, 1],
+        ["This is a photo of a tench", "This is a photo of a goldfish"],
+    ),
 }
 
 
@@ -161,14 +189,15 @@ def root(tmp_path_factory, monkeypatch):
     return write_all(tmp_path_factory.mktemp("sets"))
 
 
-def test_there_are_sixteen():
-    assert list(DATASETS) == list(EXPECTED) == list(WRITERS) and len(DATASETS) == 16
+def test_there_are_sixteen_and_four_further_ones():
+    assert list(KNOWN) == list(EXPECTED) == list(WRITERS) and len(DATASETS) == 16
+    assert list(FURTHER) == ["ImageNet-V2", "ImageNet-R", "ImageNet-A", "ImageNet-Sketch"]
 
 
 @pytest.mark.parametrize("key", EXPECTED)
 def test_the_published_layout_is_read(key, root):
     images, classes, preprocess, labels, prompts = EXPECTED[key]
-    spec = DATASETS[key]
+    spec = KNOWN[key]
     assert (spec.images, spec.classes, spec.preprocess) == (images, classes, preprocess)
     data = load_dataset(key, "test", root)
     assert data.labels.tolist() == labels
@@ -210,7 +239,7 @@ def test_a_prompt_of_ones_own_takes_names_not_whole_prompts(root):
     assert data.prompts[0] == "An image of healthy lymph node tissue." and not data.published
 
 
-@pytest.mark.parametrize("key", DATASETS)
+@pytest.mark.parametrize("key", KNOWN)
 def test_parts_to_tune_on(key, root):
     if key in TRAIN:
         train = load_dataset(key, "train", root)
@@ -265,7 +294,7 @@ def test_imagenets_own_parts(root):
 
 
 def test_what_counts_as_published(root, monkeypatch):
-    monkeypatch.setitem(DATASETS, "dtd", replace(DATASETS["dtd"], images=4, classes=2))
+    monkeypatch.setitem(KNOWN, "dtd", replace(DATASETS["dtd"], images=4, classes=2))
     load = lambda **options: load_dataset("dtd", "test", root, **options).published
     assert load() and load(n=2) and load(preprocess="crop", prompt="A surface with a {} texture.")
     assert not load(preprocess="resize") and not load(prompt="{}") and not load_dataset("dtd", "train", root).published
@@ -286,8 +315,11 @@ def test_any_key_may_be_class_folders_instead(tmp_path):
 
 
 def test_which_of_the_published_sets_are_there(root, tmp_path, capsys):
-    assert list_datasets(root) == list(DATASETS)
-    assert choose_datasets("published", root) == list(DATASETS)
+    assert list_datasets(root) == list(KNOWN)
+    for wanted in ("published", None):  # further sets are measured where they are named only
+        assert choose_datasets(wanted, root) == list(DATASETS)
+        assert "named only: ImageNet-V2, ImageNet-R, ImageNet-A, ImageNet-Sketch" in capsys.readouterr().out
+    assert choose_datasets(["ImageNet-R", "dtd"], root) == ["ImageNet-R", "dtd"]
     for key in ("dtd", "PCAM"):
         WRITERS[key](tmp_path)
     (tmp_path / "mine" / "class").mkdir(parents=True)
@@ -354,10 +386,10 @@ def test_lists_that_are_missing_or_damaged_are_named(root):
 def test_the_command_lists_and_checks(root, capsys):
     assert main(["list", "--root", str(root)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count(" yes ") == 16 and "108754" in printed
+    assert printed.count(" yes ") == 20 and "108754" in printed and "not among the 16, and measured" in printed
     assert main(["check", "--all", "--root", str(root)]) == 0
     printed = capsys.readouterr().out
-    assert "16 of 16 sets are readable; not there: none" in printed
+    assert "20 of 20 sets are readable; not there: none" in printed
     assert "dtd: usable, but not the published set: 4 images, 2 classes instead of 1,880 and 47" in printed
     assert "A surface with a polka dotted texture." in printed
     jpg = root / "dtd" / "dtd" / "images" / "banded" / "banded_1.jpg"
@@ -386,10 +418,22 @@ def test_the_command_checks_all_of_ones_own_folders(tmp_path, capsys):
 
 def test_the_command_says_where_to_get_what_is_missing(tmp_path, capsys):
     assert main(["check", "--root", str(tmp_path)]) == 1
-    assert main(["fetch", "ImageNet", "StanfordCars", "--root", str(tmp_path)]) == 1
+    assert main(["fetch", "ImageNet", "StanfordCars", "ImageNet-R", "--root", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
+    assert "source: https://github.com/hendrycks/imagenet-r" in out and "unpack imagenet-r.tar" in out
     assert "ILSVRC2012_img_val.tar" in out and "cars_test_annos_withlabels.mat" in out
-    assert "fetch failed for ImageNet, StanfordCars" in err
+    assert "fetch failed for ImageNet, StanfordCars, ImageNet-R" in err
+
+
+def test_a_further_set_may_lie_one_level_down_as_its_archive_has_it(tmp_path):
+    WRITERS["ImageNet-Sketch"](tmp_path)
+    (tmp_path / "ImageNet-Sketch").rename(tmp_path / "sketch")
+    assert list_datasets(tmp_path) == ["sketch"]  # such a name says too little
+    (tmp_path / "ImageNet-Sketch").mkdir()
+    (tmp_path / "sketch").rename(tmp_path / "ImageNet-Sketch" / "sketch")
+    assert list_datasets(tmp_path) == ["ImageNet-Sketch"]
+    data = load_dataset("ImageNet-Sketch", "test", tmp_path)
+    assert len(data) == 4 and data.prompts == tuple(EXPECTED["ImageNet-Sketch"][4])
 
 
 @pytest.fixture

@@ -70,8 +70,9 @@ from tgazsr_utils.runner import fingerprint, main
         (["mini", "-p", "preprocess", "crop"], "preprocess = 'crop' is for image files; the mini-world"),
         (["mini", "00", "-p", "test_fraction", "0.5"], "test_fraction = 0.5 is for image files; the mini-world"),
         (["mini", "02", "-p", "on_bad_image", "leave_out"], "on_bad_image = 'leave_out' is for image files; the mini"),
-        (["mini", "02", "04", "-p", "autoattack_version", "standard"], "'standard' has no effect: attack is 'pgd'"),
+        (["mini", "02", "04", "-p", "square_queries", "100"], "square_queries = 100 has no effect: attack is 'pgd'"),
         (["mini", "04", "-p", "attack", "autoattack", "-p", "test_stepsize", "1"], "no effect: AutoAttack chooses its"),
+        (["mini", "04", "-p", "attack", "square", "-p", "test_numsteps", "9"], "no effect: attack square has its own"),
         (["mini", "05", "-p", "norm", "l2"], "norm = 'l2' has no effect: the explorer attacks by PGD in linf"),
         (
             ["mini", "03", "-p", "ablations", "distance", "-p", "Beta_list", "[1.0]"],
@@ -496,10 +497,10 @@ def test_what_takes_over_without_weights_is_stamped_wherever_it_is_shown(tmp_pat
     stamped = [title for title in titles if PLUMBING in title]
     assert len(titles) == 4 and len(stamped) == 3 and "Did others measure what was published?" in "".join(titles)
     tables = {path.stem: pd.read_csv(path) for path in (tmp_path / "out" / "tables").glob("*.csv")}
-    assert set(tables["verdicts"].verdict) == {PLUMBING} and len(tables["verdicts"]) == 2 * 3 * 3
+    assert set(tables["verdicts"].verdict) == {PLUMBING} and len(tables["verdicts"]) == 2 * 3 * 4
     assert set(tables["leaderboard"].world) == set(tables["accuracy_by_set"].world) == {PLUMBING}
-    assert list(tables["other_attacks"]) == ["method", "pgd-1", "autoattack-1"]
-    assert f"{PLUMBING}: {PLUMBING} (18)" in capsys.readouterr().out
+    assert list(tables["other_attacks"]) == ["method", *(f"{name}-1, 1/255" for name in ("pgd", "apgd", "apgd-t"))]
+    assert f"{PLUMBING}: {PLUMBING} (24)" in capsys.readouterr().out
 
 
 def shown_title(figure):
@@ -539,6 +540,29 @@ def test_without_methods_nothing_is_trained_and_given_models_are_measured_at_the
     assert table["clean", "CLIP", "tuned"] == -table["clean", "tuned", "CLIP"]
     assert table[:, "CLIP", "large"].isna().all() and table[:, "large", "tuned"].isna().all()
     assert set(found["table"].index) == {"CLIP", "tuned", "large"}
+
+
+def test_all_attacks_at_all_epsilons_stand_in_one_table_and_none_is_measured_twice(tmp_path, monkeypatch):
+    values = {"methods": [], "models": {"tuned": "mini-tga-zsr"}, "testdata": ["shapes"], "test_images": 8}
+    values |= {"test_eps": 2.0, "test_eps_list": [1.0, 2.0], "test_numsteps": 2, "square_queries": 3, "device": "cpu"}
+    values |= {"other_attacks": ["autoattack", "square", "transfer"], "check_images": 0, "output": str(tmp_path / "a")}
+    values = default_parameters("04_evaluate_16_datasets") | values
+    found = run_cells("04_evaluate_16_datasets", values)
+    kinds = ("pgd-2", "apgd-2", "square-3", "transfer-pgd-2")
+    expected = [f"{kind}, {eps}/255" for eps in (2, 1) for kind in kinds[:3]]
+    expected += [f"{kinds[3]}, {eps}/255{end}" for eps in (2, 1) for end in ("", ", from")]
+    table = pd.read_csv(tmp_path / "a" / "tables" / "other_attacks.csv", index_col="method")
+    assert list(table) == expected and set(table.index) == {"CLIP", "tuned"} and table.notna().all(axis=None)
+    assert table.loc["CLIP", "transfer-pgd-2, 1/255, from"] == "tuned"
+    assert {(r.attack, r.eps_255) for r in found["records"]} == {("none", 0.0), ("pgd-2", 2.0)}
+    assert len(found["others"]) == 2 * (2 * 4 - 1)
+    least = table.filter(regex=", 2/255$").min(axis=1)
+    board = found["table"]
+    harmonic = 2 * board.clean * least / (board.clean + least).replace(0, 1)
+    assert board.harmonic.to_dict() == pytest.approx(harmonic.to_dict())
+    monkeypatch.setattr("tgazsr_utils.measuring.bench.answer", None)
+    again = run_cells("04_evaluate_16_datasets", values | {"output": str(tmp_path / "b"), "test_eps_list": [1]})
+    assert [r.key for r in again["measured"]] == [r.key for r in found["measured"]]
 
 
 def test_a_file_among_the_given_models_is_an_input(tmp_path):

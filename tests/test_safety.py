@@ -142,8 +142,8 @@ def test_a_zip_cannot_either(served, tmp_path, monkeypatch):
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("../../../outside.txt", "evil")
         file.writestr("tiny-imagenet-200/wnids.txt", "n01")
-    spec = datasets_command.DATASETS["tinyImageNet"]
-    monkeypatch.setitem(datasets_command.DATASETS, "tinyImageNet", replace(spec, source=f"{served[1]}/{archive.name}"))
+    spec = datasets_command.KNOWN["tinyImageNet"]
+    monkeypatch.setitem(datasets_command.KNOWN, "tinyImageNet", replace(spec, source=f"{served[1]}/{archive.name}"))
     assert datasets_command.main(["fetch", "tinyImageNet", "--root", str(tmp_path / "deep" / "sets")]) == 0
     sets = tmp_path / "deep" / "sets"
     assert (sets / "tiny-imagenet-200" / "wnids.txt").exists() and not [

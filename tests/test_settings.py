@@ -147,7 +147,7 @@ def test_the_released_attack_is_for_one_protocol_and_not_for_autoattack():
     assert validate(EvaluateNotebook, values).only(AttackSettings).label == "pgd-10-released-fp16"
     for changes, message in (
         ({"protocol": "worst"}, "read at the last iterate, protocol 'last'"),
-        ({"attack": "autoattack"}, "attack_precision = 'released-fp16': is for the attacks pgd and cw"),
+        ({"attack": "apgd"}, "attack_precision = 'released-fp16': is for the attacks pgd and cw"),
     ):
         with pytest.raises(SettingsError, match=message):
             validate(EvaluateNotebook, values | changes)
@@ -156,10 +156,40 @@ def test_the_released_attack_is_for_one_protocol_and_not_for_autoattack():
 def test_an_attack_may_be_named_as_in_the_original_code():
     assert validate(AttackSettings, GOOD | {"attack": "CW"}).label == "cw-10"
     assert validate(AttackSettings, GOOD | {"norm": "l2", "test_eps": 765}).label == "pgd-10-l2"
-    assert (
-        validate(AttackSettings, GOOD | {"attack": "autoattack", "autoattack_version": "standard"}).label
-        == "autoattack-standard"
-    )
+    assert validate(AttackSettings, GOOD | {"attack": "autoattack"}).label == "apgd-10"
+
+
+@pytest.mark.parametrize(
+    "name, label",
+    [("apgd-ce", "apgd-ce-10"), ("APGD-T", "apgd-t-10"), ("standard", "standard"), ("square", "square-9")],
+)
+def test_every_attack_has_one_exact_name(name, label):
+    assert validate(AttackSettings, GOOD | {"attack": name, "square_queries": 9}).label == label
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["pgd", "apgd"], {"square_queries"}),
+        (["apgd-t", "apgd"], {"square_queries", "test_stepsize"}),
+        (["square", "standard"], {"test_stepsize", "test_numsteps"}),
+        (["standard"], {"square_queries", "test_stepsize", "test_numsteps"}),
+        (["square", "transfer"], set()),
+    ],
+)
+def test_what_none_of_the_attacks_uses_is_known(names, expected):
+    values = default_parameters("04_evaluate_16_datasets") | {"attack": names[0], "other_attacks": names[1:]}
+    idle = without_effect(validate(EvaluateNotebook, values))
+    assert {"square_queries", "test_stepsize", "test_numsteps"} & set(idle) == expected
+
+
+def test_further_epsilons_have_steps_in_proportion_and_none_is_there_twice(tmp_path):
+    given = {"test_eps": 2.0, "test_stepsize": 0.3, "test_eps_list": ["1/255", 2, 4], "other_attacks": ["autoattack"]}
+    values = default_parameters("04_evaluate_16_datasets") | given | {"output": str(tmp_path)}
+    book = open_workbook("04_evaluate_16_datasets", values)
+    found = [(one.label, one.test_eps, one.test_stepsize) for one in book.attacks]
+    expected = [(name, eps, pytest.approx(0.3 * eps / 2)) for eps in (2, 1, 4) for name in ("pgd-10", "apgd-10")]
+    assert found == expected and book.attacks[0] == book.attack
 
 
 def test_a_missing_data_root_is_refused():
@@ -170,11 +200,11 @@ def test_a_missing_data_root_is_refused():
 
 def test_a_parameter_that_another_notebook_reads_is_accepted_and_told_where_it_changes_nothing(tmp_path, capsys):
     values = {name: default_parameters(name) for name in ("03_ablations", "04_evaluate_16_datasets")}
-    check_effect({"autoattack_version": "standard", "seed": 1}, {n: v | {"seed": 1} for n, v in values.items()})
+    check_effect({"square_queries": 100, "seed": 1}, {n: v | {"seed": 1} for n, v in values.items()})
     for name, told in (("03_ablations", False), ("04_evaluate_16_datasets", True)):
-        given = {"autoattack_version": "standard", "seed": 1, "output": str(tmp_path)}
+        given = {"square_queries": 100, "seed": 1, "output": str(tmp_path)}
         open_workbook(name, values[name] | given)
-        said = "autoattack_version = 'standard' has no effect here: attack is 'pgd'"
+        said = "square_queries = 100 has no effect here: attack is 'pgd'"
         assert (said in capsys.readouterr().out) == told
 
 
@@ -210,9 +240,13 @@ ARCH = {"arch": "ViT-L-14-quickgelu", "pretrained": "openai"}
         ({"models": {"CLIP": "mini"}, "methods": []}, "'CLIP' is the untuned model's name, too"),
         ({"models": {"mine": "a\0b"}}, "models = .*path 'a"),
         ({"methods": ["A", "A"]}, "twice"),
-        ({"other_attacks": ["PGD"]}, "other_attacks: 'PGD' is the attack itself"),
+        ({"other_attacks": ["PGD"]}, "other_attacks: 'pgd' is the attack itself"),
         ({"other_attacks": ["magic"]}, "attack = 'magic': input should be 'pgd'"),
         ({"other_attacks": ["cw", "cw"]}, "twice"),
+        ({"other_attacks": ["apgd", "AutoAttack"]}, "twice"),
+        ({"attack": "transfer"}, "attack = 'transfer': input should be 'pgd'"),
+        ({"test_eps_list": [1, 300]}, "test_eps_list: parameter test_eps = 300.0: .*less than or equal to 255"),
+        ({"test_eps_list": [1, 1.0]}, "twice"),
     ],
 )
 def test_given_models_and_other_attacks_are_checked_in_one_line(changes, message):
@@ -231,7 +265,7 @@ def test_given_models_have_an_architecture_and_may_stand_alone():
     assert named_weights(settings.model_dump()) == named
     idle = without_effect(settings)
     assert {"epochs", "dataset", "train_images", "seeds"} <= set(idle) and not {"seed", "models", "methods"} & set(idle)
-    assert "autoattack_version" not in idle and "test_stepsize" not in idle
+    assert settings.other_attacks == ["cw", "apgd"] and "square_queries" in idle and "test_stepsize" not in idle
     assert settings.data_options["world"] is None
     assert settings.model_copy(update={"plumbing": True}).data_options["world"] == PLUMBING
 

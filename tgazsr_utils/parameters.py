@@ -22,6 +22,7 @@ from tgazsr_utils.core.settings import (
     Precision,
     Protocol,
     Settings,
+    exact_name,
 )
 from tgazsr_utils.measuring.ablations import ABLATIONS
 from tgazsr_utils.paths import resolve
@@ -36,6 +37,7 @@ def _distinct(values: list[Item]) -> list[Item]:
 
 
 ORIGINAL = "CLIP"  # how tables call the untuned model
+TRANSFER = "transfer"  # among other attacks: PGD on each of the run's other models, whose images a model then reads
 
 
 def _listed(value: Any) -> Any:
@@ -48,6 +50,7 @@ def _not_blank(value: str) -> str:
     return value
 
 
+ExactName = Annotated[str, AfterValidator(exact_name)]
 Distinct = Annotated[list[Item], Field(min_length=1), AfterValidator(_distinct)]
 Labels = Annotated[Distinct[Annotated[str, AfterValidator(_not_blank)]], BeforeValidator(_listed)]  # or "dog, teapot"
 
@@ -226,6 +229,15 @@ class MeasureSettings(TrainNotebook):
             raise ValueError("attack_precision 'released-fp16' is read at the last iterate, protocol 'last'")
         return self
 
+    @model_validator(mode="after")
+    def _epsilons_are_settings(self) -> "MeasureSettings":
+        for eps in getattr(self, "test_eps_list", []):
+            try:
+                self.only(AttackSettings, test_eps=eps)
+            except SettingsError as error:
+                raise ValueError(f"test_eps_list: {error}") from None
+        return self
+
     @property
     def at_most_images(self) -> int | None:
         """Of each test set; None: all."""
@@ -244,7 +256,8 @@ class EvaluateNotebook(MeasureSettings):
 
     methods: Annotated[list[str], AfterValidator(_distinct)]  # may be empty: nothing is trained
     models: dict[str, Any] = {}  # name -> weights as ``pretrained`` has them, or {arch: ..., pretrained: ...}
-    other_attacks: Annotated[list[str], AfterValidator(_distinct)] = []  # measured too, at this epsilon and these steps
+    other_attacks: Annotated[list[ExactName], AfterValidator(_distinct)] = []  # measured too, with these steps
+    test_eps_list: Annotated[list[Length255], AfterValidator(_distinct)] = []  # of all attacks, besides test_eps
     plumbing: bool = False  # other weights stand in for those that are meant: numbers are stamped, and mean nothing
 
     @field_validator("models")
@@ -266,9 +279,10 @@ class EvaluateNotebook(MeasureSettings):
             if name in (ORIGINAL, *self.methods):
                 what = "the untuned model's" if name == ORIGINAL else "a method's"
                 raise ValueError(f"models: {name!r} is {what} name, too; give these weights another one")
-        for name in self.other_attacks:
-            if self.only(AttackSettings, attack=name).attack == self.attack:
-                raise ValueError(f"other_attacks: {name!r} is the attack itself")
+        if self.attack in self.other_attacks:
+            raise ValueError(f"other_attacks: {self.attack!r} is the attack itself")
+        for name in {*self.other_attacks} - {TRANSFER}:
+            self.only(AttackSettings, attack=name)
         return self
 
     @property
@@ -295,15 +309,6 @@ class AblationNotebook(MeasureSettings):
     def at_most_attacked(self) -> int:
         """Images of each set that is attacked many times."""
         return min(self.attack_images, self.quick_eval or self.attack_images)
-
-    @model_validator(mode="after")
-    def _attacks_are_settings(self) -> "AblationNotebook":
-        for eps in self.test_eps_list:
-            try:
-                self.only(AttackSettings, test_eps=eps)
-            except SettingsError as error:
-                raise ValueError(f"test_eps_list: {error}") from None
-        return self
 
     @field_validator("ablations")
     @classmethod
@@ -398,23 +403,23 @@ def without_effect(settings: Settings) -> dict[str, str]:
     """Parameter -> why its value changes nothing in a notebook with these settings."""
     s, found = settings, {}
     if isinstance(s, ExplorerNotebook):
-        names = ("attack", "norm", "autoattack_version", "test_stepsize", "attack_precision")
+        names = ("attack", "norm", "square_queries", "test_stepsize", "attack_precision")
         found |= dict.fromkeys(names, "the explorer attacks by PGD in linf with a quarter of epsilon a step")
     elif isinstance(s, AblationNotebook):
         chosen = {*ABLATIONS} if s.ablations in ("cut", "all") else {*s.ablations}
         of = {name: readers for name, readers in _READ_BY.items() if not readers & chosen}
         found |= {name: f"it is for the ablations {', '.join(sorted(readers))}" for name, readers in of.items()}
     elif isinstance(s, HoldNotebook):
-        names = ("attack", "test_stepsize", "attack_precision", "protocol", "autoattack_version")
+        names = ("attack", "test_stepsize", "attack_precision", "protocol")
         found |= dict.fromkeys(names, "this notebook runs attacks of its own")
     elif isinstance(s, AttackSettings):
-        attacks = {s.attack, *map(str.lower, getattr(s, "other_attacks", ()))}
-        if "autoattack" not in attacks:
-            found["autoattack_version"] = f"attack is {s.attack!r}"
-        elif len(attacks) == 1:
+        attacks = {s.attack, *getattr(s, "other_attacks", ())}
+        if "square" not in attacks:
+            found["square_queries"] = f"attack is {s.attack!r}"
+        if attacks <= {"apgd", "apgd-ce", "apgd-t", "standard", "square"}:
             found["test_stepsize"] = "AutoAttack chooses its own steps"
-            if s.autoattack_version == "standard":
-                found["test_numsteps"] = "autoattack_version is 'standard'"
+        if attacks <= {"standard", "square"}:
+            found["test_numsteps"] = f"attack {' and '.join(sorted(attacks))} has its own number of steps"
     if isinstance(s, FinetuneSettings) and s.optimizer == "adamw":
         found["momentum"] = "optimizer is 'adamw'"
     if isinstance(s, EvaluateNotebook):  # 02 takes a step of TGA-ZSR by hand, whatever its methods

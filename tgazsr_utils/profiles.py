@@ -16,7 +16,7 @@ from tgazsr_utils.core.settings import FinetuneSettings, Settings
 from tgazsr_utils.datasets.layouts import existing_root, list_datasets
 from tgazsr_utils.datasets.loading import class_prompts
 from tgazsr_utils.datasets.miniworld import TASKS
-from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_PROMPT
+from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_PROMPT, FURTHER, KNOWN
 from tgazsr_utils.durable.weights import image_size_of, locate_weights, same_tokens
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, named_weights, unknown_parameter, validate, without_effect
 from tgazsr_utils.paths import NOTEBOOKS as FOLDER
@@ -152,7 +152,7 @@ def parameters_of(notebook: str, profile: Profile, output: str, given: Mapping[s
 
 def _not_there(keys: Sequence[str], root: str | None) -> str:
     """What is said of image sets that are missing, and how the published ones among them are fetched."""
-    fetched = " ".join(key for key in keys if root and key in DATASETS)
+    fetched = " ".join(key for key in keys if root and key in KNOWN)
     hint = f" (python -m tgazsr_utils.datasets fetch {fetched} --root {root})" if fetched else ""
     several, be = ("s", "are") if len(keys) > 1 else ("", "is")
     return f"image set{several} {', '.join(map(repr, keys))} {be} not there{hint}"
@@ -205,7 +205,8 @@ def check_prompts(settings: Any) -> list[str]:
     parts = [(s.dataset, "train" if isinstance(s, FinetuneSettings) else "test")] if needed else []
     keys = getattr(s, "testdata", getattr(s, "sets", []))
     if not isinstance(keys, list):
-        keys = [key for key in list_datasets(root) if keys is None or root is None or key in DATASETS]
+        named = lambda key: key in DATASETS if keys else key not in FURTHER
+        keys = [key for key in list_datasets(root) if root is None or named(key)]
     studies = getattr(s, "ablations", [])
     negates = "Comp-TGA" in getattr(s, "methods", []) or studies in ("cut", "all") or "attention" in studies
     for key, split in dict.fromkeys([*parts, *((key, "test") for key in keys)]):
@@ -226,7 +227,7 @@ def check_prompts(settings: Any) -> list[str]:
 
 def with_labels(settings: Any, key: str, names: Sequence[str], prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """A set's classes and their prompts, then those of the parameter ``labels`` that are not among them."""
-    known = TASKS if settings.data_root is None else DATASETS
+    known = TASKS if settings.data_root is None else KNOWN
     template = settings.prompt or (known[key].prompt if key in known else DEFAULT_PROMPT)
     asked = {label: template.replace("{}", label) for label in getattr(settings, "labels", None) or []}
     new = {label: prompt for label, prompt in asked.items() if prompt.lower() not in map(str.lower, prompts)}

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,16 @@ from tgazsr_utils.durable.weights import find_weights, load_clip
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import AttackCheck, Record, RecordStore
 from tgazsr_utils.measuring.tables import save_table
-from tgazsr_utils.parameters import NOTEBOOKS, WorkbookSettings, from_notebook, units, untuned, validate, without_effect
+from tgazsr_utils.parameters import (
+    NOTEBOOKS,
+    TRANSFER,
+    WorkbookSettings,
+    from_notebook,
+    units,
+    untuned,
+    validate,
+    without_effect,
+)
 from tgazsr_utils.paths import ROOT, resolve
 from tgazsr_utils.profiles import check_prompts, default_parameters, folder_name, names_set_in, shown, with_labels
 
@@ -67,6 +77,7 @@ class Workbook:
         self.notebook, self.settings, self.run = notebook, settings, run
         self.checks: dict[tuple[str, int], AttackCheck] = {}  # of the attack, by method and seed
         self._tests: dict[tuple[int | None, int], list[ImageSet]] = {}  # by their number and side
+        self._measured: dict[tuple[str, int], Clip] = {}  # by method and seed, where others are attacked through them
 
     def weights(self, name: str | None) -> str | None:
         """What to load for a model parameter; "latest:METHOD" is of this run."""
@@ -116,10 +127,18 @@ class Workbook:
         s, store = self.settings, RecordStore(self.run.stored_records)
         return Bench.checking(store, self.attack, sets, s.check_images, s.processes)
 
+    def at_each_eps(self, names: Sequence[str]) -> list[AttackSettings]:
+        """These attacks at each epsilon, a step of theirs being the same part of it throughout."""
+        s, found = self.settings, []
+        for eps, name in product(dict.fromkeys([s.test_eps, *s.test_eps_list]), names):
+            step = s.test_stepsize * (eps / s.test_eps if s.test_eps else 1)
+            found.append(s.only(AttackSettings, attack=name, test_eps=eps, test_stepsize=step))
+        return found
+
     @cached_property
     def attacks(self) -> list[AttackSettings]:
         """What notebook 04 measures under, the one of its tables first."""
-        return [self.attack, *(self.settings.only(AttackSettings, attack=a) for a in self.settings.other_attacks)]
+        return self.at_each_eps([self.settings.attack, *(a for a in self.settings.other_attacks if a != TRANSFER)])
 
     @cached_property
     def untuned(self) -> dict[str, tuple[str, str | None]]:
@@ -131,6 +150,8 @@ class Workbook:
 
         The first attack is checked, which is noted in ``checks``; what cannot be trusted under it is under none.
         """
+        if TRANSFER in self.settings.other_attacks:
+            self._measured[method, seed] = clip
         sets = self.tests(self.settings.at_most_images, clip)
         bench = replace(self.bench(sets), checks=self.checks)
         how = {"protocol": self.settings.protocol, "method": method, "seed": seed}
@@ -138,6 +159,26 @@ class Workbook:
         if any(record.attack != "none" for record in records):
             for attack in self.attacks[1:]:
                 records += replace(bench, checked_on=()).measure(clip, sets, attack, **how)[1::2]
+        return records
+
+    def transfer(self) -> list[Record]:
+        """Where TRANSFER is among other attacks: each model that ``measure`` had, under PGD on each of the others.
+
+        That is the untuned ones and those of its seed, if they take images of its size; what cannot be trusted is left
+        out, as in ``measure``. So many measurements as there are pairs of models.
+        """
+        records = []
+        seeds = [seed for method, seed in self._measured if method not in self.untuned]
+        for (method, seed), clip in self._measured.items():
+            check, sets = self.checks.get((method, seed)), self.tests(self.settings.at_most_images, clip)
+            bench = replace(self.bench(sets), checked_on=())
+            near = seed if method not in self.untuned or seed in seeds else min(seeds, default=seed)
+            for (other, its_seed), source in self._measured.items():
+                alike = source.image_size == clip.image_size and (other in self.untuned or its_seed == near)
+                if other != method and alike and not (check and check.problems):
+                    for attack in self.at_each_eps(["pgd"]):
+                        how = {"method": method, "seed": seed, "source": source}
+                        records += bench.measure(clip, sets, attack, **how)[1::2]
         return records
 
     def tune(self, method: str | Objective, seed: int | None = None) -> TrainResult:

@@ -147,13 +147,12 @@ def run_attack(
     generator: Generator,
 ) -> Tensor:
     """Adversarial images ``[B,3,H,W]`` by the attack that ``settings`` name, with all that they say of it."""
-    options: dict[str, Any] = {"version": settings.autoattack_version} if settings.attack == "autoattack" else {}
-    options |= {"norm": settings.norm, "protocol": protocol, "generator": generator}
+    options = {"norm": settings.norm, "protocol": protocol, "generator": generator}
     run = ATTACKS[settings.attack].run
     if settings.attack_precision == "released-fp16":
         clip, run = clip.under_autocast("amp_fp16"), functools.partial(_as_released, run)
     eps, step_size = settings.test_eps / 255, settings.test_stepsize / 255
-    return run(clip, images, labels, text, eps, step_size, settings.test_numsteps, **options)
+    return run(clip, images, labels, text, eps, step_size, settings.steps, **options)
 
 
 RELEASED_BATCH = 256  # images that the released code attacks at once

@@ -29,21 +29,23 @@ def predictions(
     chunks: int | Sequence[Tensor],
     protocol: Protocol = "last",
     seed: int = 0,
+    source: Clip | None = None,
 ) -> Iterator[Predicted]:
     """Zero-shot classes of each batch of ``data`` (see ``ImageSet.batches``), under ``attack`` against ``clip`` if
-    there is one.
+    there is one; or against another model, ``source``, whose images ``clip`` then reads (transfer).
 
     An image's random start depends on the set, ``seed`` and its row alone, not on its batch (but see
     ``Attack.batch``). Classes are read in full precision whatever the attack computes in; so is, under "worst", which
     image is fooled.
     """
     reader, text = clip.without_autocast(), clip.encode_text(data.prompts)
-    attacker = clip if protocol_of(attack, protocol) == "last" else reader
+    attacker, its_text = (clip, text) if source is None else (source, source.encode_text(data.prompts))
+    attacker = attacker if protocol_of(attack, protocol) == "last" else attacker.without_autocast()
     for batch in data.batches(chunks, clip.device):
         attacked = batch.images
         if attack is not None:
             noise = Noise.named(batch.rows.to(clip.device), "evaluation", data.key, seed)
-            attacked = run_attack(attacker, batch.images, batch.labels, text, attack, protocol, noise)
+            attacked = run_attack(attacker, batch.images, batch.labels, its_text, attack, protocol, noise)
         yield Predicted(batch, attacked, classes_of(reader.logits(attacked, text)))
 
 

@@ -66,12 +66,19 @@ class FinetuneSettings(ObjectiveSettings):
     seed: Natural
 
 
+def exact_name(attack: Any) -> Any:
+    """An attack's name as here: the original code has "CW", and means APGD-CE and APGD-DLR by "autoattack"."""
+    name = attack.lower() if isinstance(attack, str) else attack
+    return "apgd" if name == "autoattack" else name
+
+
 class AttackSettings(Settings):
     """The attack that robust accuracy is measured with."""
 
-    attack: Literal["pgd", "cw", "autoattack"] = "pgd"
+    # those after "cw" are AutoAttack's: see measuring.autoattack
+    attack: Literal["pgd", "cw", "apgd", "apgd-ce", "apgd-t", "standard", "square"] = "pgd"
     norm: Norm = "linf"  # l2: epsilon and step are Euclidean lengths of the whole perturbation, still in 1/255
-    autoattack_version: Literal["apgd", "standard"] = "apgd"  # see measuring.autoattack
+    square_queries: Count = 5000  # of attack "square", for each image
     test_eps: Length255
     test_stepsize: Length255
     test_numsteps: Count
@@ -87,19 +94,24 @@ class AttackSettings(Settings):
 
     @field_validator("attack", mode="before")
     @classmethod
-    def _in_lower_case(cls, value: Any) -> Any:
-        return value.lower() if isinstance(value, str) else value  # "CW" in the original code
+    def _by_its_exact_name(cls, value: Any) -> Any:
+        return exact_name(value)
 
     @field_validator("attack_precision")
     @classmethod
     def _of_these_attacks(cls, value: str, info: ValidationInfo) -> str:
-        if value != "model" and info.data.get("attack") == "autoattack":
+        if value != "model" and info.data.get("attack") not in ("pgd", "cw"):
             raise ValueError("is for the attacks pgd and cw")
         return value
 
     @property
+    def steps(self) -> int:
+        """Of its own kind: "square" has queries."""
+        return self.square_queries if self.attack == "square" else self.test_numsteps
+
+    @property
     def label(self) -> str:
-        """Such as "pgd-100", with what is not usual: "pgd-10-l2", "autoattack-standard", "pgd-10-released-fp16"."""
-        standard = self.attack == "autoattack" and self.autoattack_version == "standard"
+        """Such as "pgd-100", "square-5000", "standard"; with what is not usual: "pgd-10-l2", "pgd-10-released-fp16"."""
         unusual = [value for value in (self.norm, self.attack_precision) if value not in ("linf", "model")]
-        return "-".join([self.attack, "standard" if standard else str(self.test_numsteps), *unusual])
+        steps = [] if self.attack == "standard" else [str(self.steps)]
+        return "-".join([self.attack, *steps, *unusual])

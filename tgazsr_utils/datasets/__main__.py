@@ -19,7 +19,7 @@ from tgazsr_utils.core.libraries import torchvision
 from tgazsr_utils.datasets.class_folders import Split
 from tgazsr_utils.datasets.layouts import existing_root, find_published, list_datasets, open_source
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_ROOT
+from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_ROOT, FURTHER, KNOWN
 from tgazsr_utils.paths import resolve
 from tgazsr_utils.progress import progress
 
@@ -44,7 +44,7 @@ def list_sets(root: Path, keys: list[str]) -> tuple[pd.DataFrame, list[str]]:
     """(a row a published set: what it holds, what it costs to download, whether it is there; what is wrong there)."""
     rows, problems = [], []
     for key in keys:
-        s, there = DATASETS[key], "no"
+        s, there = KNOWN[key], "no"
         try:
             if root.is_dir() and find_published(key, root).top:
                 there = "yes"
@@ -63,7 +63,7 @@ def check_set(key: str, root: Path, every_image: bool = False) -> tuple[bool, li
 
     Of ImageNet this is the part to test on, of all others all of it.
     """
-    spec = DATASETS.get(key)
+    spec = KNOWN.get(key)
     options = {"image_size": 8, "on_bad_image": "leave_out", "decode": False}
     try:
         parts = [load_dataset(key, split, root, **options) for split in _parts(key, root)]
@@ -93,7 +93,7 @@ def check_set(key: str, root: Path, every_image: bool = False) -> tuple[bool, li
 
 def _parts(key: str, root: Path) -> list[Split]:
     """Parts to check, that to test on first; what comes by hand may come without one to tune on."""
-    spec = DATASETS.get(key)
+    spec = KNOWN.get(key)
     if spec and (find_published(key, root).missing or not (spec.train or key == "tinyImageNet")):
         return ["test"]
     try:
@@ -112,9 +112,9 @@ def _one_of_each_class(labels: torch.Tensor) -> torch.Tensor:
 
 def by_hand(key: str, root: Path) -> list[str]:
     """Where to get a published set when it cannot be downloaded by program, and where to put it."""
-    if key not in DATASETS:
+    if key not in KNOWN:
         return []
-    spec = DATASETS[key]
+    spec = KNOWN[key]
     what = spec.by_hand or "unpack what is offered there"
     return [f"source: {spec.source}", f"by hand: in {root}, {what}; looked for: {', '.join(spec.needs)}"]
 
@@ -143,7 +143,7 @@ def fetch_set(key: str, root: Path) -> str:
     ``<root>/.fetching/<key>`` first. After an interruption, archives are kept where their checksum tells whether they
     are whole, and unpacked afresh. Raises whatever the download raises.
     """
-    spec, staging = DATASETS[key], root / ".fetching" / key
+    spec, staging = KNOWN[key], root / ".fetching" / key
     missing = find_published(key, root).missing if root.is_dir() else spec.needs
     if not missing:
         open_source(key, "test", root)  # raises ValueError for a damaged one
@@ -175,13 +175,13 @@ def fetch_missing(keys: list[str], root: str | Path | None) -> None:
         return
     root = existing_root(root)
     there = list_datasets(root)
-    missing = [key for key in keys if key in DATASETS and key not in there]
-    if sizes := {key: DATASETS[key].gigabytes for key in missing}:
+    missing = [key for key in keys if key in KNOWN and key not in there]
+    if sizes := {key: KNOWN[key].gigabytes for key in missing}:
         listed = ", ".join(f"{key} {size:g} GB" for key, size in sizes.items())
         print(f"to download into {root}: {listed}; {sum(sizes.values()):.1f} GB in all", flush=True)
     for key in missing + (["samples"] if root == resolve(SAMPLES_ROOT) and not there else []):
         try:
-            done = fetch_set(key, root) if key in DATASETS else copy_samples(root)
+            done = fetch_set(key, root) if key in KNOWN else copy_samples(root)
         except Exception as error:  # whatever a server answers
             reason = " ".join(str(error).split()) or type(error).__name__
             told = [f"image set {key!r} cannot be fetched: {reason}", *by_hand(key, root)]
@@ -220,19 +220,21 @@ def main(arguments: list[str] | None = None) -> int:
     root, check = resolve(options.root), options.action == "check"
     root = existing_root(root) if root.is_dir() else root
     own = list_datasets(root) if check and root.is_dir() else []
-    known = list(dict.fromkeys([*DATASETS, *own]))
+    known = list(dict.fromkeys([*KNOWN, *own]))
     unknown = [key for key in options.keys if key not in known]
     if unknown or (check and not root.is_dir()):
         no_set = f"set {unknown[0]!r} is unknown; there are: {', '.join(known)}" if unknown else ""
         print(f"error: {no_set or f'there is no folder {root}'}", file=sys.stderr)
         return 2
     print(f"data root: {root}")
-    keys = options.keys or (own if check else list(DATASETS))
+    keys = options.keys or {"check": own, "list": list(KNOWN), "fetch": list(DATASETS)}[options.action]
     if options.action == "list":
         sets, problems = list_sets(root, keys)
         print(sets.to_string(), *problems, sep="\n")
-        total = sum(DATASETS[key].gigabytes for key in keys)
+        total = sum(KNOWN[key].gigabytes for key in keys)
         print(f"{total:.0f} GB to download in all; once unpacked they take about as much again")
+        if not options.keys:
+            print(f"not among the 16, and measured where they are named only: {', '.join(FURTHER)}")
         return 0
     failed = []
     for key in keys:
@@ -264,7 +266,7 @@ def _check_or_fetch(key: str, root: Path, check: bool, every_image: bool) -> boo
         if check:
             good, lines = check_set(key, root, every_image)
         else:
-            print(f"{key}: {DATASETS[key].gigabytes:g} GB, {DATASETS[key].licence}", flush=True)
+            print(f"{key}: {KNOWN[key].gigabytes:g} GB, {KNOWN[key].licence}", flush=True)
             good, lines = True, [fetch_set(key, root)]
     except Exception as error:  # one failing set must not stop the others, whatever a server answers
         good, lines = False, [f"failed: {' '.join(str(error).split())}", *by_hand(key, root)]

@@ -23,7 +23,7 @@ from tgazsr_utils.datasets.class_folders import (
     images_below,
     readable,
 )
-from tgazsr_utils.datasets.published_sets import DATASETS, DatasetSpec, clean_name
+from tgazsr_utils.datasets.published_sets import KNOWN, DatasetSpec, clean_name
 from tgazsr_utils.datasets.torchvision_sets import read_lists
 from tgazsr_utils.paths import resolve
 
@@ -33,13 +33,13 @@ TEST_FRACTION = 0.2  # of each class, for folders that come without a split
 def list_datasets(root: str | Path | None) -> list[str]:
     """Keys of all image sets: the mini-world's tasks for ``root=None``, else what lies below ``root``.
 
-    Published sets come first, in the order of ``DATASETS``; then other folders of class folders, by name.
+    Published sets come first, in the order of ``KNOWN``; then other folders of class folders, by name.
     """
     if root is None:
         return list(miniworld.TASKS)
     folder = existing_root(root)
-    there = {key: find_published(key, folder).top for key in DATASETS}
-    known = {*DATASETS, *(name for names in there.values() for name in names)}
+    there = {key: find_published(key, folder).top for key in KNOWN}
+    known = {*KNOWN, *(name for names in there.values() for name in names)}
     return [key for key, names in there.items() if names] + [p.name for p in folders(folder) if p.name not in known]
 
 
@@ -48,7 +48,7 @@ def existing_root(root: str | Path) -> Path:
     folder = resolve(root)
     if not folder.is_dir():
         raise ValueError(f"data_root {str(root)!r} is not a folder ({folder})")
-    named = lambda path: any(_is_called(key, path) for key in DATASETS)
+    named = lambda path: any(_is_called(key, path) for key in KNOWN)
     while len(inner := folders(folder)) == 1 and not named(inner[0]) and any(map(named, folders(inner[0]))):
         folder = inner[0]
     return folder
@@ -56,7 +56,7 @@ def existing_root(root: str | Path) -> Path:
 
 def _is_called(key: str, folder: Path) -> bool:
     """Has a folder one of a published set's names, whatever their case and punctuation?"""
-    spec, plain = DATASETS[key], lambda name: re.sub(r"[\W_]", "", name).lower()
+    spec, plain = KNOWN[key], lambda name: re.sub(r"[\W_]", "", name).lower()
     return plain(folder.name) in map(plain, (key, spec.folder, spec.title, *spec.also))
 
 
@@ -73,9 +73,9 @@ def find_published(key: str, root: Path) -> Place:
     """Where, up to two levels below ``root``, least of the published layout is missing.
 
     A folder with all of it may have any name, as archives unpack one level up or down; one with less is called as the
-    set. Tiny-ImageNet and ImageNet are by name only: a set of one's own may be laid out like them.
+    set. Tiny-ImageNet, ImageNet and further sets are by name only: a set of one's own may be laid out like them.
     """
-    spec, upper = DATASETS[key], folders(root)
+    spec, upper = KNOWN[key], folders(root)
     anywhere = [root, *upper, *(lower for folder in upper for lower in folders(folder))]
     named = [root / spec.folder, *(place for place in anywhere if _is_called(key, place))]
     lacks = lambda place: [place / part for part in spec.below if not os.path.exists(place / part)]
@@ -103,14 +103,14 @@ def open_source(key: str, split: Split, root: Path, test_fraction: float | None 
         reason = f"{reason} is not in its lists" if isinstance(error, KeyError) else reason
         fetch = f"Once it is moved away: python -m tgazsr_utils.datasets fetch {key}"
         reason = reason.replace("You can use download=True to download it", fetch)
-        missing = find_published(key, root).missing if key in DATASETS else []
+        missing = find_published(key, root).missing if key in KNOWN else []
         if missing and missing[0] not in reason:
             reason += f"; of the published layout this is missing: {', '.join(missing)}"
         raise ValueError(f"image set {key!r} in {root} cannot be read: {reason}") from error
 
 
 def _find_source(key: str, split: Split, root: Path, test_fraction: float | None, seed: int) -> Source:
-    spec = DATASETS.get(key)
+    spec = KNOWN.get(key)
     place, missing = find_published(key, root)[:2] if spec else (root, [])
     if spec and spec.torchvision and not spec.folders and not missing:
         folder, source = "its lists", _through_torchvision(key, spec, place, split)
@@ -132,7 +132,7 @@ def _find_source(key: str, split: Split, root: Path, test_fraction: float | None
 
 def _folder_of(key: str, split: Split, root: Path) -> Path:
     """The folder that holds a set's class folders or Tiny-ImageNet's lists. Raises ValueError if there is none."""
-    if spec := DATASETS.get(key):
+    if spec := KNOWN.get(key):
         place, missing, own, there = find_published(key, root)
         if key == "tinyImageNet" and not missing:
             return place
@@ -183,10 +183,15 @@ def _through_torchvision(key: str, spec: DatasetSpec, place: Path, split: Split)
 
 def class_names(source: Source, spec: DatasetSpec | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What to call each class, each name once, and how the set's own prompts name it."""
-    raw = [_raw_name(name) for name in source.classes]
+    raw = [_raw_name(_wnid(name) if spec and spec.numbered else name) for name in source.classes]
     names = list(map(spec.label if spec else clean_name, raw))
     distinct = [f"{own} ({of})" if names.count(own) > 1 else own for own, of in zip(names, source.classes)]
     return tuple(distinct), tuple(map(spec.class_name, raw)) if spec else tuple(names)
+
+
+def _wnid(number: str) -> str:
+    """Of one of ImageNet's 1000 classes; what is no number of one, as it is."""
+    return _wordnet("1k").index_to_label_name(int(number)) if re.fullmatch(r"\d{1,3}", number) else number
 
 
 def _raw_name(folder_name: str) -> str:
@@ -194,16 +199,16 @@ def _raw_name(folder_name: str) -> str:
     if not re.fullmatch(r"n\d{8}", folder_name):
         return folder_name
     try:
-        return _wordnet().label_name_to_description(folder_name).split(",")[0]
+        return _wordnet("22k").label_name_to_description(folder_name).split(",")[0]
     except KeyError:
         return folder_name
 
 
-@lru_cache(maxsize=1)
-def _wordnet() -> Any:
+@lru_cache(maxsize=2)
+def _wordnet(classes: str) -> Any:
     from timm.data import ImageNetInfo  # slow to import
 
-    return ImageNetInfo("imagenet-22k")
+    return ImageNetInfo(f"imagenet-{classes}")
 
 
 def _tiny_imagenet(folder: Path, split: Split, published: bool) -> Source:

@@ -15,7 +15,7 @@ from tgazsr_utils.datasets import miniworld
 from tgazsr_utils.datasets.class_folders import Source, Split
 from tgazsr_utils.datasets.files import DecodedOnce, Files, OnBadImage, decoded, fit
 from tgazsr_utils.datasets.layouts import class_names, existing_root, list_datasets, open_source
-from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_PROMPT, Preprocess
+from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_PROMPT, FURTHER, KNOWN, Preprocess
 
 KEEP_DECODED = 2**28  # bytes: a set up to this size is kept in memory
 
@@ -25,13 +25,15 @@ def choose_datasets(
 ) -> list[str]:
     """The test sets to use: those named; all there are (None); or those of the 16 published that are there.
 
-    Unless named, a set without readable lists of test images is left out, and a line says why.
+    Unless named, a set without readable lists of test images is left out, and so is one of ``FURTHER``; lines say so.
     """
     if isinstance(wanted, list) or root is None and wanted is None:
         return wanted or list_datasets(root)
-    there = []
-    for key in list_datasets(root) if root is not None else ():
-        if wanted is None or key in DATASETS:
+    there, listed = [], list_datasets(root) if root is not None else []
+    if apart := [key for key in listed if key in FURTHER]:
+        print(f"left out, as they are measured where they are named only: {', '.join(apart)}")
+    for key in listed:
+        if key in DATASETS or wanted is None and key not in apart:
             try:
                 open_source(key, "test", existing_root(root), test_fraction)
                 there.append(key)
@@ -64,7 +66,7 @@ def load_dataset(
     """The images of one set, at ``image_size`` x ``image_size``.
 
     ``root=None``: the mini-world, ``key`` a task, ``n`` images (default 1000) rendered anew for each ``seed``. Else
-    ``key`` is one of ``DATASETS``, in its published layout below ``root``, or any folder ``<root>/<key>`` in
+    ``key`` is one of ``KNOWN``, in its published layout below ``root``, or any folder ``<root>/<key>`` in
     Tiny-ImageNet's layout, with ``train`` and ``test`` (or ``val``) folders of ``<class>/*``, or with just
     ``<class>/*``, perhaps one level further down. A set without a split of its own is split for each class by ``seed``,
     ``test_fraction`` of it for testing; None: a fifth, but all of a published set. ``n`` caps the number of images,
@@ -80,7 +82,7 @@ def load_dataset(
             if value is not None:
                 raise ValueError(f"{name} = {value!r} is for image files; the mini-world (data_root None) has none")
         return _load_miniworld(key, split, 1000 if n is None else n, image_size, seed, world, prompt)
-    source, spec = open_source(key, split, existing_root(root), test_fraction, seed), DATASETS.get(key)
+    source, spec = open_source(key, split, existing_root(root), test_fraction, seed), KNOWN.get(key)
     own = spec.preprocess if spec else "crop"
     files = Files(source, torch.arange(len(source.labels)), image_size, preprocess or own, on_bad_image)
     data = _labelled(key, split, files, prompt, world or "photographs").subset(n, seed)
@@ -104,7 +106,7 @@ def class_prompts(
 
 def _named(key: str, source: Source, prompt: str | None) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     """Names and prompts of a set's classes, and the template of these."""
-    spec = DATASETS.get(key)
+    spec = KNOWN.get(key)
     names, as_published = class_names(source, spec)
     template = prompt or (spec.prompt if spec else DEFAULT_PROMPT)
     asked = names if spec and template != spec.prompt else as_published
@@ -113,7 +115,7 @@ def _named(key: str, source: Source, prompt: str | None) -> tuple[tuple[str, ...
 
 def _labelled(key: str, split: Split, files: Files, prompt: str | None, world: str) -> ImageSet:
     """All images of one part with their labels and prompts."""
-    spec, source = DATASETS.get(key), files.source
+    spec, source = KNOWN.get(key), files.source
     names, prompts, template = _named(key, source, prompt)
     told = [f"left out: {problem}" for problem in source.left_out]
     if same := sorted({prompt for prompt in prompts if prompts.count(prompt) > 1}):

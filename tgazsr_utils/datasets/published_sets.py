@@ -1,7 +1,10 @@
-"""The 16 published test sets of published_sets.yaml: what they hold, where they come from, how they are shown."""
+"""Published test sets: what they hold, where they come from, how they are shown.
+
+The 16 are in published_sets.yaml; further ones, which no mean over the 16 is over, in further_sets.yaml.
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,6 +46,7 @@ class DatasetSpec:
     names: Mapping[str, str] = field(default_factory=dict)  # raw class name -> name in the prompt; others are cleaned
     labels: Mapping[str, str] = field(default_factory=dict)  # raw class name -> its name where that is no whole prompt
     separators: str = "_-/"  # characters of a raw name that are spaces in the prompt
+    numbered: bool = False  # class folders are called by the numbers of ImageNet's 1000 classes
     name_edits: Mapping[re.Pattern[str], str] = field(default_factory=dict)  # what to replace before a name is cleaned
     gigabytes: float  # to download
     source: str
@@ -84,4 +88,12 @@ def read_specs(path: Path) -> dict[str, DatasetSpec]:
         raise ValueError(f"{path}: {where or 'the file'} = {value}: {first['msg']}") from None
 
 
-DATASETS = read_specs(Path(__file__).with_suffix(".yaml"))
+DATASETS = read_specs(Path(__file__).with_suffix(".yaml"))  # the 16
+FURTHER = read_specs(Path(__file__).with_name("further_sets.yaml"))
+KNOWN = DATASETS | FURTHER
+
+
+def in_means(keys: Iterable[str]) -> list[str]:
+    """Those of sets that a mean is over: no further ones, unless there are no others."""
+    keys = list(keys)
+    return [key for key in keys if key not in FURTHER] or keys

@@ -18,6 +18,7 @@ from scipy.stats import rankdata
 from sklearn.metrics import roc_curve
 from torch import Tensor
 
+from tgazsr_utils.datasets.published_sets import in_means
 from tgazsr_utils.display.panels import amplification, attention_pictures
 from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.measuring.recorded_sweep import KINDS
@@ -215,7 +216,7 @@ def accuracy_heatmap(frame: pd.DataFrame, title: str) -> Figure:
     for axis, kind in zip(axes, ("robust", "clean")):
         table = whole[whole.kind == kind].pivot_table(index="method", columns="dataset", values="accuracy")
         table = table.reindex(index=methods, columns=sets)
-        table["MEAN"] = table.mean(axis=1)
+        table["MEAN"] = table[in_means(sets)].mean(axis=1)
         sns.heatmap(table, cmap="viridis", vmin=0, vmax=100, ax=axis, cbar_kws={"label": "top-1 (%)"}, **cells)
         axis.set(title=f"{kind} accuracy (%)", xlabel="", ylabel="")
         _names_upright(axis)

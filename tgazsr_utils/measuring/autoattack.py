@@ -1,7 +1,8 @@
-"""AutoAttack and its Square attack, through pyautoattack: all that is known here of that library's inside."""
+"""AutoAttack, whole and in parts, through pyautoattack: all that is known here of that library's inside."""
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from tgazsr_utils.core.settings import Norm, Protocol
 
 BATCH = 64  # images at once, always of the same rows
 NORMS = {"linf": "Linf", "l2": "L2"}  # their names there
+VERSIONS = {  # by exact name, the parts of each, each on what withstood those before
+    "apgd-ce": ("apgd-ce",),
+    "apgd": ("apgd-ce", "apgd-dlr"),
+    "apgd-t": ("apgd-ce", "apgd-t"),
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+}
+CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # that a part needs at least: the DLR loss compares so many logits
+STEPS, QUERIES, TARGETS = 100, 5000, 9  # of the standard version; TARGETS of any, at most
 
 
 def autoattack(
@@ -32,27 +41,20 @@ def autoattack(
 ) -> Tensor:
     """AutoAttack (Croce & Hein 2020) by pyautoattack: adversarial images ``[B,3,H,W]``, the clean one where none fools.
 
-    ``version`` "apgd", as published for this method: APGD-CE, then APGD-DLR on what withstood it (with two classes
-    APGD-CE alone, since DLR needs three), each of ``steps`` iterations from one random start; "standard": the authors'
-    full ensemble APGD-CE, targeted APGD-DLR, targeted FAB and Square (5000 queries), each with as many target classes
-    as there are, at most 9. It chooses its own step sizes and keeps the first image that fools: ``step_size`` and
-    ``protocol`` are not used. Raises ValueError for bad pixels, ``eps`` or ``steps``, and for "standard" with fewer
-    than four classes.
+    ``version`` "apgd-ce": APGD on cross-entropy; "apgd", as published for this method: then on the DLR loss; "apgd-t":
+    then on the targeted DLR loss instead; each of ``steps`` iterations from one random start. "standard": the authors'
+    full ensemble with their own numbers, "apgd-t", then targeted FAB and Square (5000 queries). Targets are as many
+    classes as there are besides, at most nine. What needs more classes than there are is left out: with two classes
+    all but "standard" are "apgd-ce". It chooses its own step sizes and keeps the first image that fools: ``step_size``
+    and ``protocol`` are not used. Raises ValueError for bad pixels, ``eps``, ``steps`` or ``version``.
     """
     check_arguments(images, norm, eps=eps, steps=steps)
-    classes = len(text)
+    if version not in VERSIONS:
+        raise ValueError(f"AutoAttack version {version!r} is unknown; choose of {', '.join(VERSIONS)}")
     if not len(images):
         return images
-    if version == "standard" and classes < 4:
-        raise ValueError(f"AutoAttack's standard version needs at least 4 classes (targeted DLR); there are {classes}")
-    if isinstance(generator, Noise):
-        seed = int(2**24 * generator.uniform(1)[0])
-    else:
-        seed = int(
-            torch.randint(2**31, (), generator=generator, device=None if generator is None else generator.device)
-        )
-    options = {"norm": NORMS[norm], "eps": eps, "seed": seed, "device": images.device}
-    attack = _configured(lambda pixels: clip.logits(pixels, text), version, classes, steps, options)
+    options = {"norm": NORMS[norm], "eps": eps, "seed": _seed(generator), "device": images.device}
+    attack = _configured(lambda pixels: clip.logits(pixels, text), version, len(text), steps, options)
     attack.logger.setLevel("ERROR")  # its warnings repeat for each batch, and one is wrong for three classes
     tracer = sys.gettrace()
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds the global generator
@@ -67,36 +69,54 @@ def _configured(
     """pyautoattack's AutoAttack of a version, with no more targets than there are, and ``steps`` for APGD."""
     from pyautoattack import AutoAttack  # slow to import, and rarely needed
 
-    if version == "standard":
-        attack = AutoAttack(logits, version="standard", **options)
-        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
-    elif version == "apgd":
-        losses = ["apgd-ce"] if classes < 3 else ["apgd-ce", "apgd-dlr"]
-        attack = AutoAttack(logits, version="custom", attacks=losses, **options)
-        attack.apgd = type(attack.apgd)(logits, n_iter=steps, n_restarts=1, logger=attack.logger, **options)
-    else:
-        raise ValueError(f"AutoAttack version {version!r} is unknown; choose 'apgd' or 'standard'")
+    parts = [part for part in VERSIONS[version] if classes >= CLASSES.get(part, 2)]
+    attack = AutoAttack(logits, version="custom", attacks=parts, **options)
+    options, steps = options | {"n_restarts": 1, "logger": attack.logger}, STEPS if version == "standard" else steps
+    attack.apgd = type(attack.apgd)(logits, n_iter=steps, **options)
+    attack.apgd_targeted = type(attack.apgd_targeted)(logits, n_iter=steps, **options)
+    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(TARGETS, classes - 1)
     return attack
 
 
-ATTACKS["autoattack"] = Attack(autoattack, keeps_first=True, batch=BATCH)
+def _seed(generator: Generator) -> int:
+    if isinstance(generator, Noise):
+        return int(2**24 * generator.uniform(1)[0])
+    return int(torch.randint(2**31, (), generator=generator, device=None if generator is None else generator.device))
 
 
 def square(
-    clip: Clip, images: Tensor, labels: Tensor, text: Tensor, eps: float, queries: int, norm: Norm = "linf"
+    clip: Clip,
+    images: Tensor,
+    labels: Tensor,
+    text: Tensor,
+    eps: float,
+    step_size: float | None = None,
+    steps: int = QUERIES,
+    *,
+    norm: Norm = "linf",
+    protocol: Protocol = "worst",
+    generator: Generator = None,
 ) -> Tensor:
     """The Square attack (Andriushchenko et al. 2020) by pyautoattack: random search that sees logits only.
 
-    On images whose class leads; it knows neither ties nor logits that are not numbers.
+    ``steps`` queries for each image whose class leads; it knows neither ties nor logits that are not numbers. It gives
+    the clean image where none fools: ``step_size`` and ``protocol`` are not used.
     """
     from pyautoattack.square import SquareAttack  # slow to import
 
+    check_arguments(images, norm, eps=eps, steps=steps)
+    if not len(images):
+        return images
     logits = lambda pixels: clip.logits(pixels, text).nan_to_num()
-    options = {"norm": NORMS[norm], "eps": eps, "seed": 0, "device": images.device}
-    attack = SquareAttack(logits, n_queries=queries, **options)
+    options = {"norm": NORMS[norm], "eps": eps, "seed": _seed(generator), "device": images.device}
+    attack = SquareAttack(logits, n_queries=steps, **options)
     leads = attack.margin_and_loss(images, labels)[0] > 0
     adversarial = images.clone()
     if leads.any():
         with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds the global generator
             adversarial[leads] = attack.perturb(images[leads], labels[leads])
     return adversarial
+
+
+ATTACKS |= {name: Attack(partial(autoattack, version=name), True, BATCH) for name in VERSIONS}
+ATTACKS["square"] = Attack(square, True, BATCH)

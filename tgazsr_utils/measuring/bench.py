@@ -43,14 +43,17 @@ class Bench:
         *,
         method: str,
         seed: int = 0,
+        source: Clip | None = None,
     ) -> list[Record]:
         """Two records a set, clean and attacked, each stored when done; what the store has is not measured again.
+        ``source``: see ``evaluate``.
 
         Processes that call this together, as torchrun starts them, share the work too. The attack is checked first,
         once a model, and what was found is noted in ``checks``; where it fails, that is said, and attacked records,
         though stored, are not returned.
         """
-        wanted = [Measurement(clip, data, kind, protocol, method, seed) for data in sets for kind in (None, attack)]
+        how = (protocol, method, seed, source)
+        wanted = [Measurement(clip, data, kind, *how) for data in sets for kind in (None, attack)]
         if self.number_of_processes > 1 and not processes.are_started() and any(self._to_do(clip, wanted)):
             processes.launch(self.number_of_processes, self._work, clip, wanted)
         else:

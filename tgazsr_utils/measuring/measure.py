@@ -44,16 +44,29 @@ class Measurement:
     protocol: Protocol = "last"
     method: str = "CLIP"
     seed: int = 0
+    source: Clip | None = None  # that the attack is against, if that is another model
 
     @cached_property
     def key(self) -> str:
         """Names all that the outcome depends on."""
-        how = [self.settings, protocol_of(self.attack, self.protocol), self.seed, code_version(__name__)]
+        how = [self.settings, self.read_at, self.seed, code_version(__name__)]
         return digest(self.method, fingerprint(self.clip), self.clip.numerics, fingerprint(self.data), *how)
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {} if self.attack is None else self.attack.model_dump()
+        """Of the attack, and the fingerprint of its source."""
+        source = {} if self.source is None else {"source": fingerprint(self.source)}
+        return {} if self.attack is None else self.attack.model_dump() | source
+
+    @property
+    def label(self) -> str:
+        """Such as "none", "pgd-10" and, of an attack on another model, "transfer-pgd-10"."""
+        return "none" if self.attack is None else ("transfer-" if self.source else "") + self.attack.label
+
+    @property
+    def read_at(self) -> Protocol:
+        """Iterates that fool the source are nothing to go by."""
+        return protocol_of(self.attack, "last" if self.source else self.protocol)
 
     @property
     def slices(self) -> list[range]:
@@ -94,7 +107,7 @@ def answer(m: Measurement, rows: range, kept: Path | None = None, bar: Any = Non
     while (answers.states == NOT_YET).any():
         try:
             for batch, _, classes in predictions(
-                m.clip, m.data, m.attack, _left(answers, rows, size, m.fixed_batch), m.protocol, m.seed
+                m.clip, m.data, m.attack, _left(answers, rows, size, m.fixed_batch), m.read_at, m.seed, m.source
             ):
                 places = batch.rows - rows.start
                 for tensor, values in zip(answers, (classes.cpu(), READ, pixel_sums(batch.images), size)):
@@ -172,9 +185,9 @@ def record_of(m: Measurement, parts: Sequence[Answers], seconds: float) -> Recor
         dataset=m.data.key,
         data=fingerprint(m.data),
         pixels=digest(sums[read]),
-        attack="none" if m.attack is None else m.attack.label,
+        attack=m.label,
         eps_255=0.0 if m.attack is None else m.attack.test_eps,
-        protocol=protocol_of(m.attack, m.protocol),
+        protocol=m.read_at,
         seed=m.seed,
         n=len(hits),
         available=m.data.available,
@@ -200,13 +213,15 @@ def evaluate(
     *,
     method: str = "CLIP",
     seed: int = 0,
+    source: Clip | None = None,
 ) -> Record:
     """Top-1 zero-shot accuracy of ``clip`` on one set; ``attack=None`` for clean images.
 
     ``protocol`` "last": accuracy at the attack's last iterate, as published; "worst": on images that withstand every
-    iterate (see ``attacks.pgd``), the stricter one. Images that cannot be read are not counted.
+    iterate (see ``attacks.pgd``), the stricter one. ``source``: on images that the attack makes against this model,
+    which must take images of the same size (transfer). Images that cannot be read are not counted.
     """
-    m = Measurement(clip, data, attack, protocol, method, seed)
+    m = Measurement(clip, data, attack, protocol, method, seed, source)
     answers, seconds = zip(*(answer(m, rows) for rows in m.slices))
     return record_of(m, answers, sum(seconds))
 

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.datasets.published_sets import DATASETS
 from tgazsr_utils.measuring.records import Record
-from tgazsr_utils.measuring.tables import leaderboard, to_frame
+from tgazsr_utils.measuring.tables import counted, leaderboard, to_frame
 from tgazsr_utils.paths import DATA
 
 COLUMNS = {  # the source, as both files name it -> its column
@@ -29,8 +29,9 @@ _AS_PUBLISHED = {  # Record.attack -> its column, epsilon and step (1/255; None:
     "none": ("clean", 0.0, 1.0, "last"),
     "pgd-100": ("PGD", 1.0, 1.0, "last"),
     "cw-100": ("CW", 1.0, 1.0, "last"),
-    "autoattack-100": ("AutoAttack", 1.0, None, "worst"),
+    "apgd-100": ("AutoAttack", 1.0, None, "worst"),
 }
+_OF_WEIGHTS = {"none": "clean", "apgd-t-100": "AutoAttack"}  # Record.attack -> its name in published_weights.csv
 
 
 def by_set() -> pd.DataFrame:
@@ -84,9 +85,10 @@ def beside(records: Sequence[Record], pretrained: str | None, tuned_on: str | No
     Our columns are of the attack we measured under; (kind, "ours ±") is half the 95 % interval of ``summary``. They
     stay away, and a line says why, unless all was measured as published: sets with the published counts, prompts and
     preprocessing (perhaps cut by ``quick_eval``), OpenAI's ViT-B/32 tuned on Tiny-ImageNet (None: on nothing), epsilon
-    1/255, and PGD-100 or CW-100 with step 1/255 or AutoAttack's version "apgd" with 100 steps. Numbers of the
-    mini-world say nothing about the published ones. Raises ValueError for records that no one table may mix.
+    1/255, and PGD-100 or CW-100 with step 1/255 or AutoAttack's "apgd" with 100 steps. Numbers of the mini-world say
+    nothing about the published ones. Raises ValueError for records that no one table may mix.
     """
+    records = counted(records)
     known = pretrained == "openai" and tuned_on in ("tinyImageNet", None)
     reasons = [] if known else [f"{pretrained} weights" + (f" tuned on {tuned_on}" if tuned_on else "")]
     reasons += dict.fromkeys(reason for r in records if (reason := _difference_from_published(r)))
@@ -110,7 +112,7 @@ def _difference_from_published(record: Record) -> str | None:
         return record.world
     if record.arch != "ViT-B-32-quickgelu":
         return record.arch
-    if not record.published:
+    if not record.published or record.dataset not in DATASETS:
         return f"{record.dataset} is not as published"
     step = record.settings.get("test_stepsize", 1.0)
     _, eps, published_step, protocol = _AS_PUBLISHED.get(record.attack, (None, None, None, None))
@@ -155,6 +157,7 @@ def _of_others(record: Record, weights: str | None) -> Iterator[tuple[str, float
         known = pd.Series({"": float("nan")}) if reason else by_set()[record.dataset].xs((kind, "CLIP"), level=(1, 2))
         yield from ((COLUMNS.get(source, ""), number, reason or "") for source, number in known.items())
     else:
+        kind = _OF_WEIGHTS.get(record.attack)
         means = pd.read_csv(DATA / "published_weights.csv").query("weights == @weights and attack == @kind")
         means = [m for m in means.itertuples() if m.eps_255 == record.eps_255]
         yield from ((f"{m.source}, mean of {len(m.sets.split())} sets", m.accuracy, NO_NUMBER) for m in means)

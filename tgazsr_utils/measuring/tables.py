@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from scipy.stats import t as student_t
 
 from tgazsr_utils.datasets.miniworld import TASKS
-from tgazsr_utils.datasets.published_sets import DATASETS
+from tgazsr_utils.datasets.published_sets import DATASETS, in_means
 from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.durable.weights import image_size_of
 from tgazsr_utils.measuring.records import Record
@@ -49,9 +49,15 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def counted(records: Sequence[Record]) -> list[Record]:
+    """Those of the sets that a mean is over: see ``in_means``."""
+    keys = {*in_means(r.dataset for r in records)}
+    return [r for r in records if r.dataset in keys]
+
+
 def per_seed(records: Sequence[Record]) -> pd.DataFrame:
     """One row a seed: robust and clean accuracy, each a mean over its sets, and their average, in percent."""
-    means = to_frame(records).pivot_table(index="seed", columns="kind", values="accuracy", aggfunc="mean")
+    means = to_frame(counted(records)).pivot_table(index="seed", columns="kind", values="accuracy", aggfunc="mean")
     means = means.reindex(columns=["robust", "clean"])  # NaN: what is not counted
     return means.assign(average=means.mean(axis=1, skipna=False))
 
@@ -64,6 +70,7 @@ def summary(records: Sequence[Record]) -> dict[str, float | str]:
     there is one seed. Raises ValueError for records that no one table may mix.
     """
     _refuse_mixture(to_frame(records))
+    records = counted(records)
     means = per_seed(records)
     if len(means) > 1:
         halves = student_t.ppf(0.975, len(means) - 1) * means.std(skipna=False) / np.sqrt(len(means))
@@ -92,21 +99,49 @@ def _half_interval(sets: Sequence[np.ndarray], ddof: int, z: float = 1.96) -> fl
     return float(z * np.sqrt(np.sum([values.var(ddof=ddof) / len(values) for values in sets])) / len(sets))
 
 
-def leaderboard(records: Sequence[Record]) -> pd.DataFrame:
+def leaderboard(records: Sequence[Record], under: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row a method, best average first: its ``summary``, and what it was measured on.
 
-    ``sets`` says "n of 16" when some are missing. Raises ValueError for records of several worlds, attacks, protocols
-    or versions of the code, methods measured on different images, or two models of one method and seed: no one table
-    may mix them.
+    ``harmonic`` is the harmonic mean of clean and robust accuracy, that under the strongest attack of ``under``, a part
+    of ``under_attacks``. ``sets`` says "n of 16" when some are missing, and which are not in the means. Raises
+    ValueError for records of several worlds, attacks, protocols or versions of the code, methods measured on different
+    images, or two models of one method and seed: no one table may mix them.
     """
     frame = to_frame(records)
     _refuse_mixture(frame)
+    apart = sorted({*frame.dataset} - {*in_means(frame.dataset)})
+    frame = frame[~frame.dataset.isin(apart)]
     rows = {method: summary([r for r in records if r.method == method]) for method in frame.method.unique()}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
-    table["sets"] = _sets_used(frame.dataset.unique())
+    robust = table.robust if under is None else under.loc[table.index].min(axis=1)
+    both = (table.clean + robust).replace(0, 1)
+    table.insert(table.columns.get_loc("average_ci") + 1, "harmonic", 2 * table.clean * robust / both)
+    table["sets"] = _sets_used(frame.dataset.unique()) + (f" (without {', '.join(apart)})" if apart else "")
     table["images"] = frame.groupby("method").apply(_images_used, include_groups=False)
     table["world"] = frame.world.iloc[0]
     return table.sort_index().sort_values("average", ascending=False, kind="stable")
+
+
+def under_attacks(records: Sequence[Record]) -> pd.DataFrame:
+    """Robust accuracy as in ``leaderboard``: a row a method, a column an attack and epsilon, such as "cw-10, 1/255".
+
+    Of an attack on other models that of the source which leaves least, named by a further column ("..., from").
+    """
+    names = {r.model: r.method for r in records} | {"": ""}
+    clean = [r for r in records if r.attack == "none"]
+    found: dict[str, dict[str, list[Record]]] = {}
+    for r in (r for r in records if r.attack != "none"):
+        settings = {name: value for name, value in r.settings.items() if name != "source"}
+        source = names.get(r.settings.get("source", ""), r.settings.get("source"))
+        of_attack = found.setdefault(f"{r.attack}, {r.eps_255:g}/255", {})
+        of_attack.setdefault(source, []).append(r.model_copy(update={"settings": settings}))
+    table = pd.DataFrame(index=pd.Index(list(dict.fromkeys(r.method for r in records)), name="method"))
+    for column, sources in found.items():
+        robust = pd.DataFrame({name: leaderboard([*clean, *part]).robust for name, part in sources.items()})
+        table[column] = robust.min(axis=1)
+        if "" not in sources:
+            table[f"{column}, from"] = robust.dropna(how="all").idxmin(axis=1)
+    return table
 
 
 def _sets_used(keys: Sequence[str]) -> str:
@@ -179,6 +214,7 @@ def paired_difference(a: Sequence[Record], b: Sequence[Record]) -> tuple[float, 
     The interval is over images, not over trainings. Raises ValueError if the two were not measured on the same images
     and seeds, each both clean or both under an attack.
     """
+    a, b = counted(a), counted(b)
     key = lambda r: (r.data, r.attack == "none", r.seed)
     match = {key(r): r for r in b}
     if {key(r) for r in a} != set(match) or len(a) != len(match):
@@ -256,6 +292,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         halves = shown.pop(f"{kind}_ci")
         with_half = [f"{a:.1f}" + ("" if np.isnan(h) else f"\u00a0±\u00a0{h:.1f}") for a, h in zip(table[kind], halves)]
         shown[kind] = ["not counted" if np.isnan(a) else text for a, text in zip(table[kind], with_half)]
+    if "harmonic" in shown:
+        shown["harmonic"] = ["not counted" if np.isnan(h) else f"{h:.1f}" for h in table.harmonic]
     for column in [c for c in shown if c.endswith("_minus_first")]:
         bounds = zip(table[column], shown.pop(f"{column}_low"), shown.pop(f"{column}_high"))
         shown[column] = ["" if np.isnan(d) else f"{d:+.1f} [{low:.1f}, {high:.1f}]" for d, low, high in bounds]

@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from tgazsr_utils.core.attacks import pgd, run_attack, summed_cross_entropy
+from tgazsr_utils.core.attacks import ATTACKS, pgd, run_attack, summed_cross_entropy
 from tgazsr_utils.core.evaluation import classes_of
 from tgazsr_utils.core.images import Batch, ImageSet
 from tgazsr_utils.core.models import Clip
@@ -38,7 +38,7 @@ LARGE_EPS, LARGE_STEPS = (16.0, 64.0), 20  # 1/255; hardly an image should stay 
 LARGE = tuple(f"PGD-{LARGE_STEPS}, {name}" for name in ("large", "larger"))
 FEW = 0.05  # that share may stay so, may have no gradient, and may be where PGD does not raise the loss over noise
 QUERIES = 100  # of Square, for each image
-# the attack that robust accuracy is measured with, unless that is AutoAttack, which chooses its own steps
+# the attack that robust accuracy is measured with, unless that is one of AutoAttack's, which choose their own steps
 MEASURED = "as measured"
 WEAK = 0.25  # that part at least of what PGD raises the loss by over noise, the attack that is measured must reach
 
@@ -170,10 +170,12 @@ def _attacks(clip: Clip, key: str, batch: Batch, text: Tensor, attack: AttackSet
     noise = Noise.named(batch.rows.to(clip.device), "sanity", key)
     run = lambda eps, steps: pgd(clip, x, y, text, eps, eps / 4, steps, norm=attack.norm, generator=noise)
     images = {"clean": x, "noise": run(eps, 0)}
-    if attack.attack != "autoattack":
+    if not ATTACKS[attack.attack].keeps_first:
         images[MEASURED] = run_attack(clip, x, y, text, attack, "last", noise)
     images |= {f"PGD-{steps}": run(eps, steps) for steps in STEPS}
-    images["Square"] = square(clip.without_autocast(), x, y, text, eps, QUERIES, attack.norm)
+    images["Square"] = square(
+        clip.without_autocast(), x, y, text, eps, None, QUERIES, norm=attack.norm, generator=noise
+    )
     return images | {name: run(large / 255, LARGE_STEPS) for name, large in zip(LARGE, large_eps(attack))}
 
 
