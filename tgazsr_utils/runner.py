@@ -374,6 +374,13 @@ def compare_runs(first: str, second: str) -> int:
     return 0
 
 
+def submit_method(words: Sequence[str], by: str | None) -> int:
+    if not by or len(words) not in (1, 2):
+        raise SettingsError('submit takes a method, --by "WHO" and, if it is not the latest, the folder of a run')
+    submit(words[0], by, *words[1:])
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./run_all.sh", description="Run the workbook's notebooks headlessly.")
     profiles_there = "a file of notebooks/profiles (default: mini), or compare, submit, challenge"
@@ -399,12 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise SettingsError(f"compare takes two folders of runs; {len(numbers)} were given")
             return compare_runs(*numbers)
         if profile == "submit":
-            if not options.by or len(numbers) not in (1, 2):
-                raise SettingsError(
-                    'submit takes a method, --by "WHO" and, if it is not the latest, the folder of a run'
-                )
-            submit(numbers[0], options.by, *numbers[1:])
-            return 0
+            return submit_method(numbers, options.by)
         if profile == "challenge":
             return challenge(numbers)
         given = {name: profiles.given_value(name, text) for name, text in options.p}
