@@ -87,8 +87,8 @@ def _take(name: str, kept: dict[str, dict[str, Submission]]) -> None:
     s = read(resolve(name))
     check(s)
     others = kept[s.world]
-    for first in [*others][:1]:
-        _agree(s, others[first], first)
+    if others:
+        _agree(s, *next(iter(others.items())))
     again = [other for other, known in others.items() if known.models.keys() & s.models.keys()]
     if not again:
         others[name] = s
@@ -101,7 +101,7 @@ def _take(name: str, kept: dict[str, dict[str, Submission]]) -> None:
     print(f"{plain(name)}: the weights of {plain(again[0])} again; {differ:,} of {total:,} bits differ")
 
 
-def _agree(s: Submission, first: Submission, name: str) -> None:
+def _agree(s: Submission, name: str, first: Submission) -> None:
     """Raises ValueError for what was not measured on the same images, with the same prompts, under the same attack."""
     if s.how != first.how:
         raise ValueError(f"it has {s.how}; {name} has {first.how}")
