@@ -9,6 +9,8 @@ usage() {
     cat <<'EOF'
 Usage: ./run_all.sh [profile] [notebook numbers...] [-p name value]... [--fresh] [--locked]
        ./run_all.sh compare runs/A runs/B
+       ./run_all.sh submit METHOD --by WHO [runs/A]
+       ./run_all.sh challenge [FILE...]
        ./run_all.sh --test [--long] [--locked] [pytest arguments...]
        ./run_all.sh --lab [--locked] [JupyterLab's arguments...]
 
@@ -18,6 +20,8 @@ In any order:
   -p name value     set a parameter of the notebooks; may be repeated
   --fresh           start over, with nothing that is stored; earlier results of the run are moved aside
   compare           print what differs between two runs: parameters, and paired differences of methods
+  submit            write the file of a run's method for the challenge (docs/challenge.md) and print its row
+  challenge         check such files (default: those of data/challenge) and show them side by side
   --test            set up what the tests need and run them; --long: with every count that README states
   --lab             open the workbook in JupyterLab
   --locked          in .venv, with the very versions of requirements.lock, which the kept results were made with

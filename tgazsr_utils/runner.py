@@ -40,6 +40,7 @@ from tgazsr_utils.durable.files import write_atomic, write_json
 from tgazsr_utils.durable.fingerprints import code_version
 from tgazsr_utils.durable.runs import Run
 from tgazsr_utils.durable.weights import SHIPPED, find_weights, load_clip
+from tgazsr_utils.measuring.challenge import challenge, submit
 from tgazsr_utils.measuring.records import Record
 from tgazsr_utils.measuring.tables import compare
 from tgazsr_utils.parameters import SettingsError, named_weights
@@ -373,15 +374,23 @@ def compare_runs(first: str, second: str) -> int:
     return 0
 
 
+def submit_method(words: Sequence[str], by: str | None) -> int:
+    if not by or len(words) not in (1, 2):
+        raise SettingsError('submit takes a method, --by "WHO" and, if it is not the latest, the folder of a run')
+    submit(words[0], by, *words[1:])
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./run_all.sh", description="Run the workbook's notebooks headlessly.")
-    profiles_there = "a file of notebooks/profiles (default: mini), or compare"
+    profiles_there = "a file of notebooks/profiles (default: mini), or compare, submit, challenge"
     parser.add_argument("profile", nargs="?", default="mini", help=profiles_there)
-    which = "notebooks to run, such as 01 04 (default: the profile's); two folders to compare"
+    which = "notebooks to run, such as 01 04 (default: the profile's); what compare, submit, challenge take"
     parser.add_argument("numbers", nargs="*", help=which)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    parser.add_argument("--by", metavar="WHO", help="who submits")
     parser.add_argument("--fresh", action="store_true", help="start over; earlier results are moved aside")
-    allowed = "a profile, notebook numbers, -p NAME VALUE, --fresh; --help says more"
+    allowed = "a profile, notebook numbers, -p NAME VALUE, --fresh, --by WHO; --help says more"
     parser.error = lambda message: parser.exit(2, f"error: {message}; there are {allowed}\n")
     options = parser.parse_intermixed_args(arguments)
     profile, numbers = options.profile, options.numbers
@@ -396,6 +405,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if len(numbers) != 2:
                 raise SettingsError(f"compare takes two folders of runs; {len(numbers)} were given")
             return compare_runs(*numbers)
+        if profile == "submit":
+            return submit_method(numbers, options.by)
+        if profile == "challenge":
+            return challenge(numbers)
         given = {name: profiles.given_value(name, text) for name, text in options.p}
         return run(profile, numbers, given, options.fresh)
     except KeyboardInterrupt:  # while image sets are fetched

@@ -91,7 +91,7 @@ def beside(records: Sequence[Record], pretrained: str | None, tuned_on: str | No
     records = counted(records)
     known = pretrained == "openai" and tuned_on in ("tinyImageNet", None)
     reasons = [] if known else [f"{pretrained} weights" + (f" tuned on {tuned_on}" if tuned_on else "")]
-    reasons += dict.fromkeys(reason for r in records if (reason := _difference_from_published(r)))
+    reasons += dict.fromkeys(reason for r in records if (reason := unlike_published(r)))
     if reasons:
         print(f"not comparable with the published table: {'; '.join(reasons)}")
         return published()
@@ -107,7 +107,8 @@ def beside(records: Sequence[Record], pretrained: str | None, tuned_on: str | No
     return table.join(pd.concat({"ours": board[["sets", "images"]]}, axis=1))
 
 
-def _difference_from_published(record: Record) -> str | None:
+def unlike_published(record: Record) -> str | None:
+    """Why the published table has no number to set beside it; None: it has."""
     if record.world != "photographs":
         return record.world
     if record.arch != "ViT-B-32-quickgelu":
@@ -153,7 +154,7 @@ def _of_others(record: Record, weights: str | None) -> Iterator[tuple[str, float
     if record.world == PLUMBING:
         yield "", float("nan"), PLUMBING
     elif weights == "openai":
-        reason = _difference_from_published(record)
+        reason = unlike_published(record)
         known = pd.Series({"": float("nan")}) if reason else by_set()[record.dataset].xs((kind, "CLIP"), level=(1, 2))
         yield from ((COLUMNS.get(source, ""), number, reason or "") for source, number in known.items())
     else:
