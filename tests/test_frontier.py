@@ -148,11 +148,12 @@ def test_weights_are_named_by_the_texts_that_a_method_reads(mini, tmp_path):
         assert changed == reads
 
 
-def test_descriptions_come_from_a_file(tmp_path):
+def test_descriptions_come_from_a_file(tmp_path, capsys):
     path = tmp_path / "texts.json"
     given = {"Circle": ["round", "a disc", "a coin"], "two_words": ["x", "y"], "other": 5, "bar": "a beam"}
     path.write_text(json.dumps(given), encoding="utf-8")
     assert read_descriptions(str(path), ["two words", "circle"]) == (("x", "y"), ("round", "a disc"))
+    assert capsys.readouterr().err == "descriptions: the first 2 of each class, as 'two words' has no more\n"
     assert read_descriptions(str(path), ["bar", "circle"]) == (("a beam",), ("round",))
     for name in ("star", "other"):
         with pytest.raises(ValueError, match=f"texts.json' has no texts for class '{name}'; it should be a list"):

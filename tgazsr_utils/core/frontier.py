@@ -30,7 +30,7 @@ from tgazsr_utils.core.settings import ObjectiveSettings
 def sim_clip(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """-mean cos(f(x'), f0(x)); the attack is FARE's; no labels (Hossain & Imteaj 2024).
 
-    As released the loss's other half, cos(f0(x), f(x')) with the latter detached, has no gradient.
+    As released the loss's other term has no gradient, so that this is all that trains.
     """
     target = step.cached_original("pooled", original_pooled)
     return [Term("L_sim", 1.0, -F.cosine_similarity(step.adversarial_tokens.pooled, target).mean())]
@@ -56,7 +56,7 @@ def ucat(step: Step, settings: ObjectiveSettings) -> list[Term]:
 
 
 def soft_label_attack(step: Step) -> AttackLoss:
-    """AGFT's own loss, summed over the batch: -sum_c p_c log softmax(180 cos(f(x'), t))_c; no labels."""
+    """AGFT's own loss, summed over the batch."""
     text = step.text
     p = (72 * cosines(step.cached_original("pooled", original_pooled), text)).softmax(1)
     return lambda tokens: -(p * (180 * cosines(tokens.pooled, text)).log_softmax(1)).sum()
@@ -64,7 +64,10 @@ def soft_label_attack(step: Step) -> AttackLoss:
 
 @objective("AGFT", attack=soft_label_attack, lr=4e-4, batch_size=256)
 def agft(step: Step, settings: ObjectiveSettings) -> list[Term]:
-    """-mean sum_c p_c log softmax(180 cos(f(x'), t))_c, p = softmax(72 cos(f0(x), t)); no labels (CVPR 2026)."""
+    """-mean sum_c p_c log softmax(180 cos(f(x'), t))_c, p = softmax(72 cos(f0(x), t)) (CVPR 2026).
+
+    No labels; the attack maximises the same. Its paper tunes on ImageNet.
+    """
     return [Term("L_soft", 1.0, soft_label_attack(step)(step.adversarial_tokens) / len(step.images))]
 
 

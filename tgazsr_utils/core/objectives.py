@@ -48,7 +48,7 @@ class Step:
     images: Tensor  # [B,3,H,W] in [0,1]: x
     labels: Tensor  # [B]: y
     prompts: tuple[str, ...]  # one a class
-    adversarial: Tensor | None = None  # images attacked against f: x'; the very same images for a method without attack
+    adversarial: Tensor | None = None  # images attacked against f: x'; the very same images where nothing attacks
     rows: Tensor | None = None  # [B] of the images in the training set
     cache: "Cache | None" = None  # of what f0 makes of clean images, if there is one
     captions: tuple[str, ...] | None = None  # [B], where the set has some

@@ -2,13 +2,14 @@
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 
 from tgazsr_utils.paths import resolve
 
 
 def read_descriptions(path: str, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Texts of each of these classes, so many of each as every one has: the first ones, where some have more.
+    """Texts of each of these classes, so many of each as every one has: the first ones, where some have more, which is told.
 
     Classes are found whatever the case and punctuation of their names. Raises ValueError, one line, for a file that is
     no JSON of class -> texts, or that lacks a class.
@@ -21,7 +22,13 @@ def read_descriptions(path: str, names: Sequence[str]) -> tuple[tuple[str, ...],
         raise ValueError(f"descriptions {path!r} should be an object, class -> list of texts")
     by_name = {_plain(name): texts for name, texts in given.items()}
     found = [_texts(path, name, by_name.get(_plain(name))) for name in names]
-    return tuple(zip(*zip(*found)))  # cut to the shortest
+    fewest = min(found, key=len)
+    if any(len(texts) > len(fewest) for texts in found):
+        name = names[found.index(fewest)]
+        print(
+            f"descriptions: the first {len(fewest)} of each class, as {name!r} has no more", file=sys.stderr, flush=True
+        )
+    return tuple(tuple(texts[: len(fewest)]) for texts in found)
 
 
 def _texts(path: str, name: str, texts: object) -> list[str]:
