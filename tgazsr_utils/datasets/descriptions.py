@@ -9,7 +9,7 @@ from tgazsr_utils.paths import resolve
 
 
 def read_descriptions(path: str, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Texts of each of these classes, so many of each as every one has: the first ones, where some have more, which is told.
+    """Texts of each of these classes, as many of each as every one has: where some have more, the first, which is told.
 
     Classes are found whatever the case and punctuation of their names. Raises ValueError, one line, for a file that is
     no JSON of class -> texts, or that lacks a class.
