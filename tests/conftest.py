@@ -27,7 +27,7 @@ from filelock import FileLock  # noqa: E402
 from open_clip.transformer import VisionTransformer  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from tgazsr_utils import FinetuneSettings, load_clip, load_dataset  # noqa: E402
+from tgazsr_utils import FinetuneSettings, Step, load_clip, load_dataset  # noqa: E402
 from tgazsr_utils.paths import ROOT  # noqa: E402
 
 OPTIONS = []  # pytest's, once it has read them
@@ -157,3 +157,16 @@ def passes(monkeypatch):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def step(mini, shapes, generator):
+    """A tuned model that differs from the original, and images that differ from the clean ones."""
+    tuned = mini.frozen_copy()
+    with torch.no_grad():
+        for parameter in tuned.visual.parameters():
+            parameter += 0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    tuned.visual.requires_grad_(True)
+    images = shapes.images[:6].float() / 255
+    adversarial = (images + 0.05 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+    return Step(tuned, mini, images, shapes.labels[:6], shapes.prompts, adversarial)

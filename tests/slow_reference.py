@@ -1,6 +1,7 @@
 """Independent, slow, float64 NumPy versions of the method's formulas, written from the paper's definitions."""
 
 import numpy as np
+from scipy.special import digamma, loggamma
 
 
 def attention(pooled, patches, text, variant):
@@ -72,3 +73,11 @@ def cross_entropy(pooled, text, labels, scale):
         logits = np.array([scale * (row @ t) / np.sqrt(row @ row) for t in text])
         total += np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[label]
     return total / len(labels)
+
+
+def dirichlet_divergence(a, b):
+    """KL(Dir(a) || Dir(b)) of two vectors."""
+    total = loggamma(sum(a)) - loggamma(sum(b))
+    for p, q in zip(a, b):
+        total += loggamma(q) - loggamma(p) + (p - q) * (digamma(p) - digamma(sum(a)))
+    return total

@@ -54,7 +54,8 @@ def towards_the_original(step):
         "FT-Adv.",
         "Vision-based-grad",
         Objective("Mine", centred_squares, towards_the_original),
-        *only_long("PMG-AFT", "FARE"),
+        "AdvFLYP",
+        *only_long("PMG-AFT", "FARE", "SAFT"),
     ],
 )
 def test_two_processes_train_as_one_does(mini, train_set, tmp_path, method):

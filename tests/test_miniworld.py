@@ -45,6 +45,35 @@ def test_there_are_sixteen_tasks_with_names_and_prompts_of_their_own():
     assert mw.TASKS["colour_shapes"].prompts[0] == "This is a photo of a red circle"
 
 
+@pytest.mark.parametrize("name", list(mw.TASKS))
+def test_captions_and_descriptions_say_what_is_to_be_seen(name, mini):
+    """Each caption names nothing that its image does not show; a description only what makes the class."""
+    task, data = mw.TASKS[name], load_dataset(name, "train", n=60)
+    assert len(data.captions) == 60 and len(set(data.captions)) > 30
+    _, attributes, _ = mw._drawn(name, 60, "train", 0)
+    for caption, row in zip(data.captions, attributes.tolist()):
+        shown = [values[value] for values, value in zip(mw.ATTRIBUTES.values(), row) if value >= 0]
+        others = [word for values in mw.ATTRIBUTES.values() for word in values if word not in shown]
+        assert not any(f" {word} " in f" {caption} " for word in others), caption
+        mini.check_length(caption)
+    assert {len(texts) for texts in data.descriptions} == {5} and len(data.descriptions) == len(task.classes)
+    assert len({text for texts in data.descriptions for text in texts}) == 5 * len(task.classes)
+    chosen = data.subset(20)
+    picked = [data.captions[i] for i in range(60) if any(torch.equal(data.images[i], image) for image in chosen.images)]
+    assert list(chosen.captions) == picked
+
+
+def test_the_descriptions_of_shapes():
+    assert mw.TASKS["shapes"].descriptions[0] == (
+        "This is a photo of a circle",
+        "A photo of a circle",
+        "An image of a circle",
+        "There is a circle",
+        "a circle",
+    )
+    assert mw.TASKS["counts"].descriptions[3][1] == "A photo of four objects"
+
+
 def test_rendering_is_decided_by_the_seed():
     draw = lambda seed: mw.render(mw.sample_attributes(20, generator(seed)), generator(seed))
     (first, mask), (again, mask_again), (other, _) = draw(1), draw(1), draw(2)

@@ -14,19 +14,6 @@ SETTINGS = ObjectiveSettings(
 )
 
 
-@pytest.fixture
-def step(mini, shapes, generator):
-    """A tuned model that differs from the original, and images that differ from the clean ones."""
-    tuned = mini.frozen_copy()
-    with torch.no_grad():
-        for parameter in tuned.visual.parameters():
-            parameter += 0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    tuned.visual.requires_grad_(True)
-    images = shapes.images[:6].float() / 255
-    adversarial = (images + 0.05 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
-    return Step(tuned, mini, images, shapes.labels[:6], shapes.prompts, adversarial)
-
-
 def as_arrays(tokens: ImageTokens):
     return [t.detach().double().numpy() for t in tokens]
 

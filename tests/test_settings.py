@@ -208,12 +208,34 @@ def test_a_parameter_that_another_notebook_reads_is_accepted_and_told_where_it_c
         assert (said in capsys.readouterr().out) == told
 
 
+def test_descriptions_and_interpolation_have_no_effect_where_nothing_reads_them():
+    values = default_parameters("04_evaluate_16_datasets") | {"descriptions": "a.json", "interpolate": [0.5]}
+    for methods, idle in (
+        ([], {"descriptions", "interpolate"}),
+        (["TeCoA"], {"descriptions"}),
+        (["SAFT", "FARE"], set()),
+    ):
+        found = without_effect(validate(EvaluateNotebook, values | {"methods": methods}))
+        assert {"descriptions", "interpolate"} & set(found) == idle
+    assert "attack_warmup" in without_effect(validate(EvaluateNotebook, values | {"methods": ["FT-Clean"]}))
+    for bad, message in (
+        ({"attack_warmup": [0.5, 0.2]}, "the first share should be at most the second"),
+        ({"attack_warmup": [0.5]}, "at least 2 items"),
+        ({"attack_warmup": [0.5, 2]}, "less than or equal to 1"),
+        ({"interpolate": [0]}, "greater than 0"),
+        ({"interpolate": [0.5, 0.5]}, "twice"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            validate(EvaluateNotebook, values | bad)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_which_methods_compare_attention_is_known(name, mini, shapes):
     """Whatever does so has terms that Alpha weighs."""
     settings = FinetuneSettings(**{k: v for k, v in default_parameters("02_train_tga_zsr").items() if k in KNOWN})
     chunk = next(shapes.batches(4))
-    step = Step(mini, mini, chunk.images, chunk.labels, shapes.prompts, adversarial=chunk.images)
+    step = Step.of(shapes, chunk, mini, mini)
+    step.adversarial = chunk.images
     objective = OBJECTIVES[name]
     weights = lambda alpha: [
         t.weight for t in objective.terms(step, objective.with_preset(settings.model_copy(update={"Alpha": alpha})))

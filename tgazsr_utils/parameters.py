@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from tgazsr_utils.core.images import PLUMBING
+from tgazsr_utils.core.objectives import OBJECTIVES
 from tgazsr_utils.core.settings import (
     AttackSettings,
     Count,
@@ -76,7 +77,7 @@ class WorkbookSettings(Settings):
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
     seed: Natural
 
-    @field_validator("data_root", "output", "weights", "pretrained", "tuned", check_fields=False)
+    @field_validator("data_root", "output", "weights", "pretrained", "tuned", "descriptions", check_fields=False)
     @classmethod
     def _can_be_a_path(cls, value: str | None) -> str | None:
         if value is not None:
@@ -183,6 +184,7 @@ class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
     train_images: Count | None  # None: all (the mini-world renders 1000)
     test_images: Count | None
     methods: Distinct[str]
+    descriptions: str | None = None  # JSON file, class -> texts, for SAFT; None: the mini-world's own
     overrides: dict[str, dict[str, Any]] = {}  # method -> parameters of fine-tuning that differ for it
     processes: Count = 1  # that train and measure together, each on a device of its own
     check_images: Natural = 16  # about so many check the attack once a model (measuring.trust); 0: none
@@ -256,6 +258,7 @@ class EvaluateNotebook(MeasureSettings):
 
     methods: Annotated[list[str], AfterValidator(_distinct)]  # may be empty: nothing is trained
     models: dict[str, Any] = {}  # name -> weights as ``pretrained`` has them, or {arch: ..., pretrained: ...}
+    interpolate: Annotated[list[Fraction], AfterValidator(_distinct)] = []  # w: measured too, (1 - w) theta0 + w theta
     other_attacks: Annotated[list[ExactName], AfterValidator(_distinct)] = []  # measured too, with these steps
     test_eps_list: Annotated[list[Length255], AfterValidator(_distinct)] = []  # of all attacks, besides test_eps
     plumbing: bool = False  # other weights stand in for those that are meant: numbers are stamped, and mean nothing
@@ -387,8 +390,9 @@ def units(values: Mapping[str, Any]) -> list[str]:
 
 # Methods whose loss compares no attention.
 _INATTENTIVE = {"FT-Clean", "FT-Adv.", "TeCoA", "PMG-AFT", "PMG-AFT-scaled", "FARE", "FARE-RobustVLM"}
+_INATTENTIVE |= {"Sim-CLIP", "UCAT", "AGFT", "AdvFLYP"}
 _OF_ATTENTION = "Alpha", "Beta", "Distance_metric", "attention_variant", "distance_size", "attention_backend"
-_OF_AN_ATTACK = "train_eps", "train_stepsize", "train_numsteps", "train_start"
+_OF_AN_ATTACK = "train_eps", "train_stepsize", "train_numsteps", "train_start", "attack_warmup"
 _READ_BY = {  # parameter of notebook 03 -> ablations that it is for
     **dict.fromkeys(("Alpha_list", "Beta_list"), {"alpha_beta"}),
     **dict.fromkeys(("train_eps_list", "test_eps_list", "train_numsteps_list"), {"epsilon"}),
@@ -426,9 +430,12 @@ def without_effect(settings: Settings) -> dict[str, str]:
         methods = {*s.methods}
         if not methods:
             names = {*FinetuneSettings.model_fields, "dataset", "train_images", "overrides", "seeds"} - {"seed"}
+            names |= {"descriptions", "interpolate"}
             return found | dict.fromkeys(names, "there is no method to train")
         if methods <= _INATTENTIVE:
             found |= dict.fromkeys(_OF_ATTENTION, "none of the methods compares attention")
+        if methods <= OBJECTIVES.keys() and not any("descriptions" in OBJECTIVES[name].reads for name in methods):
+            found["descriptions"] = "none of the methods reads them (SAFT does)"
         if methods <= {"FT-Clean"}:
             found |= dict.fromkeys(_OF_AN_ATTACK, "FT-Clean trains on clean images")
     return found

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tgazsr_utils.core.objectives import find_objective, negated
+from tgazsr_utils.core.objectives import OBJECTIVES, find_objective, negated
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import FinetuneSettings, Settings
+from tgazsr_utils.datasets.descriptions import read_descriptions
 from tgazsr_utils.datasets.layouts import existing_root, list_datasets
-from tgazsr_utils.datasets.loading import class_prompts
+from tgazsr_utils.datasets.loading import class_texts
 from tgazsr_utils.datasets.miniworld import TASKS
 from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_PROMPT, FURTHER, KNOWN
 from tgazsr_utils.durable.weights import image_size_of, locate_weights, same_tokens
@@ -197,7 +198,8 @@ def check_sets(notebook: str, values: Mapping[str, Any]) -> None:
 def check_prompts(settings: Any) -> list[str]:
     """Counts the tokens of every prompt that a notebook will ask for; lines that say which classes have the same.
 
-    Raises ValueError for one that the text tower would cut, or that Comp-TGA cannot negate.
+    Raises ValueError for one that the text tower would cut, or that Comp-TGA cannot negate; for a class that has no
+    description where a method reads them.
     """
     s, root, told = settings, settings.data_root, []
     archs = dict.fromkeys([s.arch, *(arch for _, arch, _ in named_weights(s.model_dump()))])
@@ -209,20 +211,32 @@ def check_prompts(settings: Any) -> list[str]:
         keys = [key for key in list_datasets(root) if root is None or named(key)]
     studies = getattr(s, "ablations", [])
     negates = "Comp-TGA" in getattr(s, "methods", []) or studies in ("cut", "all") or "attention" in studies
+    read = {name for method in getattr(s, "methods", []) if method in OBJECTIVES for name in OBJECTIVES[method].reads}
     for key, split in dict.fromkeys([*parts, *((key, "test") for key in keys)]):
         try:
-            prompts = class_prompts(key, split, root, s.prompt, s.test_fraction)
+            names, prompts = class_texts(key, split, root, s.prompt, s.test_fraction)
         except ValueError:
             continue  # what cannot be read is said, or left out, where it is loaded
         _, prompts = with_labels(s, key, (), prompts)
         for group in [same_tokens(arch, prompts) for arch in archs][0]:  # each arch may refuse a prompt as too long
             told.append(f"{key}: classes that cannot be told apart, as their prompts are the same tokens: {group}")
+        if split == "train" and "descriptions" in read:
+            _check_descriptions(s, key, names)
         if negates and split == "train":
             try:
                 same_tokens(s.arch, list(map(negated, prompts)))
             except ValueError as error:
                 raise ValueError(f"method Comp-TGA: {error}") from None
     return told
+
+
+def _check_descriptions(settings: Any, key: str, names: Sequence[str]) -> None:
+    """Every class to tune on needs some, that the text tower does not cut; the mini-world has its own."""
+    if settings.descriptions is not None:
+        texts = read_descriptions(settings.descriptions, names)
+        same_tokens(settings.arch, [text for of_class in texts for text in of_class])
+    elif settings.data_root is not None:
+        raise ValueError(f"{key} has no descriptions of its classes: -p descriptions FILE names JSON, class -> texts")
 
 
 def with_labels(settings: Any, key: str, names: Sequence[str], prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]:

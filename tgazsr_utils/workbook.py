@@ -3,7 +3,7 @@
 import contextlib
 import io
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import product
@@ -13,10 +13,12 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from tgazsr_utils.core.frontier import interpolated
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import Objective, find_objective
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.datasets.descriptions import read_descriptions
 from tgazsr_utils.datasets.loading import choose_datasets, load_dataset
 from tgazsr_utils.display import plots
 from tgazsr_utils.durable import processes
@@ -103,7 +105,9 @@ class Workbook:
     @cached_property
     def train(self) -> ImageSet:
         """The part to tune on."""
-        return self.images(self.settings.dataset, "train", self.settings.train_images)
+        data = self.images(self.settings.dataset, "train", self.settings.train_images)
+        path = getattr(self.settings, "descriptions", None)
+        return data if path is None else replace(data, descriptions=read_descriptions(path, data.class_names))
 
     @cached_property
     def test(self) -> ImageSet:
@@ -189,6 +193,13 @@ class Workbook:
         tuned = finetune(self.original, self.train, method, settings, self.run.stored_models, **options)
         self.run.show(tuned.weights)
         return tuned
+
+    def tuned(self, method: str, seed: int) -> Iterator[tuple[str, Clip]]:
+        """What notebook 04 measures of a method, by name: the tuned model, then those on the way to it."""
+        clip = self.tune(method, seed).clip
+        yield method, clip
+        for w in self.settings.interpolate:
+            yield f"{method} w={w:g}", interpolated(self.original, clip, w)
 
     def ahead(self, work: Callable[[], Any], trainings: Sequence[Callable[[], Any]] = ()) -> None:
         """Where there are several processes: has them do all of ``work``, which then finds everything done.

@@ -1,1 +1,3 @@
-"""The method, and only the method: models, attention, attacks, objectives, training steps, predictions."""
+"""The method and only the method: models, attention, attacks, objectives, training steps, predictions."""
+
+from tgazsr_utils.core import frontier  # noqa: F401  (registers its methods)

@@ -43,6 +43,8 @@ class ImageSet:
     available: int | None = None  # images in the whole part, if this is a cut of it
     published: bool = False  # as published: number of images and classes of the whole part, preprocessing, prompts
     left_out: int = 0  # images that are not among these since they cannot be read
+    captions: tuple[str, ...] | None = None  # one an image
+    descriptions: tuple[tuple[str, ...], ...] | None = None  # texts of each class, equally many
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,6 +66,10 @@ class ImageSet:
                 moved = images.to(device, non_blocking=images.is_pinned()).float().div_(255)
                 yield Batch(number, rows, moved, self.labels[rows].to(device))
 
+    def captions_of(self, rows: Tensor) -> tuple[str, ...] | None:
+        """Those of these images, if there are captions."""
+        return None if self.captions is None else tuple(self.captions[row] for row in rows.tolist())
+
     def subset(self, n: int | None, seed: int = 0) -> "ImageSet":
         """At most ``n`` images, drawn by ``seed`` so that every class is there as often, within one, as it can be."""
         chosen = even_subset(self.labels, n, seed)
@@ -72,6 +78,7 @@ class ImageSet:
             images=self.images[chosen] if isinstance(self.images, Tensor) else self.images.pick(chosen),
             labels=self.labels[chosen],
             masks=None if self.masks is None else self.masks[chosen],
+            captions=self.captions_of(chosen),
             available=self.available or len(self),
         )
 

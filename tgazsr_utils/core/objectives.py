@@ -1,7 +1,7 @@
 """What each method trains: one short function per row of the published table.
 
 An objective takes one training `Step` and gives its weighted terms; the loss is their sum. To add a method, write such
-a function and decorate it with ``@objective(name, lr=...)``.
+a function and decorate it with ``@objective(name, lr=...)``. Methods published since are in ``core.frontier``.
 """
 
 import re
@@ -23,6 +23,7 @@ from tgazsr_utils.core.attention import (
     min_max_at,
     text_guided_attention,
 )
+from tgazsr_utils.core.images import Batch, ImageSet
 from tgazsr_utils.core.models import Clip, ImageTokens
 from tgazsr_utils.core.settings import FinetuneSettings, ObjectiveSettings
 
@@ -47,9 +48,17 @@ class Step:
     images: Tensor  # [B,3,H,W] in [0,1]: x
     labels: Tensor  # [B]: y
     prompts: tuple[str, ...]  # one a class
-    adversarial: Tensor | None = None  # images attacked against f: x'; the very same images for a method without attack
+    adversarial: Tensor | None = None  # images attacked against f: x'; the very same images where nothing attacks
     rows: Tensor | None = None  # [B] of the images in the training set
     cache: "Cache | None" = None  # of what f0 makes of clean images, if there is one
+    captions: tuple[str, ...] | None = None  # [B], where the set has some
+    descriptions: tuple[tuple[str, ...], ...] | None = None  # equally many a class, where the set has some
+
+    @classmethod
+    def of(cls, data: ImageSet, batch: Batch, clip: Clip, original: Clip, cache: "Cache | None" = None) -> "Step":
+        """Of a batch of a set, with the texts that come with it."""
+        texts = data.captions_of(batch.rows), data.descriptions
+        return cls(clip, original, batch.images, batch.labels, data.prompts, None, batch.rows, cache, *texts)
 
     @cached_property
     def text(self) -> Tensor:
@@ -65,6 +74,19 @@ class Step:
     def not_text(self) -> Tensor:
         """t_not_y: the embedding ``[B,D]`` of what each image is not, "This is not a photo of a ..."."""
         return self.original.encode_text([negated(prompt) for prompt in self.prompts])[self.labels]
+
+    @cached_property
+    def caption_text(self) -> Tensor:
+        """Embeddings ``[B,D]`` of the images' captions; without captions t_y."""
+        return self.true_text if self.captions is None else self.original.encode_text(self.captions)
+
+    @cached_property
+    def described(self) -> Tensor:
+        """Embeddings ``[C,n,D]`` of the classes' descriptions. Raises ValueError where there are none."""
+        if self.descriptions is None:
+            raise ValueError("this set has no descriptions of its classes: ImageSet.descriptions has n texts a class")
+        texts = [text for of_class in self.descriptions for text in of_class]
+        return self.original.encode_text(texts).unflatten(0, (len(self.descriptions), -1))
 
     @cached_property
     def adversarial_tokens(self) -> ImageTokens:
@@ -168,6 +190,8 @@ class Objective:
     # What the training attack maximises on f's tokens; None: it trains on clean images.
     attack: TrainingAttack | None = cross_entropy_attack
     preset: Mapping[str, Any] = field(default_factory=lambda: PRESET)  # hyper-parameters it was published with
+    reads: tuple[str, ...] = ()  # of the texts that may come with a set: "captions", "descriptions"
+    whole_batch: bool = False  # what the attack maximises compares the batch's images, and must see all of them
 
     def with_preset(self, settings: FinetuneSettings) -> FinetuneSettings:
         """Settings in which what is None, or was not given, is as published."""
@@ -178,18 +202,25 @@ class Objective:
 OBJECTIVES: dict[str, Objective] = {}
 
 
-def objective(name: str, *, attack: TrainingAttack | None = cross_entropy_attack, **preset: Any) -> Callable:
+def objective(
+    name: str,
+    *,
+    attack: TrainingAttack | None = cross_entropy_attack,
+    reads: tuple[str, ...] = (),
+    whole_batch: bool = False,
+    **preset: Any,
+) -> Callable:
     """Registers a loss function under its name, with what its training attack maximises and its published settings.
 
-    What ``attack`` maximises must be a sum over images: it may see a part of the batch. Raises ValueError for a setting
-    that is none of ``FinetuneSettings``.
+    What ``attack`` maximises must be a sum over images, as it may see a part of the batch; unless it needs the
+    ``whole_batch``. ``reads``: see ``Objective``. Raises ValueError for a setting that is none of ``FinetuneSettings``.
     """
     known = FinetuneSettings.model_fields
     if unknown := sorted(preset.keys() - known):
         raise ValueError(f"setting {unknown[0]!r} of {name} is unknown; there are: {', '.join(known)}")
 
     def register(terms: Callable[[Step, ObjectiveSettings], list[Term]]) -> Callable:
-        OBJECTIVES[name] = Objective(name, terms, attack, PRESET | preset)
+        OBJECTIVES[name] = Objective(name, terms, attack, PRESET | preset, reads, whole_batch)
         return terms
 
     return register
@@ -209,17 +240,17 @@ def find_objective(name: str) -> Objective:
 @objective("FT-Clean", attack=None)
 def ft_clean(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """Symmetric in-batch contrastive loss on clean images: image-to-text and text-to-image CE, halved."""
-    return [Term("L_con", 1.0, _contrastive(step, step.clean_tokens))]
+    return [Term("L_con", 1.0, contrastive(step.clip.similarity(step.clean_tokens.pooled, step.true_text)))]
 
 
 @objective("FT-Adv.")
 def ft_adv(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """The same loss on attacked images."""
-    return [Term("L_con", 1.0, _contrastive(step, step.adversarial_tokens))]
+    return [Term("L_con", 1.0, contrastive(step.clip.similarity(step.adversarial_tokens.pooled, step.true_text)))]
 
 
-def _contrastive(step: Step, tokens: ImageTokens) -> Tensor:
-    logits = step.clip.similarity(tokens.pooled, step.true_text)  # [B,B]: each image against each one's text
+def contrastive(logits: Tensor) -> Tensor:
+    """Image-to-text and text-to-image CE, halved, of ``[B,B]``: each image against each one's text."""
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
@@ -232,11 +263,12 @@ def tecoa(step: Step, settings: ObjectiveSettings) -> list[Term]:
 
 def cosine_attack(step: Step) -> AttackLoss:
     """The batch's summed cross-entropy of bare cosines, temperature 1."""
-    return lambda tokens: F.cross_entropy(_cosines(step, tokens), step.labels, reduction="sum")
+    return lambda tokens: F.cross_entropy(cosines(tokens.pooled, step.text), step.labels, reduction="sum")
 
 
-def _cosines(step: Step, tokens: ImageTokens) -> Tensor:
-    return F.normalize(tokens.pooled.float(), dim=-1) @ step.text.float().T
+def cosines(pooled: Tensor, text: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[B,C]`` of class embeddings ``[B,D]``, not normalised, and unit-norm texts ``[C,D]``."""
+    return F.normalize(pooled.to(dtype), dim=-1) @ text.to(dtype).T
 
 
 @objective("PMG-AFT", attack=cosine_attack, lr=5e-5, batch_size=256)
@@ -246,7 +278,7 @@ def pmg_aft(step: Step, settings: ObjectiveSettings) -> list[Term]:
     As released the text is normalised once more after the temperature was applied, so that every logit, the attack's
     too, is a bare cosine.
     """
-    return _pre_trained_guided(step, _cosines, "sum")
+    return _pre_trained_guided(step, lambda step, tokens: cosines(tokens.pooled, step.text), "sum")
 
 
 @objective("PMG-AFT-scaled", lr=5e-5, batch_size=256)
@@ -293,14 +325,14 @@ def vision_based(step: Step, settings: ObjectiveSettings) -> list[Term]:
 
     As released no gradient flows through these, so that it trains as TeCoA does at this learning rate.
     """
-    return _attention_regularised(step, settings, lambda step, side: _grad_cam(step, side, settings, "batch"))
+    return attention_regularised(step, settings, lambda step, side: _grad_cam(step, side, settings, "batch"))
 
 
 @objective("Vision-based-grad")
 def vision_based_differentiable(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """The same with Grad-CAM maps of the true class, which train the weights."""
     attend = lambda step, side: _grad_cam(step, side, settings, "true", differentiable=side != "original")
-    return _attention_regularised(step, settings, attend, cached="grad-cam")
+    return attention_regularised(step, settings, attend, cached="grad-cam")
 
 
 def _grad_cam(
@@ -325,7 +357,7 @@ def tga_zsr(step: Step, settings: ObjectiveSettings) -> list[Term]:
     attend = lambda step, side: text_guided_attention(
         step.tokens(side), step.true_text, variant, grid=step.clip.grid, backend=backend
     )
-    return _attention_regularised(step, settings, attend, cached=f"text-{variant}")
+    return attention_regularised(step, settings, attend, cached=f"text-{variant}")
 
 
 @objective("Comp-TGA", Alpha=0.10, Beta=0.07)
@@ -339,25 +371,27 @@ def comp_tga(step: Step, settings: ObjectiveSettings) -> list[Term]:
     attend = lambda step, side: complementary_attention(
         step.tokens(side), step.true_text, step.not_text, variant, "nodes", grid=step.clip.grid, backend=backend
     )
-    return _attention_regularised(step, settings, attend, cached=f"complementary-{variant}", degree=2)
+    return attention_regularised(step, settings, attend, cached=f"complementary-{variant}", degree=2)
 
 
-def _attention_regularised(
+def attention_regularised(
     step: Step,
     settings: ObjectiveSettings,
     attend: Callable[[Step, str], Tensor],
     *,
     cached: str | None = None,
     degree: Literal[1, 2] = 1,
+    classify: Callable[[Step, ImageTokens], Tensor] = Step.cross_entropy,
 ) -> list[Term]:
     """CE + Alpha * L_AR + Beta * L_AMC from ``attend(step, side)``: maps A(f, x') of the side "adversarial", A(f, x) of
     "clean" and A(f0, x) of "original", which are cached under the name ``cached`` if they depend on single images.
+    ``classify(step, tokens)`` is the CE.
 
     While f is f0, what compares the same images is exactly zero: the norm would make a gradient of full size of a
     rounding.
     """
     # Before the maps: the order of sums shows in the last bits.
-    cross_entropy = step.cross_entropy(step.adversarial_tokens)
+    cross_entropy = classify(step, step.adversarial_tokens)
     of_original = lambda batch: attend(batch, "original")
     target = step.cached_original(cached, of_original) if cached else of_original(step)
     same = {"clean": True, "adversarial": torch.equal(step.adversarial, step.images)} if step.untouched else {}

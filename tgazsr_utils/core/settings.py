@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 
 def _not_a_boolean(value: Any) -> Any:
@@ -17,12 +17,20 @@ def _of_255(value: Any) -> Any:
     return found[1] if found else value
 
 
+def _rising(value: list[float]) -> list[float]:
+    if value != sorted(value):
+        raise ValueError("the first share should be at most the second")
+    return value
+
+
 Number = BeforeValidator(_not_a_boolean)  # YAML reads "yes" and "on" as true, and true would be 1
 Count = Annotated[int, Number, Field(ge=1, lt=2**63)]
 Natural = Annotated[int, Number, Field(ge=0, lt=2**63)]
 NonNegative = Annotated[float, Number, Field(ge=0)]
 Positive = Annotated[float, Number, Field(gt=0)]
 Fraction = Annotated[float, Number, Field(gt=0, le=1)]
+Share = Annotated[float, Number, Field(ge=0, le=1)]
+Warmup = Annotated[list[Share], Field(min_length=2, max_length=2), AfterValidator(_rising)]
 Of255 = BeforeValidator(_of_255)  # a number in 1/255; "8/255" is 8
 Eps255 = Annotated[float, Number, Of255, Field(ge=0, le=255, description="1/255 of the pixel range")]
 Length255 = Annotated[NonNegative, Of255]  # 1/255, of an l2 attack perhaps more than 255
@@ -60,6 +68,8 @@ class FinetuneSettings(ObjectiveSettings):
     train_numsteps: Natural | None
     last_num_ft: Natural = 0  # 0: the whole image encoder; k: its last k parameter tensors, in OpenAI's order
     train_start: Literal["cut", "uncut"] | None = None  # "uncut": the attack's random start may leave [0,1]
+    # [a, b]: no attack until this share of the steps, then epsilon and step size rise linearly until share b
+    attack_warmup: Warmup | None = None
     optimizer: Literal["sgd", "adamw"] | None = None
     momentum: Annotated[float, Number, Field(ge=0, lt=1)] = 0.9  # of sgd
     weight_decay: NonNegative = 0.0

@@ -71,9 +71,9 @@ def steps(
         lr = settings.lr * warmup_cosine(number, settings.warmup_steps, total)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        step = Step(tuned, original, batch.images, batch.labels, data.prompts, rows=batch.rows, cache=cache)
+        step = Step.of(data, batch, tuned, original, cache)
 
-        step.adversarial = (make_adversarial or attacked)(step, objective, settings, number)
+        step.adversarial = (make_adversarial or attacked)(step, objective, warmed_up(settings, number, total), number)
         terms = objective.terms(step, settings)
         loss = weighted_sum(terms)
         optimizer.zero_grad(set_to_none=True)
@@ -95,7 +95,7 @@ def attacked(
     An image's random start is seeded by ``number``, that of the step, and its position in the batch; ``positions``: of
     these images there, if they are a part of it.
     """
-    if objective.attack is None:
+    if objective.attack is None or not settings.train_eps:
         return step.images
     places = torch.arange(len(step.images)) if positions is None else torch.tensor(positions)
     noise = Noise.named(places.to(step.images.device), "training", settings.seed, 1, number)
@@ -103,6 +103,19 @@ def attacked(
     options: dict[str, Any] = {"start": settings.train_start, "loss": objective.attack(step), "generator": noise}
     options["trusted"] = True  # a set's pixels are in [0,1]; to see it would wait for the device
     return pgd(step.clip, step.images, step.labels, step.text, *bounds, **options)
+
+
+def warmed_up(settings: FinetuneSettings, number: int, total: int) -> FinetuneSettings:
+    """The settings of step ``number`` of ``total``: the training attack's epsilon and step size by ``attack_warmup``.
+
+    Up to its first share of the steps they are 0, then they rise linearly until its second share, then they are held.
+    """
+    if not settings.attack_warmup:
+        return settings
+    (start, end), done = settings.attack_warmup, number / total
+    part = (done - start) / (end - start) if start < done < end else float(done >= end)
+    scaled = {name: part * getattr(settings, name) for name in ("train_eps", "train_stepsize")}
+    return settings.model_copy(update=scaled)
 
 
 @torch.no_grad()

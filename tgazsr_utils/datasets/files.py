@@ -249,7 +249,8 @@ def decoded(data: ImageSet) -> ImageSet:
     kept = torch.cat(rows)
     boxes = torch.stack(masks) if masks else None
     lacking = len(data) - len(kept)
-    return replace(data, images=torch.stack(images), labels=data.labels[kept], masks=boxes, left_out=lacking)
+    of_these = {"labels": data.labels[kept], "masks": boxes, "captions": data.captions_of(kept)}
+    return replace(data, images=torch.stack(images), left_out=lacking, **of_these)
 
 
 def _decode_in_order(name: str, files: Files, masks: bool = False) -> Iterator[tuple[Tensor, list[Decoded]]]:

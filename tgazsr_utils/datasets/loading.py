@@ -95,13 +95,17 @@ def load_dataset(
     return replace(data, images=once)
 
 
-def class_prompts(
+def class_texts(
     key: str, split: Split, root: str | Path | None, prompt: str | None = None, test_fraction: float | None = None
-) -> tuple[str, ...]:
-    """What ``load_dataset`` will ask for, a prompt a class; no image is read. Raises ValueError as it does."""
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the classes and what ``load_dataset`` will ask for, a prompt a class; no image is read.
+
+    Raises ValueError as it does.
+    """
     if root is None:
-        return _miniworld_prompts(key, prompt)
-    return _named(key, open_source(key, split, existing_root(root), test_fraction), prompt)[1]
+        prompts = _miniworld_prompts(key, prompt)
+        return miniworld.TASKS[key].class_names, prompts
+    return _named(key, open_source(key, split, existing_root(root), test_fraction), prompt)[:2]
 
 
 def _named(key: str, source: Source, prompt: str | None) -> tuple[tuple[str, ...], tuple[str, ...], str]:
@@ -135,7 +139,8 @@ def _load_miniworld(
     images, labels, masks = miniworld.task_images(key, n, split, seed)
     if image_size != miniworld.SIDE:
         images, masks = fit(images, image_size, "resize"), fit(masks, image_size, "resize", "nearest")
-    return ImageSet(key, world or "mini-world", images, labels, task.class_names, prompts, masks)
+    texts = {"captions": miniworld.task_captions(key, n, split, seed), "descriptions": task.descriptions}
+    return ImageSet(key, world or "mini-world", images, labels, task.class_names, prompts, masks, **texts)
 
 
 def _miniworld_prompts(key: str, prompt: str | None) -> tuple[str, ...]:

@@ -97,6 +97,13 @@ class Task:
     def prompts(self) -> list[str]:
         return [self.prompt.format(name) for name in self.class_names]
 
+    @property
+    def descriptions(self) -> tuple[tuple[str, ...], ...]:
+        """A caption a class with each of the prefixes, which names what makes the class and nothing else."""
+        named = [dict(zip(self.columns, values)) for values in self.classes]
+        demands = [[values.get(column, ANY) for column in COLUMN] for values in named]
+        return tuple(tuple(caption(of_class, prefix) for prefix in _PREFIXES) for of_class in demands)
+
 
 # --- attributes -----------------------------------------------------------------------------------------------------
 
@@ -367,6 +374,21 @@ def task_images(name: str, n: int, split: str, seed: int = 0) -> tuple[Tensor, T
     Every class is there as often, within one. ``split`` is "train" or "test": disjoint random streams.
     Raises KeyError for an unknown task.
     """
+    labels, attributes, generator = _drawn(name, n, split, seed)
+    images, masks = render(attributes, generator, TASKS[name].rendering)
+    return images, labels, masks
+
+
+@lru_cache(maxsize=64)
+def task_captions(name: str, n: int, split: str, seed: int = 0) -> tuple[str, ...]:
+    """A caption for each of ``task_images``, such as pre-training has."""
+    _, attributes, generator = _drawn(name, n, split, seed)
+    own = torch.Generator().manual_seed(generator.initial_seed() ^ 2**40)  # the images' noise is not in their captions
+    return tuple(sample_captions(attributes, own)[0])
+
+
+def _drawn(name: str, n: int, split: str, seed: int) -> tuple[Tensor, Tensor, torch.Generator]:
+    """Labels and attributes, and what is to draw the rest."""
     task = TASKS[name]
     stream = {"train": 1, "test": 2}[split]
     generator = torch.Generator().manual_seed(((seed * 2 + stream) * 64 + list(TASKS).index(name)) * 1_000_003 + n)
@@ -379,5 +401,4 @@ def task_images(name: str, n: int, split: str, seed: int = 0) -> tuple[Tensor, T
     wanted = torch.tensor(task.classes)[labels]
     for i, column in enumerate(task.columns):
         attributes[:, COLUMN[column]] = wanted[:, i]
-    images, masks = render(make_consistent(attributes), generator, task.rendering)
-    return images, labels, masks
+    return labels, make_consistent(attributes), generator

@@ -15,7 +15,7 @@ from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import Objective, Step, find_objective
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import FinetuneSettings
-from tgazsr_utils.core.training import NotFinite, Update, batches, optimizer_of, steps, steps_in_all
+from tgazsr_utils.core.training import NotFinite, Update, batches, optimizer_of, steps, steps_in_all, warmed_up
 from tgazsr_utils.datasets.files import resident
 from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.checkpoints import Checkpoints
@@ -40,7 +40,8 @@ def tuned_path(folder: Path, objective: Objective, settings: FinetuneSettings, d
     """The weights file of a run; its name holds a digest of all the run depends on."""
     # Also of functions that a notebook cell defines.
     source = [inspect.getsource(part) for part in (objective.terms, objective.attack) if part is not None]
-    depends = [settings.model_dump(), fingerprint(data), fingerprint(original), original.numerics]
+    texts = {name: getattr(data, name) for name in objective.reads}
+    depends = [settings.model_dump(), texts, fingerprint(data), fingerprint(original), original.numerics]
     key = digest(source, *depends, code_version(__name__))
     return folder / f"{objective.name}_seed{settings.seed}_{key}.safetensors"
 
@@ -85,6 +86,7 @@ class _Run:
         self.objective, self.settings, self.weights, self.hidden = objective, settings, weights, hidden
         self.original, self.tuned = (processes.shared(clip.frozen_copy()) for _ in range(2))
         about = {"method": objective.name, "settings": settings.model_dump(), "data": fingerprint(data)}
+        about |= {name: digest(getattr(data, name)) for name in objective.reads}
         self.tuned.training_record = about | {"code": code_version(__name__)}
         self.data = resident(data, clip.device)
         self.cache = OriginalCache(self.original, self.data, weights.parent / "unfinished" / weights.stem, hidden)
@@ -157,8 +159,9 @@ class _Run:
         """Which terms of a step are not finite, or whose gradients are not; the weights still are as it found them."""
         tuned, original, data, objective, settings, _ = self._what
         _, batch = next(batches(data, settings, error.number, tuned.device))
-        step = Step(tuned, original, batch.images, batch.labels, data.prompts, rows=batch.rows, cache=self.cache)
-        step.adversarial = processes.shared_attack(step, objective, settings, error.number)
+        step = Step.of(data, batch, tuned, original, self.cache)
+        now = warmed_up(settings, error.number, steps_in_all(data, settings))
+        step.adversarial = processes.shared_attack(step, objective, now, error.number)
         terms = objective.terms(step, settings)
         if not math.isfinite(error.values["loss"]):
             listed = ", ".join(f"{term.name} {error.values[term.name]:g}" for term in terms)

@@ -62,8 +62,7 @@ class OriginalCache:
         values = None
         with progress(total=len(self.data), desc=f"original model, {name}", unit="image", disable=self.quiet) as bar:
             for batch in self.data.batches(BATCH, self.original.device):
-                step = Step(self.original, self.original, batch.images, batch.labels, self.data.prompts)
-                part = compute(step).float().cpu()
+                part = compute(Step.of(self.data, batch, self.original, self.original)).float().cpu()
                 if values is None:
                     values = part.new_zeros(len(self.data), *part.shape[1:])  # zeros: of images that cannot be read
                 values[batch.rows] = part

@@ -99,14 +99,15 @@ def _as(kind: type[Clip], clip: Clip) -> Clip:
 
 
 def shared_attack(step: Step, objective: Objective, settings: FinetuneSettings, number: int) -> Tensor:
-    """``core.training.attacked`` in which each process attacks its share of the images."""
+    """``core.training.attacked`` in which each process attacks its share of the images, or all if it must."""
     n = len(step.images)
-    if count() == 1 or objective.attack is None:
+    if count() == 1 or objective.attack is None or objective.whole_batch or not settings.train_eps:
         return attacked(step, objective, settings, number)
     own = share(n)
     models = {"clip": alone(step.clip), "original": alone(step.original)}
     rows = None if step.rows is None else step.rows[own]
-    part = replace(step, **models, images=step.images[own], labels=step.labels[own], rows=rows)
+    captions = None if step.captions is None else step.captions[own]
+    part = replace(step, **models, images=step.images[own], labels=step.labels[own], rows=rows, captions=captions)
     return _gather(attacked(part, objective, settings, number, range(n)[own]), n)
 
 
