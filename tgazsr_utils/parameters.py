@@ -23,6 +23,7 @@ from tgazsr_utils.core.settings import (
     Protocol,
     Settings,
 )
+from tgazsr_utils.durable.plugins import PluginSettings
 from tgazsr_utils.measuring.ablations import ABLATIONS
 from tgazsr_utils.paths import resolve
 
@@ -67,11 +68,11 @@ class WorkbookSettings(Settings):
     data_root: str | None  # folder of image sets; None: the rendered mini-world
     preprocess: Literal["resize", "crop"] | None = None  # None: each set's own
     prompt: str | None = None  # template such as "A photo of a {}."; None: each set's own
-    test_fraction: Fraction | None = None  # of sets without a split; 1: all, to tune on as well; None: see load_dataset
+    test_fraction: Fraction | None = None  # of sets without a split; 1: all, to tune on as well; None: a fifth
     on_bad_image: Literal["stop", "leave_out"] = "stop"  # what to do about a file that cannot be read
     output: str | None  # folder of the run; None: one below runs/, named after what differs from the defaults
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
-    seed: Natural
+    seed: Natural  # of all that is random
 
     @field_validator("data_root", "output", "weights", "pretrained", "tuned", check_fields=False)
     @classmethod
@@ -116,7 +117,7 @@ class WorkbookSettings(Settings):
         return validate(model, {name: getattr(self, name) for name in given} | changes)
 
 
-class ModelSettings(WorkbookSettings):
+class ModelSettings(WorkbookSettings, PluginSettings):
     """What every notebook knows that starts from a pre-trained model."""
 
     pretrained: str | None  # "mini", an open_clip tag, a file, "latest:pretrained" in the output folder; None: random
@@ -138,7 +139,7 @@ class PretrainNotebook(WorkbookSettings):
     """00_pretrain_mini_clip"""
 
     sets: list[str] | None  # image sets under data_root to learn from; None: all (or the mini-world)
-    steps: Count
+    steps: Count  # of pre-training
     batch_size: Count
     lr: Positive
     warmup_steps: Natural
@@ -146,7 +147,7 @@ class PretrainNotebook(WorkbookSettings):
     test_images: Count  # a set
     weights: str | None  # file to write; None: in the output folder
     weights_precision: Literal["fp32", "fp16"]  # of the written file
-    eps_candidates: Annotated[list[Eps255], Field(min_length=1)]
+    eps_candidates: Annotated[list[Eps255], Field(min_length=1)]  # attack strengths to try, 1/255
     test_numsteps: Count
 
     @model_validator(mode="after")
@@ -168,18 +169,18 @@ class AttentionShiftNotebook(CandidateSettings, AttackSettings):
 
     dataset: str
     test_images: Count
-    shown_images: Annotated[int, Number, Field(ge=1, le=12)]
-    eps_list: Annotated[list[Eps255], Field(min_length=1)]
+    shown_images: Annotated[int, Number, Field(ge=1, le=12)]  # in the figure
+    eps_list: Annotated[list[Eps255], Field(min_length=1)]  # 1/255, of the curves
     attention_variant: Literal["reference", "cosine"]
 
 
 class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
     """02_train_tga_zsr"""
 
-    dataset: str
+    dataset: str  # the one set that is tuned on
     train_images: Count | None  # None: all (the mini-world renders 1000)
-    test_images: Count | None
-    methods: Distinct[str]
+    test_images: Count | None  # of each test set; None: all
+    methods: Distinct[str]  # that are trained
     overrides: dict[str, dict[str, Any]] = {}  # method -> parameters of fine-tuning that differ for it
     processes: Count = 1  # that train and measure together, each on a device of its own
     check_images: Natural = 16  # about so many check the attack once a model (measuring.trust); 0: none
@@ -217,8 +218,8 @@ class MeasureSettings(TrainNotebook):
 
     testdata: list[str] | str | None  # "published": those of the 16 there are; None: all there are
     quick_eval: Count | None = None  # at most this many images of each set, for a first look; tables then say so
-    protocol: Protocol = "last"
-    seeds: Distinct[Natural] | None  # None: seed alone
+    protocol: Protocol = "last"  # robust at the last iterate, as published, or at every one
+    seeds: Distinct[Natural] | None  # one fine-tuning for each; None: seed alone
 
     @model_validator(mode="after")
     def _released_attack_has_one_protocol(self) -> "MeasureSettings":
@@ -242,7 +243,7 @@ class MeasureSettings(TrainNotebook):
 class EvaluateNotebook(MeasureSettings):
     """04_evaluate_16_datasets"""
 
-    methods: Annotated[list[str], AfterValidator(_distinct)]  # may be empty: nothing is trained
+    methods: Annotated[list[str], AfterValidator(_distinct)]  # that are trained and measured; may be none
     models: dict[str, Any] = {}  # name -> weights as ``pretrained`` has them, or {arch: ..., pretrained: ...}
     other_attacks: Annotated[list[str], AfterValidator(_distinct)] = []  # measured too, at this epsilon and these steps
     plumbing: bool = False  # other weights stand in for those that are meant: numbers are stamped, and mean nothing
@@ -280,13 +281,13 @@ class AblationNotebook(MeasureSettings):
     """03_ablations"""
 
     ablations: str | Distinct[str]  # "cut": a few runs of each; "all"; a list of ABLATIONS, or one: all runs of these
-    Alpha_list: Distinct[NonNegative]
-    Beta_list: Distinct[NonNegative]
-    train_eps_list: Distinct[Eps255]
-    test_eps_list: Distinct[Length255]
-    train_numsteps_list: Distinct[Count]
-    test_numsteps_list: Distinct[Count]
-    last_num_ft_list: Distinct[Natural]  # 0: the whole encoder
+    Alpha_list: Distinct[NonNegative]  # compared
+    Beta_list: Distinct[NonNegative]  # compared
+    train_eps_list: Distinct[Eps255]  # compared, 1/255
+    test_eps_list: Distinct[Length255]  # compared, 1/255
+    train_numsteps_list: Distinct[Count]  # compared
+    test_numsteps_list: Distinct[Count]  # compared
+    last_num_ft_list: Distinct[Natural]  # compared; 0: the whole encoder
     attack_images: Count  # for each set, under the attacks of "epsilon" and "attacks"
     attack_sets: Count | None = None  # of the sets, evenly chosen, under these; None: all
 
@@ -417,6 +418,8 @@ def untuned(values: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
 
 def named_weights(values: Mapping[str, Any]) -> list[tuple[str, str, str | None]]:
     """Of a notebook's checked parameters: (the parameter, architecture, weights) of each model that they name."""
+    if not {"arch", "pretrained"} <= values.keys():
+        return []
     own = [(name, values["arch"], values[name]) for name in ("pretrained", "tuned") if name in values]
     given = list(untuned(values).items())[1:] if "models" in values else []
     return own + [(f"models: {name}", *of) for name, of in given]
