@@ -1,44 +1,9 @@
 #!/usr/bin/env bash
-# Sets up what the workbook needs and runs it headlessly; see --help.
+# Sets up what the workbook needs and hands over to python -m tgazsr_utils; see --help.
 set -euo pipefail
 
 # The pair the workbook is tested with; see install_torch for which build of it.
 TORCH=(torch==2.13.0 torchvision==0.28.0)
-
-usage() {
-    cat <<'EOF'
-Usage: ./run_all.sh [profile] [notebook numbers...] [-p name value]... [--fresh] [--locked]
-       ./run_all.sh compare runs/A runs/B
-       ./run_all.sh submit METHOD --by WHO [runs/A]
-       ./run_all.sh challenge [FILE...]
-       ./run_all.sh --test [--long] [--locked] [pytest arguments...]
-       ./run_all.sh --lab [--locked] [JupyterLab's arguments...]
-
-In any order:
-  profile           mini (default), or another file of notebooks/profiles
-  notebook numbers  such as 01 04: run only these (also those a profile leaves out)
-  -p name value     set a parameter of the notebooks; may be repeated
-  --fresh           start over, with nothing that is stored; earlier results of the run are moved aside
-  compare           print what differs between two runs: parameters, and paired differences of methods
-  submit            write the file of a run's method for the challenge (docs/challenge.md) and print its row
-  challenge         check such files (default: those of data/challenge) and show them side by side
-  --test            set up what the tests need and run them; --long: with every count that README states
-  --lab             open the workbook in JupyterLab
-  --locked          in .venv, with the very versions of requirements.lock, which the kept results were made with
-  --help            show this
-
-PyTorch is taken as built for this machine's driver, or for the CPU where there is no GPU: a CUDA build is several GB,
-one for the CPU 0.2. TORCH_INDEX=URL takes it from that package index instead.
-Uses the active environment if the workbook is installed there, else .venv, which it makes on the first call.
-Results go to runs/<profile>/, or with other parameters to a folder named after them; models and records to runs/store,
-for all runs. What is done and unchanged is skipped; an interrupted run goes on where it was.
-EOF
-}
-
-# Read by PyTorch in whatever is started here: threads that wait and spin make a busy machine ten times slower.
-if [[ -z ${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-} ]]; then
-  export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=1000
-fi
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here"
@@ -104,40 +69,18 @@ pick_python() { # $1: extra, $2...: modules that the extra brings; sets $python
     fi
 }
 
-mode="" locked="" rest=()
+extra="" modules=papermill locked="" rest=()
 for argument in "$@"; do
     case $argument in
     --help | -h)
-        usage
+        sed -n '1s/^"""//; /^"""$/q; p' tgazsr_utils/commands.py
         exit 0
         ;;
-    --test | --lab)
-        if [[ -n $mode && $mode != "$argument" ]]; then
-            echo "error: --test and --lab are two calls" >&2
-            exit 2
-        fi
-        mode=$argument
-        ;;
     --locked) locked=yes ;;
+    --test) extra="[test]" modules="papermill pytest" rest+=("$argument") ;;
     *) rest+=("$argument") ;;
     esac
 done
-set -- ${rest[@]+"${rest[@]}"} # an empty array is unknown to old shells
-
-case $mode in
---test)
-    pick_python "[test]" papermill pytest
-    exec "$python" -m pytest "$@"
-    ;;
---lab)
-    pick_python "" jupyterlab
-    echo "from another machine: ssh -N -L 8888:127.0.0.1:8888 THIS-ONE, then open the address below there" >&2
-    # Containers and rented machines run as root; it stays on this machine, behind its token.
-    [[ $EUID == 0 ]] && set -- --ServerApp.allow_root=True "$@"
-    exec "$python" -m jupyterlab --ServerApp.ip=127.0.0.1 "$@" notebooks
-    ;;
-*)
-    pick_python "" papermill
-    exec "$python" -m tgazsr_utils.runner "$@"
-    ;;
-esac
+# shellcheck disable=SC2086 # modules are words
+pick_python "$extra" $modules
+exec "$python" -m tgazsr_utils ${rest[@]+"${rest[@]}"} # an empty array is unknown to old shells

@@ -342,7 +342,7 @@ def test_the_build_of_pytorch_is_the_drivers_or_that_of_an_index_that_is_given(g
     done = subprocess.run(command, env=environment | {"TORCH_INDEX": given}, capture_output=True, text=True)
     asked = (tmp_path / "asked").read_text().splitlines()
     torch_asked = [line for line in asked if " torch==" in line and "--no-index" not in line]
-    assert done.returncode == 0 and asked[-1] == "-m tgazsr_utils.runner mini"
+    assert done.returncode == 0 and asked[-1] == "-m tgazsr_utils mini"
     if given:
         assert [line.split(" torch==")[0] for line in torch_asked] == [f"-m pip install --quiet --index-url {given}"]
     else:

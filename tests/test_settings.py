@@ -5,6 +5,7 @@ from tgazsr_utils import open_workbook
 from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.objectives import OBJECTIVES, Step
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
+from tgazsr_utils.effects import units, without_effect
 from tgazsr_utils.parameters import (
     NOTEBOOKS,
     AblationNotebook,
@@ -14,10 +15,8 @@ from tgazsr_utils.parameters import (
     TrainNotebook,
     from_notebook,
     named_weights,
-    units,
     untuned,
     validate,
-    without_effect,
 )
 from tgazsr_utils.profiles import check_effect, default_parameters, names_set_in
 

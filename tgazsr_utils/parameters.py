@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from tgazsr_utils.core.images import PLUMBING
-from tgazsr_utils.core.objectives import OBJECTIVES
 from tgazsr_utils.core.settings import (
     AttackSettings,
     Count,
@@ -25,6 +24,7 @@ from tgazsr_utils.core.settings import (
     Settings,
     exact_name,
 )
+from tgazsr_utils.durable.plugins import PluginSettings
 from tgazsr_utils.measuring.ablations import ABLATIONS
 from tgazsr_utils.paths import resolve
 
@@ -71,11 +71,11 @@ class WorkbookSettings(Settings):
     data_root: str | None  # folder of image sets; None: the rendered mini-world
     preprocess: Literal["resize", "crop"] | None = None  # None: each set's own
     prompt: str | None = None  # template such as "A photo of a {}."; None: each set's own
-    test_fraction: Fraction | None = None  # of sets without a split; 1: all, to tune on as well; None: see load_dataset
+    test_fraction: Fraction | None = None  # of sets without a split; 1: all, to tune on as well; None: a fifth
     on_bad_image: Literal["stop", "leave_out"] = "stop"  # what to do about a file that cannot be read
     output: str | None  # folder of the run; None: one below runs/, named after what differs from the defaults
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
-    seed: Natural
+    seed: Natural  # of all that is random
 
     @field_validator("data_root", "output", "weights", "pretrained", "tuned", "descriptions", check_fields=False)
     @classmethod
@@ -120,7 +120,7 @@ class WorkbookSettings(Settings):
         return validate(model, {name: getattr(self, name) for name in given} | changes)
 
 
-class ModelSettings(WorkbookSettings):
+class ModelSettings(WorkbookSettings, PluginSettings):
     """What every notebook knows that starts from a pre-trained model."""
 
     pretrained: str | None  # "mini", an open_clip tag, a file, "latest:pretrained" in the output folder; None: random
@@ -142,7 +142,7 @@ class PretrainNotebook(WorkbookSettings):
     """00_pretrain_mini_clip"""
 
     sets: list[str] | None  # image sets under data_root to learn from; None: all (or the mini-world)
-    steps: Count
+    steps: Count  # of pre-training
     batch_size: Count
     lr: Positive
     warmup_steps: Natural
@@ -150,7 +150,7 @@ class PretrainNotebook(WorkbookSettings):
     test_images: Count  # a set
     weights: str | None  # file to write; None: in the output folder
     weights_precision: Literal["fp32", "fp16"]  # of the written file
-    eps_candidates: Annotated[list[Eps255], Field(min_length=1)]
+    eps_candidates: Annotated[list[Eps255], Field(min_length=1)]  # attack strengths to try, 1/255
     test_numsteps: Count
 
     @model_validator(mode="after")
@@ -172,18 +172,18 @@ class AttentionShiftNotebook(CandidateSettings, AttackSettings):
 
     dataset: str
     test_images: Count
-    shown_images: Annotated[int, Number, Field(ge=1, le=12)]
-    eps_list: Annotated[list[Eps255], Field(min_length=1)]
+    shown_images: Annotated[int, Number, Field(ge=1, le=12)]  # in the figure
+    eps_list: Annotated[list[Eps255], Field(min_length=1)]  # 1/255, of the curves
     attention_variant: Literal["reference", "cosine"]
 
 
 class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
     """02_train_tga_zsr"""
 
-    dataset: str
+    dataset: str  # the one set that is tuned on
     train_images: Count | None  # None: all (the mini-world renders 1000)
-    test_images: Count | None
-    methods: Distinct[str]
+    test_images: Count | None  # of each test set; None: all
+    methods: Distinct[str]  # that are trained
     descriptions: str | None = None  # JSON file, class -> texts, for SAFT; None: the mini-world's own
     overrides: dict[str, dict[str, Any]] = {}  # method -> parameters of fine-tuning that differ for it
     processes: Count = 1  # that train and measure together, each on a device of its own
@@ -222,8 +222,8 @@ class MeasureSettings(TrainNotebook):
 
     testdata: list[str] | str | None  # "published": those of the 16 there are; None: all there are
     quick_eval: Count | None = None  # at most this many images of each set, for a first look; tables then say so
-    protocol: Protocol = "last"
-    seeds: Distinct[Natural] | None  # None: seed alone
+    protocol: Protocol = "last"  # robust at the last iterate, as published, or at every one
+    seeds: Distinct[Natural] | None  # one fine-tuning for each; None: seed alone
 
     @model_validator(mode="after")
     def _released_attack_has_one_protocol(self) -> "MeasureSettings":
@@ -256,7 +256,7 @@ class MeasureSettings(TrainNotebook):
 class EvaluateNotebook(MeasureSettings):
     """04_evaluate_16_datasets"""
 
-    methods: Annotated[list[str], AfterValidator(_distinct)]  # may be empty: nothing is trained
+    methods: Annotated[list[str], AfterValidator(_distinct)]  # that are trained and measured; may be none
     models: dict[str, Any] = {}  # name -> weights as ``pretrained`` has them, or {arch: ..., pretrained: ...}
     interpolate: Annotated[list[Fraction], AfterValidator(_distinct)] = []  # w: measured too, (1 - w) theta0 + w theta
     other_attacks: Annotated[list[ExactName], AfterValidator(_distinct)] = []  # measured too, with these steps
@@ -297,14 +297,14 @@ class AblationNotebook(MeasureSettings):
     """03_ablations"""
 
     ablations: str | Distinct[str]  # "cut": a few runs of each; "all"; a list of ABLATIONS, or one: all runs of these
-    Alpha_list: Distinct[NonNegative]
-    Beta_list: Distinct[NonNegative]
-    train_eps_list: Distinct[Eps255]
-    test_eps_list: Distinct[Length255]
-    train_numsteps_list: Distinct[Count]
-    test_numsteps_list: Distinct[Count]
-    last_num_ft_list: Distinct[Natural]  # 0: the whole encoder
-    lr_list: Distinct[Positive]
+    Alpha_list: Distinct[NonNegative]  # compared
+    Beta_list: Distinct[NonNegative]  # compared
+    train_eps_list: Distinct[Eps255]  # compared, 1/255
+    test_eps_list: Distinct[Length255]  # compared, 1/255
+    train_numsteps_list: Distinct[Count]  # compared
+    test_numsteps_list: Distinct[Count]  # compared
+    last_num_ft_list: Distinct[Natural]  # compared; 0: the whole encoder
+    lr_list: Distinct[Positive]  # compared
     attack_images: Count  # for each set, under the attacks of "epsilon"
     attack_sets: Count | None = None  # of the sets, evenly chosen, under these; None: all
 
@@ -330,7 +330,7 @@ class HoldNotebook(MeasureSettings):
 
     Alpha_list: Annotated[list[NonNegative], AfterValidator(_distinct)]  # of TGA-ZSR, each with its own Beta
     Beta_list: Annotated[list[NonNegative], AfterValidator(_distinct)]  # of TGA-ZSR, each with its own Alpha
-    test_numsteps_list: Distinct[Count]
+    test_numsteps_list: Distinct[Count]  # compared
     attack_sets: Count | None = None  # of the sets, evenly chosen; None: all
 
 
@@ -378,69 +378,6 @@ def validate(model: type[AnySettings], values: Mapping[str, Any]) -> AnySettings
         raise SettingsError(f"parameter {name}{given}: {problem}" if name else problem) from None
 
 
-def units(values: Mapping[str, Any]) -> list[str]:
-    """A line for each epsilon or step that is so small that it may be meant as a part of 1, not of 255."""
-    lines = []
-    for name, given in values.items():
-        if "eps" in name or "stepsize" in name:
-            small = [v for v in (given if isinstance(given, list) else [given]) if isinstance(v, float) and 0 < v < 0.1]
-            lines += [f"{name} = {v:g} is in 1/255; for {v:g} of the pixel range give {255 * v:g}" for v in small]
-    return lines
-
-
-# Methods whose loss compares no attention.
-_INATTENTIVE = {"FT-Clean", "FT-Adv.", "TeCoA", "PMG-AFT", "PMG-AFT-scaled", "FARE", "FARE-RobustVLM"}
-_INATTENTIVE |= {"Sim-CLIP", "UCAT", "AGFT", "AdvFLYP"}
-_OF_ATTENTION = "Alpha", "Beta", "Distance_metric", "attention_variant", "distance_size", "attention_backend"
-_OF_AN_ATTACK = "train_eps", "train_stepsize", "train_numsteps", "train_start", "attack_warmup"
-_READ_BY = {  # parameter of notebook 03 -> ablations that it is for
-    **dict.fromkeys(("Alpha_list", "Beta_list"), {"alpha_beta"}),
-    **dict.fromkeys(("train_eps_list", "test_eps_list", "train_numsteps_list"), {"epsilon"}),
-    **dict.fromkeys(("test_numsteps_list", "attack_images", "attack_sets"), {"epsilon"}),
-    "last_num_ft_list": {"tuned_part"},
-    "methods": {"seeds", "learning_rate"},
-    "lr_list": {"learning_rate"},
-}
-
-
-def without_effect(settings: Settings) -> dict[str, str]:
-    """Parameter -> why its value changes nothing in a notebook with these settings."""
-    s, found = settings, {}
-    if isinstance(s, ExplorerNotebook):
-        names = ("attack", "norm", "square_queries", "test_stepsize", "attack_precision")
-        found |= dict.fromkeys(names, "the explorer attacks by PGD in linf with a quarter of epsilon a step")
-    elif isinstance(s, AblationNotebook):
-        chosen = {*ABLATIONS} if s.ablations in ("cut", "all") else {*s.ablations}
-        of = {name: readers for name, readers in _READ_BY.items() if not readers & chosen}
-        found |= {name: f"it is for the ablations {', '.join(sorted(readers))}" for name, readers in of.items()}
-    elif isinstance(s, HoldNotebook):
-        names = ("attack", "test_stepsize", "attack_precision", "protocol")
-        found |= dict.fromkeys(names, "this notebook runs attacks of its own")
-    elif isinstance(s, AttackSettings):
-        attacks = {s.attack, *getattr(s, "other_attacks", ())}
-        if "square" not in attacks:
-            found["square_queries"] = f"attack is {s.attack!r}"
-        if attacks <= {"apgd", "apgd-ce", "apgd-t", "standard", "square"}:
-            found["test_stepsize"] = "AutoAttack chooses its own steps"
-        if attacks <= {"standard", "square"}:
-            found["test_numsteps"] = f"attack {' and '.join(sorted(attacks))} has its own number of steps"
-    if isinstance(s, FinetuneSettings) and s.optimizer == "adamw":
-        found["momentum"] = "optimizer is 'adamw'"
-    if isinstance(s, EvaluateNotebook):  # 02 takes a step of TGA-ZSR by hand, whatever its methods
-        methods = {*s.methods}
-        if not methods:
-            names = {*FinetuneSettings.model_fields, "dataset", "train_images", "overrides", "seeds"} - {"seed"}
-            names |= {"descriptions", "interpolate"}
-            return found | dict.fromkeys(names, "there is no method to train")
-        if methods <= _INATTENTIVE:
-            found |= dict.fromkeys(_OF_ATTENTION, "none of the methods compares attention")
-        if methods <= OBJECTIVES.keys() and not any("descriptions" in OBJECTIVES[name].reads for name in methods):
-            found["descriptions"] = "none of the methods reads them (SAFT does)"
-        if methods <= {"FT-Clean"}:
-            found |= dict.fromkeys(_OF_AN_ATTACK, "FT-Clean trains on clean images")
-    return found
-
-
 def untuned(values: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
     """Of a notebook's checked parameters: what is measured as it is, name -> (architecture, weights)."""
     found = {ORIGINAL: (values["arch"], values["pretrained"])}
@@ -451,6 +388,8 @@ def untuned(values: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
 
 def named_weights(values: Mapping[str, Any]) -> list[tuple[str, str, str | None]]:
     """Of a notebook's checked parameters: (the parameter, architecture, weights) of each model that they name."""
+    if not {"arch", "pretrained"} <= values.keys():
+        return []
     own = [(name, values["arch"], values[name]) for name in ("pretrained", "tuned") if name in values]
     given = list(untuned(values).items())[1:] if "models" in values else []
     return own + [(f"models: {name}", *of) for name, of in given]

@@ -1,14 +1,17 @@
 """Profiles: YAML files that say which notebooks a run is made of, and with which parameters."""
 
 import ast
+import contextlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import yaml
+from pydantic import create_model
 
 from tgazsr_utils.core.objectives import OBJECTIVES, find_objective, negated
 from tgazsr_utils.core.seeds import digest
@@ -19,7 +22,15 @@ from tgazsr_utils.datasets.loading import class_texts
 from tgazsr_utils.datasets.miniworld import TASKS
 from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_PROMPT, FURTHER, KNOWN
 from tgazsr_utils.durable.weights import image_size_of, locate_weights, same_tokens
-from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, named_weights, unknown_parameter, validate, without_effect
+from tgazsr_utils.effects import without_effect
+from tgazsr_utils.parameters import (
+    NOTEBOOKS,
+    SettingsError,
+    WorkbookSettings,
+    named_weights,
+    unknown_parameter,
+    validate,
+)
 from tgazsr_utils.paths import NOTEBOOKS as FOLDER
 from tgazsr_utils.paths import ROOT, resolve
 
@@ -67,22 +78,42 @@ def load_profile(name: str) -> Profile:
         profile = validate(Profile, values)
     except SettingsError as error:
         raise SettingsError(f"profile {name!r}: {error}") from None
+    there = notebooks_there()
     for notebook in (*profile.notebooks, *profile.by_notebook):
-        if notebook not in NOTEBOOKS:
-            there = ", ".join(NOTEBOOKS)
-            raise SettingsError(f"profile {name!r}: notebook {notebook!r} is unknown; there are: {there}")
+        if notebook not in there:
+            raise SettingsError(f"profile {name!r}: notebook {notebook!r} is unknown; there are: {', '.join(there)}")
     return profile
 
 
 def select(profile: Profile, numbers: Sequence[str]) -> list[str]:
-    """Names of the notebooks to run: the profile's own, or those with the given numbers."""
-    if not numbers:
-        return profile.notebooks
-    by_number = {name[:2]: name for name in NOTEBOOKS}
-    for number in numbers:
-        if number.zfill(2) not in by_number:
-            raise SettingsError(f"notebook {number!r} is unknown; there are: {', '.join(by_number)}")
-    return [by_number[number.zfill(2)] for number in numbers]
+    """Names of the notebooks to run: the profile's own, or those with the given numbers (or names)."""
+    return [_with_number(number) for number in numbers] or profile.notebooks
+
+
+def _with_number(text: str) -> str:
+    there, name = notebooks_there(), text.removesuffix(".ipynb")
+    found = [name] if name in there else [other for other in there if other[:2] == text.zfill(2)]
+    if not found:
+        numbers = ", ".join(dict.fromkeys(name[:2] for name in there))
+        raise SettingsError(f"notebook {text!r} is unknown; there are: {numbers}")
+    if len(found) > 1:
+        raise SettingsError(f"notebook {text!r} may be {' or '.join(found)}; say its name, or give it another number")
+    return found[0]
+
+
+def notebooks_there() -> list[str]:
+    """The workbook's, then one's own: any other ``notebooks/NN_*.ipynb``."""
+    found = {path.stem for folder in _folders() for path in folder.glob("[0-9][0-9]_*.ipynb")}
+    return [*NOTEBOOKS, *sorted(found - NOTEBOOKS.keys())]
+
+
+def _folders() -> list[Path]:
+    return [FOLDER, ROOT / "notebooks"]  # of an installed wheel, its own and that of the working folder
+
+
+def file_of(notebook: str) -> Path:
+    paths = [folder / f"{notebook}.ipynb" for folder in _folders()]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 class Cell(NamedTuple):
@@ -93,8 +124,11 @@ class Cell(NamedTuple):
 
 def cells(notebook: str) -> list[Cell]:
     """A notebook's. Read as the JSON that it is: nbformat takes seconds to import, in every kernel."""
-    read = json.loads((FOLDER / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
-    return [Cell(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in read]
+    try:
+        read = json.loads(file_of(notebook).read_text(encoding="utf-8"))["cells"]
+        return [Cell(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in read]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SettingsError(f"{file_of(notebook)} is no notebook of version 4: {error!r}") from None
 
 
 def code_cells(notebook: str) -> list[Cell]:
@@ -103,21 +137,75 @@ def code_cells(notebook: str) -> list[Cell]:
 
 def names_set_in(notebook: str) -> set[str]:
     """What its cells assign, but for that of parameters: a name in there is no slip, when cells are run again."""
-    nodes = [n for cell in code_cells(notebook) if not cell.tags for n in ast.walk(ast.parse(cell.source))]
+    nodes = [node for cell in code_cells(notebook) if not cell.tags for node in _nodes(cell)]
     return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
+def _nodes(cell: Cell) -> list[ast.AST]:
+    """Of a cell's syntax tree, magics aside; none of what is no Python, which stops where it is run."""
+    try:
+        return list(ast.walk(ast.parse(cell.source)))
+    except SyntaxError:
+        from IPython.core.inputtransformer2 import TransformerManager  # slow to import, and rarely needed
+
+        with contextlib.suppress(SyntaxError):
+            return list(ast.walk(ast.parse(TransformerManager().transform_cell(cell.source))))
+    return []
+
+
 def default_parameters(notebook: str) -> dict[str, Any]:
-    """What a notebook's cell tagged ``parameters`` assigns."""
-    (cell,) = [c for c in code_cells(notebook) if "parameters" in c.tags]
-    values = {}
-    for line in ast.parse(cell.source).body:
+    """What a notebook's cell tagged ``parameters`` assigns; before it, what that of a workbook it opens does."""
+    tagged = [cell for cell in code_cells(notebook) if "parameters" in cell.tags]
+    if len(tagged) > 1:
+        raise SettingsError(f"{notebook}: {len(tagged)} cells are tagged parameters; there should be one")
+    opened = _opened_in(notebook)
+    values = default_parameters(opened) if opened else {}
+    try:
+        lines = [line for cell in tagged for line in ast.parse(cell.source).body]
+    except SyntaxError as error:
+        said = f"line {error.lineno} of its cell of parameters is no Python"
+        raise SettingsError(f"{notebook}: {said}: {error.msg}") from None
+    for line in lines:
         try:
-            values[line.targets[0].id] = ast.literal_eval(line.value)
+            target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0]
+            values[target.id] = ast.literal_eval(line.value)
         except (ValueError, AttributeError):
             said = f"{notebook}: its cell of parameters says {ast.unparse(line)[:120]!r}"
             raise SettingsError(f"{said}, which is no name = value; a value is written out, such as '8/255'") from None
     return values
+
+
+def settings_of(notebook: str) -> type[Settings]:
+    """What a notebook takes.
+
+    One of one's own takes what its cell of parameters assigns, of the types that the workbook's notebooks know of these
+    names; besides that, where it opens one of these with ``open_workbook``, all that this one takes.
+    """
+    if notebook in NOTEBOOKS:
+        return NOTEBOOKS[notebook]
+    base = NOTEBOOKS.get(_opened_in(notebook), Settings)
+    widest = NOTEBOOKS["04_evaluate_16_datasets"]  # whose methods may be none, and so on
+    known = {name: field for model in (*NOTEBOOKS.values(), widest) for name, field in model.model_fields.items()}
+    kind = lambda name: Annotated[(known[name].annotation, *known[name].metadata, None)] if name in known else Any
+    own = default_parameters(notebook).items()
+    fields = {name: (kind(name), value) for name, value in own if name not in base.model_fields}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names such as copy
+        return create_model(notebook, __base__=base, **fields)
+
+
+def _opened_in(notebook: str) -> str | None:
+    """Whose parameters a notebook of one's own takes: the first argument of its ``open_workbook``."""
+    names = [] if notebook in NOTEBOOKS else _first_arguments(notebook, "open_workbook")
+    return next((name for name in names if name in NOTEBOOKS), None)
+
+
+def _first_arguments(notebook: str, function: str) -> list[Any]:
+    """Constants among them, of a notebook's calls of a function."""
+    nodes = [node for cell in code_cells(notebook) for node in _nodes(cell)]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and node.args]
+    first = [call.args[0] for call in calls if ast.unparse(call.func).split(".")[-1] == function]
+    return [argument.value for argument in first if isinstance(argument, ast.Constant)]
 
 
 def cells_digest(notebook: str) -> str:
@@ -127,26 +215,25 @@ def cells_digest(notebook: str) -> str:
 
 def registered_in(notebook: str) -> set[str]:
     """Methods that a notebook's own cells add, with ``@objective("NAME", ...)``."""
-    nodes = [node for cell in code_cells(notebook) for node in ast.walk(ast.parse(cell.source))]
-    calls = [node for node in nodes if isinstance(node, ast.Call) and node.args]
-    named = [call.args[0] for call in calls if ast.unparse(call.func).split(".")[-1] == "objective"]
-    return {name.value for name in named if isinstance(name, ast.Constant)}
+    return set(_first_arguments(notebook, "objective"))
 
 
 def layered(notebook: str, profile: Profile, given: Mapping[str, Any]) -> dict[str, Any]:
     """The profile's parameters that a notebook knows, then those given; not checked."""
     layers = profile.parameters | profile.by_notebook.get(notebook, {}) | dict(given)
-    return {name: value for name, value in layers.items() if name in NOTEBOOKS[notebook].model_fields}
+    return {name: value for name, value in layers.items() if name in settings_of(notebook).model_fields}
 
 
 def parameters_of(notebook: str, profile: Profile, output: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Checked parameters of one notebook: its own defaults, then the profile's, then those given."""
-    values = default_parameters(notebook) | {"output": output} | layered(notebook, profile, given)
+    model = settings_of(notebook)
+    usual = {"output": output} if "output" in model.model_fields else {}
+    values = default_parameters(notebook) | usual | layered(notebook, profile, given)
     try:
         root, keys = values.get("data_root"), values.get("testdata")
         if isinstance(root, str) and isinstance(keys, list) and not resolve(root).is_dir():
             raise SettingsError(f"there is no folder {root}; {_not_there(keys, root)}")
-        return validate(NOTEBOOKS[notebook], values).model_dump(include=set(values))
+        return validate(model, values).model_dump(include=set(values))
     except ValueError as error:
         raise SettingsError(f"{notebook}: {error}") from None
 
@@ -161,6 +248,8 @@ def _not_there(keys: Sequence[str], root: str | None) -> str:
 
 def check_choices(notebook: str, values: Mapping[str, Any]) -> None:
     """Methods and models that parameters name must be there before anything runs, not hours later."""
+    if not issubclass(settings_of(notebook), WorkbookSettings):
+        return
     try:
         image_size_of(values["arch"])
         for _, arch, weights in named_weights(values):
@@ -184,13 +273,15 @@ def named_sets(values: Mapping[str, Any]) -> list[str]:
 
 def check_sets(notebook: str, values: Mapping[str, Any]) -> None:
     """So must the image sets, and their prompts be as the text tower takes them."""
+    if not issubclass(settings_of(notebook), WorkbookSettings):
+        return
     root = values.get("data_root")
     try:
         there = list_datasets(root)
         gone = [key for key in named_sets(values) if key not in there]
         if gone := [key for key in gone if not (root and resolve(existing_root(root) / key).is_dir())]:
             raise ValueError(f"{_not_there(gone, root)}; there are: {', '.join(there) or 'none'}")
-        check_prompts(validate(NOTEBOOKS[notebook], values))
+        check_prompts(validate(settings_of(notebook), values))
     except ValueError as error:
         raise SettingsError(f"{notebook}: {error}") from None
 
@@ -250,8 +341,9 @@ def with_labels(settings: Any, key: str, names: Sequence[str], prompts: Sequence
 
 def check_names(profile: Profile, given: Mapping[str, Any], notebooks: Sequence[str]) -> None:
     """Every parameter must be known to a notebook that will run; in a profile, to any notebook."""
-    everywhere = {name: None for model in NOTEBOOKS.values() for name in model.model_fields}
-    here = {name: None for notebook in notebooks for name in NOTEBOOKS[notebook].model_fields}
+    names_of = lambda chosen: {name: None for notebook in chosen for name in settings_of(notebook).model_fields}
+    everywhere, here = names_of([*NOTEBOOKS, *profile.notebooks, *notebooks]), names_of(notebooks)
+    here |= {"output": None}  # of the run
     for names, known in ((profile.parameters, everywhere), (profile.without_weights, everywhere), (given, here)):
         for name in names:
             if name not in known:
@@ -261,13 +353,13 @@ def check_names(profile: Profile, given: Mapping[str, Any], notebooks: Sequence[
                 raise SettingsError(unknown_parameter(name, known))
     for notebook, values in profile.by_notebook.items():
         for name in values:
-            if name not in NOTEBOOKS[notebook].model_fields:
-                raise SettingsError(f"{notebook}: {unknown_parameter(name, NOTEBOOKS[notebook].model_fields)}")
+            if name not in (known := settings_of(notebook).model_fields):
+                raise SettingsError(f"{notebook}: {unknown_parameter(name, known)}")
 
 
 def check_effect(given: Mapping[str, Any], parameters: Mapping[str, Mapping[str, Any]]) -> None:
     """What is given must change something in one of the notebooks, whose checked ``parameters`` are by name."""
-    idle = [without_effect(validate(NOTEBOOKS[name], values)) for name, values in parameters.items()]
+    idle = [without_effect(validate(settings_of(name), values)) for name, values in parameters.items()]
     for name, value in given.items():
         reasons = [of.get(name) for of, values in zip(idle, parameters.values()) if name in values]
         if reasons and all(reasons):

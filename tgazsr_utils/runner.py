@@ -1,4 +1,4 @@
-"""Runs the workbook headlessly: ``python -m tgazsr_utils.runner`` (called by run_all.sh).
+"""Runs the workbook headlessly: what ``python -m tgazsr_utils`` does but for its verbs that need no PyTorch.
 
 Executes a profile's notebooks with papermill, in order, with their progress live; skips what is done and unchanged;
 leaves executed copies, HTML, figures, tables and a manifest in the run's folder, models and records in the store. Under
@@ -8,14 +8,13 @@ torchrun the processes share the work of these notebooks instead (see ``take_par
 import argparse
 import contextlib
 import io
-import json
 import logging
 import os
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -40,12 +39,12 @@ from tgazsr_utils.durable.files import write_atomic, write_json
 from tgazsr_utils.durable.fingerprints import code_version
 from tgazsr_utils.durable.runs import Run
 from tgazsr_utils.durable.weights import SHIPPED, find_weights, load_clip
+from tgazsr_utils.listing import SECTIONS, show_list
+from tgazsr_utils.manifests import compare_runs, earlier_runs, load_manifest, show_plan, show_store
 from tgazsr_utils.measuring.challenge import challenge, submit
-from tgazsr_utils.measuring.records import Record
-from tgazsr_utils.measuring.tables import compare
-from tgazsr_utils.parameters import SettingsError, named_weights
+from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, named_weights
 from tgazsr_utils.paths import ROOT, resolve
-from tgazsr_utils.profiles import Profile, cells_digest, default_parameters, parameters_of, shown
+from tgazsr_utils.profiles import PROFILES, Profile, cells_digest, default_parameters, parameters_of, shown
 from tgazsr_utils.progress import HEADLESS
 
 _PACKAGES = "torch torchvision open_clip_torch numpy pandas seaborn papermill jupyterlab ipywidgets"
@@ -58,7 +57,9 @@ class Batch:
         self, profile_name: str, profile: Profile, chosen: Sequence[str], given: Mapping[str, Any], folder: Path
     ):
         self.profile_name, self.profile, self.chosen, self.folder = profile_name, profile, chosen, folder
-        in_order = [*(name for name in chosen if name not in profile.notebooks), *profile.notebooks]
+        others = [name for name in chosen if name not in profile.notebooks]
+        of_ones_own = [name for name in others if name not in NOTEBOOKS]  # they look at what the others have made
+        in_order = [*(name for name in others if name in NOTEBOOKS), *profile.notebooks, *of_ones_own]
         self.parameters = {name: self._parameters(name, given) for name in in_order}
         for number, name in enumerate(chosen):
             profiles.check_choices(name, self.parameters[name])
@@ -94,7 +95,7 @@ class Batch:
 
     def run(self, fresh: bool) -> int:
         """0, or 1 after a notebook failed."""
-        environment = environment_of(next(iter(self.parameters.values()))["device"])
+        environment = environment_of(next(iter(self.parameters.values())).get("device", "auto"))
         print(f"{self.profile_name}: {self.profile.description.strip()}", flush=True)
         if self.profile.fetch:
             here = [self.parameters[name] for name in self.chosen]
@@ -107,27 +108,38 @@ class Batch:
         tempfile.TemporaryFile(dir=self.folder).close()  # raises OSError now rather than after hours
         manifest = load_manifest(self.manifest_path) | {"profile": self.profile_name}
         print(f"results go to {shown(self.folder)}", flush=True)
-        before = ""
-        for name, parameters in self.parameters.items():
-            inputs = before = fingerprint(name, parameters, before)
-            if name not in self.chosen or self._is_done(name, manifest["notebooks"].get(name, {}), inputs):
+        for name, inputs, why in self.plan(manifest):
+            if why is None:
+                print(f"{name}: done already with the same inputs (--fresh starts over)", flush=True)
                 continue
-            entry = {"status": "running", "inputs": inputs, "parameters": parameters, "environment": environment}
-            manifest["notebooks"][name] = entry
+            if name in manifest["notebooks"]:
+                print(f"{name}: runs again, as {why}", flush=True)
+            entry = {"status": "running", "inputs": inputs, "parameters": self.parameters[name]}
+            manifest["notebooks"][name] = entry = entry | {"environment": environment}
             if self._execute(name, entry, lambda: write_json(self.manifest_path, manifest)):
                 return 1
         show(self.folder, with_table=any(name.startswith("04") for name in self.chosen))
         return 0
 
-    def _is_done(self, name: str, entry: Mapping[str, Any], inputs: str) -> bool:
-        if entry.get("status") != "finished" or entry.get("inputs") != inputs:
-            return False
+    def plan(self, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
+        """(notebook, its inputs, why it is to run; None: it is done), each when its turn comes."""
+        before = ""
+        for name, parameters in self.parameters.items():
+            inputs = before = fingerprint(name, parameters, before)
+            if name in self.chosen:
+                yield name, inputs, self._why(name, manifest["notebooks"].get(name, {}), inputs)
+
+    def _why(self, name: str, entry: Mapping[str, Any], inputs: str) -> str | None:
+        if entry.get("status") != "finished":
+            return "it did not end" if entry else "it has not run here yet"
+        if entry.get("inputs") != inputs:
+            known, now = entry.get("parameters", {}), self.parameters[name]
+            other = sorted(key for key in known.keys() | now.keys() if known.get(key) != now.get(key))
+            return f"{', '.join(other) or 'its cells, files, the code or what runs before it'} changed"
         changed = [file for file, content in entry.get("files", {}).items() if _content(self.folder / file) != content]
-        if not changed and (self.folder / "notebooks" / f"{name}.ipynb").exists():
-            print(f"{name}: done already with the same inputs (--fresh starts over)", flush=True)
-            return True
-        print(f"{name}: runs again, as {(changed or ['its executed copy'])[0]} is not as it was written", flush=True)
-        return False
+        if changed or not (self.folder / "notebooks" / f"{name}.ipynb").exists():
+            return f"{(changed or ['its executed copy'])[0]} is not as it was written"
+        return None
 
     def _execute(self, name: str, entry: dict[str, Any], save: Callable[[], Any]) -> bool:
         """Runs a notebook and keeps in ``entry`` what became of it; did it fail?"""
@@ -158,18 +170,39 @@ class Batch:
         return bool(failure)
 
 
-def run(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any], fresh: bool) -> int:
-    """Runs a profile; 0, or 1 after a notebook failed. Raises SettingsError before anything starts."""
+def batch_of(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any], looking: bool = False) -> Batch:
+    """What these arguments ask for, or SettingsError; if only ``looking``, no weights are loaded, no folder is made."""
     profile = profiles.load_profile(profile_name)
     chosen = profiles.select(profile, numbers)
     profiles.check_names(profile, given, chosen)
     if profile.fetch and "data_root" not in given and (root := profile.parameters.get("data_root")):
-        resolve(root).mkdir(parents=True, exist_ok=True)
-    profile = with_weights(profile, chosen, given)
-    folder = folder_of(profile_name, profile, chosen, given)
-    batch = Batch(profile_name, profile, chosen, given, folder)
+        if not looking:
+            resolve(root).mkdir(parents=True, exist_ok=True)
+        elif not resolve(root).exists():  # the sets are not there yet: any folder stands in
+            profile = profile.model_copy(update={"parameters": profile.parameters | {"data_root": str(PROFILES)}})
+    if not looking:
+        profile = with_weights(profile, chosen, given)
+    return Batch(profile_name, profile, chosen, given, folder_of(profile_name, profile, chosen, given))
+
+
+def dry_run(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any], fresh: bool) -> int:
+    """Says what ``run`` would do; does and writes nothing."""
+    batch = batch_of(profile_name, numbers, given, looking=True)
+    planned = batch.plan(load_manifest(batch.manifest_path))
+    plan = [(name, "--fresh starts over" if fresh else why) for name, _, why in planned]
+    print(f"{profile_name}: {batch.profile.description.strip()}\nresults would go to {shown(batch.folder)}")
+    show_plan(plan, earlier_runs(batch.folder, profile_name))
+    methods = [method for name in batch.chosen for method in batch.parameters[name].get("methods", [])]
+    show_store(Run(batch.folder), dict.fromkeys(methods))
+    return 0
+
+
+def run(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any], fresh: bool) -> int:
+    """Runs a profile; 0, or 1 after a notebook failed. Raises SettingsError before anything starts."""
+    batch = batch_of(profile_name, numbers, given)
+    folder, chosen = batch.folder, batch.chosen
     together = started_together()
-    own = any(p["device"] != "auto" or p.get("processes", 1) > 1 for p in batch.parameters.values())
+    own = any(p.get("device", "auto") != "auto" or p.get("processes", 1) > 1 for p in batch.parameters.values())
     if together and (own or fresh or "00_pretrain_mini_clip" in chosen):
         raise SettingsError(
             "under torchrun each process takes its own device: no device, no processes, no --fresh, not notebook 00"
@@ -243,7 +276,8 @@ def start_over(folder: Path) -> None:
 
 def fingerprint(notebook: str, parameters: Mapping[str, Any], before: str) -> str:
     """Names a notebook's inputs: its cells, its parameters and the files they name, the code, what runs before it."""
-    values = filter(None, [parameters.get("data_root"), *(weights for *_, weights in named_weights(parameters))])
+    weights = [path for *_, path in named_weights(parameters)]
+    values = filter(None, [parameters.get("data_root"), *weights, *parameters.get("plugins", [])])
     paths = [Path(SHIPPED.get(value) or resolve(value)) for value in values]
     contents = [path for path in paths if path.is_file()]
     listings = [
@@ -263,10 +297,11 @@ def execute(notebook: str, parameters: Mapping[str, Any], folder: Path) -> None:
     # A socket's whole path has to fit into 107 bytes, or 103 on macOS.
     short = None if len(os.fsencode(tempfile.gettempdir())) < 70 else "/tmp"
     with tempfile.TemporaryDirectory(prefix="tgazsr-", dir=short) as sockets:
-        manager = {"transport": "ipc", "ip": f"{sockets}/kernel", "shutdown_wait_time": 60.0}  # ipc: no open port
-        kernel = {"kernel_name": "python3", "cwd": ROOT, "config": Config({"KernelManager": manager})}
+        ipc = {} if os.name == "nt" else {"transport": "ipc", "ip": f"{sockets}/kernel"}  # no open port
+        manager = Config({"KernelManager": {"shutdown_wait_time": 60.0, **ipc}})
+        kernel = {"kernel_name": "python3", "language": "python", "cwd": ROOT, "config": manager}
         kernel["extra_arguments"] = ["--IPKernelApp.log_level=50"]  # an interrupted one fills the log with its troubles
-        source = profiles.FOLDER / f"{notebook}.ipynb"
+        source = profiles.file_of(notebook)
         try:
             papermill.execute_notebook(source, executed, dict(parameters), **kernel, **output)
         except BaseException:
@@ -315,21 +350,6 @@ def environment_of(device: str) -> dict[str, Any]:
     }
 
 
-def load_manifest(path: Path) -> dict[str, Any]:
-    """What ``Batch`` has written. Raises SettingsError for a damaged one."""
-    if not path.exists():
-        return {"notebooks": {}}
-    try:
-        books = json.loads(path.read_bytes())["notebooks"]
-        if not all(isinstance(entry, dict) and isinstance(entry.get("files", {}), dict) for entry in books.values()):
-            raise TypeError
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise SettingsError(
-            f"manifest {path} is damaged; remove it to run the notebooks again, which goes on from what is stored"
-        ) from None
-    return {"notebooks": books}
-
-
 def _outputs(folder: Path) -> dict[Path, tuple[int, int]]:
     """Files that notebooks write for people to read, and what changes when one is written again."""
     files = [path for kind in ("html", "tables", "figures", "records") for path in folder.glob(f"{kind}/[!.]*")]
@@ -351,30 +371,14 @@ def show(folder: Path, with_table: bool) -> None:
     print(f"notebooks as HTML: {os.path.relpath(folder / 'html')}/")
 
 
-def compare_runs(first: str, second: str) -> int:
-    """Prints what differs in the parameters of two runs, and the paired differences of the methods both have."""
-    folders = [resolve(name) for name in (first, second)]
-    for folder in folders:
-        if not (folder / "manifest.json").exists():
-            raise SettingsError(f"{folder} is not the folder of a run (it has no manifest.json)")
-    entries = [load_manifest(folder / "manifest.json")["notebooks"] for folder in folders]
-    for notebook in sorted(set(entries[0]) & set(entries[1])):
-        a, b = (entry[notebook].get("parameters", {}) | {"output": None} for entry in entries)
-        for name in sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key)):
-            print(f"{notebook}: {name} is {a.get(name)!r} in {first}, {b.get(name)!r} in {second}")
-    kept = [{path.stem: path for path in folder.glob("records/*.jsonl")} for folder in folders]
-    both = sorted(set(kept[0]) & set(kept[1]))
-    if not both:
-        print("no notebook has left records in both")
-    for name in both[-1:]:
-        lines = [paths[name].read_text(encoding="utf-8").splitlines() for paths in kept]
-        records = [[Record.model_validate_json(line) for line in part] for part in lines]
-        print(f"\n{name}: {first} minus {second}, percentage points [95 % interval over images], on the same images")
-        print(compare(*records).to_string())
-    return 0
-
-
-def submit_method(words: Sequence[str], by: str | None) -> int:
+def on_runs(verb: str, words: Sequence[str], by: str | None) -> int:
+    """What is done with runs that are there."""
+    if verb == "compare":
+        if len(words) != 2:
+            raise SettingsError(f"compare takes two folders of runs; {len(words)} were given")
+        return compare_runs(*words)
+    if verb == "challenge":
+        return challenge(words)
     if not by or len(words) not in (1, 2):
         raise SettingsError('submit takes a method, --by "WHO" and, if it is not the latest, the folder of a run')
     submit(words[0], by, *words[1:])
@@ -390,7 +394,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     parser.add_argument("--by", metavar="WHO", help="who submits")
     parser.add_argument("--fresh", action="store_true", help="start over; earlier results are moved aside")
-    allowed = "a profile, notebook numbers, -p NAME VALUE, --fresh, --by WHO; --help says more"
+    parser.add_argument("--dry-run", action="store_true", help="say what would run, and run nothing")
+    parser.add_argument("--list", nargs="?", const="all", choices=["all", *SECTIONS], help="say what there is")
+    allowed = "a profile, notebook numbers, -p NAME VALUE, --fresh, --dry-run, --list, --by WHO; --help says more"
     parser.error = lambda message: parser.exit(2, f"error: {message}; there are {allowed}\n")
     options = parser.parse_intermixed_args(arguments)
     profile, numbers = options.profile, options.numbers
@@ -401,16 +407,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # This environment's kernel, not one of the same name in the home folder.
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     try:
-        if profile == "compare":
-            if len(numbers) != 2:
-                raise SettingsError(f"compare takes two folders of runs; {len(numbers)} were given")
-            return compare_runs(*numbers)
-        if profile == "submit":
-            return submit_method(numbers, options.by)
-        if profile == "challenge":
-            return challenge(numbers)
+        if profile in ("compare", "submit", "challenge"):
+            return on_runs(profile, numbers, options.by)
         given = {name: profiles.given_value(name, text) for name, text in options.p}
-        return run(profile, numbers, given, options.fresh)
+        if options.list:
+            return show_list(options.list, given.get("plugins"))
+        return (dry_run if options.dry_run else run)(profile, numbers, given, options.fresh)
     except KeyboardInterrupt:  # while image sets are fetched
         error = "interrupted; the same command goes on from here"
     except (SettingsError, ValueError, OSError) as failure:

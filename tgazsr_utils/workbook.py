@@ -26,18 +26,18 @@ from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.durable.finetuning import TrainResult, finetune
 from tgazsr_utils.durable.runs import Run
 from tgazsr_utils.durable.weights import find_weights, load_clip
+from tgazsr_utils.effects import units, without_effect
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import AttackCheck, Record, RecordStore
 from tgazsr_utils.measuring.tables import save_table
 from tgazsr_utils.parameters import (
     NOTEBOOKS,
     TRANSFER,
+    SettingsError,
     WorkbookSettings,
     from_notebook,
-    units,
     untuned,
     validate,
-    without_effect,
 )
 from tgazsr_utils.paths import ROOT, resolve
 from tgazsr_utils.profiles import check_prompts, default_parameters, folder_name, names_set_in, shown, with_labels
@@ -49,6 +49,10 @@ def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":
     What no cell has set is as the notebook ``notebook`` has it. Raises SettingsError, one line, for a bad one;
     ValueError for a method that is not there or a prompt too long.
     """
+    if notebook not in NOTEBOOKS:
+        raise SettingsError(
+            f"open_workbook takes one of {', '.join(NOTEBOOKS)}, whose parameters it checks; not {notebook!r}"
+        )
     own = names_set_in(notebook) - NOTEBOOKS[notebook].model_fields.keys()
     given = {name: value for name, value in namespace.items() if name not in own}
     settings = from_notebook(NOTEBOOKS[notebook], {**default_parameters(notebook), **given})

@@ -1,9 +1,19 @@
 """Hyper-parameters of training and of attacks: names, units, ranges. Epsilons and steps are in 1/255 here."""
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+)
 
 
 def _not_a_boolean(value: Any) -> Any:
@@ -48,32 +58,35 @@ class Settings(BaseModel):
 class ObjectiveSettings(Settings):
     """What the loss terms need; as published Alpha 0.08, Beta 0.05, l2 at 224."""
 
-    Alpha: NonNegative | None  # weight of L_AR; None, here and below: what the method was published with
+    Alpha: NonNegative | None  # weight of L_AR; None, here and below: as the method was published
     Beta: NonNegative | None  # weight of L_AMC
-    Distance_metric: Literal["l2", "l1", "cos"]
-    attention_variant: Literal["reference", "cosine"]
+    Distance_metric: Literal["l2", "l1", "cos"]  # of two attention maps
+    attention_variant: Literal["reference", "cosine"]  # "reference": as released; "cosine": of unit vectors
     distance_size: Count = 224  # side in pixels at which maps are compared; Alpha and Beta belong to 224
-    attention_backend: Literal["auto", "triton", "torch"] = "auto"  # see attention.text_guided_attention
+    attention_backend: Literal["auto", "triton", "torch"] = "auto"  # what computes the maps; "auto": triton on CUDA
 
 
 class FinetuneSettings(ObjectiveSettings):
     """One fine-tuning run, but for the method's name. What is None or not given: see ``Objective.with_preset``."""
 
-    epochs: Count
-    batch_size: Count | None
-    lr: Positive | None
-    warmup_steps: Natural
-    train_eps: Eps255 | None
-    train_stepsize: Eps255 | None
-    train_numsteps: Natural | None
-    last_num_ft: Natural = 0  # 0: the whole image encoder; k: its last k parameter tensors, in OpenAI's order
+    epochs: Count  # times that training sees each image
+    batch_size: Count | None  # images of a training step
+    lr: Positive | None  # learning rate at its highest, after warm-up and before cosine decay
+    warmup_steps: Natural  # training steps in which the learning rate rises
+    train_eps: Eps255 | None  # of the attack in training, 1/255
+    train_stepsize: Eps255 | None  # 1/255
+    train_numsteps: Natural | None  # steps of the attack in training
+    last_num_ft: Natural = 0  # k: tunes the last k parameter tensors, in OpenAI's order; 0: the whole image encoder
     train_start: Literal["cut", "uncut"] | None = None  # "uncut": the attack's random start may leave [0,1]
     # [a, b]: no attack until this share of the steps, then epsilon and step size rise linearly until share b
     attack_warmup: Warmup | None = None
-    optimizer: Literal["sgd", "adamw"] | None = None
+    optimizer: Literal["sgd", "adamw"] | None = None  # of training
     momentum: Annotated[float, Number, Field(ge=0, lt=1)] = 0.9  # of sgd
-    weight_decay: NonNegative = 0.0
-    seed: Natural
+    weight_decay: NonNegative = 0.0  # of the optimizer
+    seed: Natural  # of all that is random
+
+
+ADDED_ATTACKS: set[str] = set()  # names of those that plugins have added to ``attacks.ATTACKS``
 
 
 def exact_name(attack: Any) -> Any:
@@ -85,13 +98,13 @@ def exact_name(attack: Any) -> Any:
 class AttackSettings(Settings):
     """The attack that robust accuracy is measured with."""
 
-    # those after "cw" are AutoAttack's: see measuring.autoattack
+    # of robust accuracy; those after "cw" are AutoAttack's (see measuring.autoattack); or one that a plugin adds
     attack: Literal["pgd", "cw", "apgd", "apgd-ce", "apgd-t", "standard", "square"] = "pgd"
     norm: Norm = "linf"  # l2: epsilon and step are Euclidean lengths of the whole perturbation, still in 1/255
     square_queries: Count = 5000  # of attack "square", for each image
-    test_eps: Length255
-    test_stepsize: Length255
-    test_numsteps: Count
+    test_eps: Length255  # of the attack that is measured, 1/255
+    test_stepsize: Length255  # 1/255
+    test_numsteps: Count  # steps of that attack
     # "released-fp16": as the released code attacks, under fp16 autocast with the mean cross-entropy of 256 images
     attack_precision: Literal["model", "released-fp16"] = "model"
 
@@ -112,6 +125,15 @@ class AttackSettings(Settings):
     def _of_these_attacks(cls, value: str, info: ValidationInfo) -> str:
         if value != "model" and info.data.get("attack") not in ("pgd", "cw"):
             raise ValueError("is for the attacks pgd and cw")
+        return value
+
+    @field_validator("attack", mode="wrap")
+    @classmethod
+    def _or_an_added_one(cls, value: Any, check: Callable[[Any], str]) -> str:
+        return value if isinstance(value, str) and value in ADDED_ATTACKS else check(value)
+
+    @field_serializer("attack")
+    def _as_it_is(self, value: str) -> str:
         return value
 
     @property

@@ -21,6 +21,7 @@ from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.checkpoints import Checkpoints
 from tgazsr_utils.durable.fingerprints import code_version, fingerprint
 from tgazsr_utils.durable.original_cache import OriginalCache
+from tgazsr_utils.durable.plugins import source_of
 from tgazsr_utils.durable.weights import load_alike, read_metadata, save_clip
 from tgazsr_utils.progress import progress
 
@@ -38,8 +39,9 @@ class TrainResult:
 
 def tuned_path(folder: Path, objective: Objective, settings: FinetuneSettings, data: ImageSet, original: Clip) -> Path:
     """The weights file of a run; its name holds a digest of all the run depends on."""
-    # Also of functions that a notebook cell defines.
-    source = [inspect.getsource(part) for part in (objective.terms, objective.attack) if part is not None]
+    # Of a plugin the whole file; also of functions that a notebook cell defines.
+    parts = [part for part in (objective.terms, objective.attack) if part is not None]
+    source = source_of(objective) or [inspect.getsource(part) for part in parts]
     texts = {name: getattr(data, name) for name in objective.reads}
     depends = [settings.model_dump(), texts, fingerprint(data), fingerprint(original), original.numerics]
     key = digest(source, *depends, code_version(__name__))

@@ -22,6 +22,7 @@ from tgazsr_utils.core.seeds import digest, seeded
 from tgazsr_utils.core.settings import AttackSettings, Protocol
 from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
 from tgazsr_utils.durable.fingerprints import code_version, fingerprint
+from tgazsr_utils.durable.plugins import source_of
 from tgazsr_utils.measuring import autoattack  # noqa: F401  (adds itself to ATTACKS)
 from tgazsr_utils.measuring.records import Record
 
@@ -50,6 +51,7 @@ class Measurement:
     def key(self) -> str:
         """Names all that the outcome depends on."""
         how = [self.settings, self.read_at, self.seed, code_version(__name__)]
+        how += [self.attack and source_of(ATTACKS[self.attack.attack])]
         return digest(self.method, fingerprint(self.clip), self.clip.numerics, fingerprint(self.data), *how)
 
     @property

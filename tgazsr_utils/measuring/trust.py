@@ -26,6 +26,7 @@ from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.seeds import Noise, digest
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.durable.fingerprints import code_version, fingerprint
+from tgazsr_utils.durable.plugins import source_of
 from tgazsr_utils.measuring.autoattack import square
 from tgazsr_utils.measuring.measure import batch_that_fits
 from tgazsr_utils.measuring.records import AttackCheck, Outcome
@@ -55,7 +56,8 @@ def sets_to_check(sets: Sequence[ImageSet], images: int) -> list[ImageSet]:
 
 def check_key(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> str:
     data = [fingerprint(part) for part in sets]
-    return digest(fingerprint(clip), clip.numerics, data, attack.model_dump(), code_version(__name__))
+    how = [attack.model_dump(), source_of(ATTACKS[attack.attack])]
+    return digest(fingerprint(clip), clip.numerics, data, *how, code_version(__name__))
 
 
 def check_attack(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> AttackCheck:

@@ -1,0 +1,5 @@
+import sys
+
+from tgazsr_utils.commands import main
+
+sys.exit(main())
