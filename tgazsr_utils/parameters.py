@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from tgazsr_utils.core.attacks import check_guarded
 from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.settings import (
     AttackSettings,
@@ -245,6 +246,8 @@ class EvaluateNotebook(MeasureSettings):
     methods: Annotated[list[str], AfterValidator(_distinct)]  # may be empty: nothing is trained
     models: dict[str, Any] = {}  # name -> weights as ``pretrained`` has them, or {arch: ..., pretrained: ...}
     other_attacks: Annotated[list[str], AfterValidator(_distinct)] = []  # measured too, at this epsilon and these steps
+    # at test time, that models are measured behind as well
+    defences: Annotated[list[str], BeforeValidator(_listed), AfterValidator(_distinct)] = []
     plumbing: bool = False  # other weights stand in for those that are meant: numbers are stamped, and mean nothing
 
     @field_validator("models")
@@ -269,6 +272,8 @@ class EvaluateNotebook(MeasureSettings):
         for name in self.other_attacks:
             if self.only(AttackSettings, attack=name).attack == self.attack:
                 raise ValueError(f"other_attacks: {name!r} is the attack itself")
+        if self.defences:
+            check_guarded(self.attack)
         return self
 
     @property

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from tgazsr_utils.core.defences import find_defence
 from tgazsr_utils.core.objectives import find_objective, negated
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import FinetuneSettings, Settings
@@ -125,10 +126,10 @@ def cells_digest(notebook: str) -> str:
 
 
 def registered_in(notebook: str) -> set[str]:
-    """Methods that a notebook's own cells add, with ``@objective("NAME", ...)``."""
+    """Methods and defences that a notebook's own cells add, with ``@objective("NAME", ...)``, ``@defence("NAME")``."""
     nodes = [node for cell in code_cells(notebook) for node in ast.walk(ast.parse(cell.source))]
     calls = [node for node in nodes if isinstance(node, ast.Call) and node.args]
-    named = [call.args[0] for call in calls if ast.unparse(call.func).split(".")[-1] == "objective"]
+    named = [call.args[0] for call in calls if ast.unparse(call.func).split(".")[-1] in ("objective", "defence")]
     return {name.value for name in named if isinstance(name, ast.Constant)}
 
 
@@ -170,6 +171,9 @@ def check_choices(notebook: str, values: Mapping[str, Any]) -> None:
         for method in [*values.get("methods", []), *values.get("overrides", {})]:
             if method not in own:
                 find_objective(method)
+        for name in values.get("defences", []):
+            if name not in own:
+                find_defence(name)
     except ValueError as error:
         raise SettingsError(f"{notebook}: {error}") from None
 

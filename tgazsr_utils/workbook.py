@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from tgazsr_utils.core.defences import find_defence
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import Objective, find_objective
@@ -42,6 +43,8 @@ def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":
     settings = from_notebook(NOTEBOOKS[notebook], {**default_parameters(notebook), **given})
     for method in [*getattr(settings, "methods", []), *getattr(settings, "overrides", {})]:
         find_objective(method)
+    for name in getattr(settings, "defences", []):
+        find_defence(name)
     idle, changed = without_effect(settings), changes(notebook, settings)
     usual = ROOT / "runs" / folder_name("mini", changed)
     folder = resolve(settings.output) if settings.output else usual
@@ -129,7 +132,8 @@ class Workbook:
     def measure(self, clip: Clip, method: str, seed: int) -> list[Record]:
         """Of a model on the test sets, at the size it takes: clean and under each of ``attacks``.
 
-        The first attack is checked, which is noted in ``checks``; what cannot be trusted under it is under none.
+        The first attack is checked, which is noted in ``checks``; what cannot be trusted under it is under none. It is
+        also the one that the model is measured under behind each of the parameter ``defences``.
         """
         sets = self.tests(self.settings.at_most_images, clip)
         bench = replace(self.bench(sets), checks=self.checks)
@@ -138,6 +142,8 @@ class Workbook:
         if any(record.attack != "none" for record in records):
             for attack in self.attacks[1:]:
                 records += replace(bench, checked_on=()).measure(clip, sets, attack, **how)[1::2]
+            for name in self.settings.defences:
+                records += replace(bench, checked_on=()).measure(clip, sets, self.attack, **how, defence=name)
         return records
 
     def tune(self, method: str | Objective, seed: int | None = None) -> TrainResult:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tgazsr_utils.core.defences import find_defence
 from tgazsr_utils.core.images import PLUMBING, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.settings import AttackSettings, Protocol
@@ -43,14 +44,19 @@ class Bench:
         *,
         method: str,
         seed: int = 0,
+        defence: str | None = None,
     ) -> list[Record]:
         """Two records a set, clean and attacked, each stored when done; what the store has is not measured again.
+
+        Behind a ``defence`` three: clean, under the attack on the model alone, and under the attack through both.
 
         Processes that call this together, as torchrun starts them, share the work too. The attack is checked first,
         once a model, and what was found is noted in ``checks``; where it fails, that is said, and attacked records,
         though stored, are not returned.
         """
-        wanted = [Measurement(clip, data, kind, protocol, method, seed) for data in sets for kind in (None, attack)]
+        guard = None if defence is None else find_defence(defence)
+        kinds = [(None, False), (attack, False), (attack, True)][: 2 if guard is None else 3]
+        wanted = [Measurement(clip, data, kind, protocol, method, seed, guard, a) for data in sets for kind, a in kinds]
         if self.number_of_processes > 1 and not processes.are_started() and any(self._to_do(clip, wanted)):
             processes.launch(self.number_of_processes, self._work, clip, wanted)
         else:
