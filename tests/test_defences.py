@@ -39,10 +39,8 @@ def exact(mini):
 
 @pytest.fixture(scope="module")
 def images(shapes):
-    """Clean ones, noisy ones, some of which CSR suspects, and a flat one; float64."""
-    clean, generator = shapes.images[:10].double() / 255, torch.Generator().manual_seed(0)
-    noisy = (clean + 0.5 * torch.randn(clean.shape, generator=generator, dtype=torch.float64)).clamp(0, 1)
-    return torch.cat([clean[:3], noisy, torch.full((1, 3, 56, 56), 0.5, dtype=torch.float64)])
+    """Three, and a flat one; float64."""
+    return torch.cat([shapes.images[:3].double() / 255, torch.full((1, 3, 56, 56), 0.5, dtype=torch.float64)])
 
 
 def defended(name, clip, images, text, rows=None):
@@ -123,7 +121,7 @@ def test_a_defence_is_its_formula(name, exact, shapes, images, monkeypatch):
     text = exact.encode_text(shapes.prompts)
     found = defended(name, exact, images, text)
     f = lambda x: exact.encode_image(x[None]).pooled[0]
-    if name == "TTC":  # seen from near the first image, TTC's noise moves that one far
+    if name in ("TTC", "CSR"):  # seen from near the first image, that one alone is moved far by noise and a low-pass
         encode, here = exact.encode_image, 0.98 * f(images[0]).detach()
         moved = lambda pixels: (tokens := encode(pixels))._replace(pooled=tokens.pooled - here)
         monkeypatch.setattr(exact, "encode_image", moved)
@@ -143,9 +141,9 @@ def test_a_defence_is_its_formula(name, exact, shapes, images, monkeypatch):
         assert off.double().mean() < 1e-3, (name, i)  # signs of gradients that are zero but for rounding
     changed = (found - images).abs().amax((1, 2, 3)) > 1e-9
     if name == "CSR":
-        assert 0 < changed.sum() < len(images)  # its gate is seen from both sides
+        assert changed[0] and not changed.all()  # its gate is seen from both sides
     elif name == "TTC":
-        random = (found - into(images + starts, images, 4 / 255)).abs().amax((1, 2, 3)) < 1e-9
+        random = (found - into(images + starts, images, 4 / 255)).abs().amax((1, 2, 3)) < 1e-6
         assert random[0] and not random.all()  # so is this one
     else:
         assert changed.sum() >= len(images) - 1  # a low-pass leaves what is flat

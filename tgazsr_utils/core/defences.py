@@ -143,7 +143,8 @@ def ttc(clip: Clip, images: Tensor, text: Tensor, noise: Noise) -> Tensor:
     origin = _embedded(clip, images)
     away = lambda pixels: (_embedded(clip, pixels) - origin).square().sum(1)
     low, high = ball(images, 4 / 255)
-    points = [torch.clamp(images + 4 / 255 * (2 * noise.uniform(*images.shape[1:]) - 1), low, high)]
+    drawn = noise.uniform(*images.shape[1:]).to(images)
+    points = [torch.clamp(images + 4 / 255 * (2 * drawn - 1), low, high)]
     moved, gradient = _slope(away, points[0])
     points.append(torch.clamp(points[0] + gradient.sign() / 255, low, high))
     points.append(torch.clamp(points[1] + _slope(away, points[1])[1].sign() / 255, low, high))
