@@ -174,7 +174,8 @@ def test_an_image_is_defended_and_attacked_alike_in_every_batch(name, mini, shap
 def test_other_draws_answer_than_those_the_attack_has_seen(mini, shapes):
     x, text, rows = shapes.images[:4].float() / 255, mini.encode_text(shapes.prompts), torch.arange(4)
     guard = Guard(DEFENCES["TTC"], mini, text, Noise.named(rows, "a"), 4)
-    first, *others = guard.draws(x)
+    first, *others, own = guard.draws(x)
+    assert own is x and len(others) == 3
     assert not any(torch.equal(first, other) for other in others)
     again = Guard(DEFENCES["TTC"], mini, text, Noise.named(rows, "a"))
     assert torch.equal(again(x), first)

@@ -121,7 +121,8 @@ def _step(
             gradient, logits = _slope(clip, current, current, labels, ascent)
         else:
             found = [_slope(clip, current, seen, labels, ascent) for seen in ascent.guard.draws(current)]
-            gradient, logits = (torch.stack(part).mean(0) for part in zip(*found))
+            gradient = torch.stack([gradient for gradient, _ in found]).mean(0)
+            logits = torch.stack([logits for _, logits in found[: ascent.guard.number]]).mean(0)
     if ascent.norm == "linf":
         moved = torch.clamp(current + ascent.step_size * gradient.sign(), *bounds)
     else:

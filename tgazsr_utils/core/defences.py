@@ -35,10 +35,11 @@ DEFENCES: dict[str, Defence] = {}
 def defence(name: str, *, differentiable: bool = False, draws: int = 0) -> Callable:
     """Registers a function ``(clip, images, text) -> images`` under its name.
 
-    An attack that knows of it takes its gradient if it is ``differentiable``; if not, the loss's gradient at the
-    defended image as that of the image itself (straight-through, BPDA of Athalye et al. 2018). ``draws`` says that it
-    is random, with a fourth argument ``noise`` (see ``seeds.Noise``), and over how many draws such an attack takes the
-    mean at each step (EOT, ibid.).
+    An attack that knows of it takes its gradient if it is ``differentiable``. If not, it takes the loss's gradient at
+    the defended image as that of the image itself (straight-through, BPDA of Athalye et al. 2018), in a mean with that
+    of the undefended image, which still leads where confidence behind the defence has made the other vanish. ``draws``
+    says that it is random, with a fourth argument ``noise`` (see ``seeds.Noise``), and over how many draws such an
+    attack takes the mean at each step (EOT, ibid.).
     """
 
     def register(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -109,11 +110,14 @@ class Guard:
         return changed + (images - images.detach())
 
     def draws(self, images: Tensor) -> Iterator[Tensor]:
-        return (self(images) for _ in range(self.number))
+        """What an attack takes gradients of: so many draws and, where it goes straight through, the images themselves."""
+        yield from (self(images) for _ in range(self.number))
+        if not self.defence.differentiable:
+            yield images
 
     def logits(self, images: Tensor, text: Tensor) -> Tensor:
         """As ``Clip.logits``."""
-        return torch.stack([self.clip.logits(seen, text) for seen in self.draws(images)]).mean(0)
+        return torch.stack([self.clip.logits(self(images), text) for _ in range(self.number)]).mean(0)
 
 
 def _embedded(clip: Clip, pixels: Tensor) -> Tensor:
@@ -138,7 +142,7 @@ def ttc(clip: Clip, images: Tensor, text: Tensor, noise: Noise) -> Tensor:
         x + d_0                                 where |f(x + d_0) - f(x)| / |f(x)| > 0.2
         x + sum_i w_i d_i,  w_i ~ exp(2 i)      elsewhere, i = 0, 1, 2; all in the 4/255 ball
 
-    Known to an attack: straight-through, the mean over four starts.
+    Known to an attack: straight-through, over four starts.
     """
     origin = _embedded(clip, images)
     away = lambda pixels: (_embedded(clip, pixels) - origin).square().sum(1)
