@@ -83,8 +83,7 @@ def pgd(
     if loss is not None:
         raise ValueError("protocol 'worst' takes no loss of one's own: fooled images leave the batch it is made for")
     fooled = (guard or clip).logits(images, text).argmax(1) != labels
-    adversarial[fooled] = images[fooled]
-    active = (~fooled).nonzero().flatten()
+    adversarial, active = torch.where(fooled[:, None, None, None], images, adversarial), (~fooled).nonzero().flatten()
     while steps and len(active):
         rows = adversarial[active].requires_grad_(True), tuple(bound[active] for bound in bounds), labels[active]
         moved, right = step(*rows, ascent.of(active))

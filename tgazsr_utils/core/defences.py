@@ -110,7 +110,7 @@ class Guard:
         return changed + (images - images.detach())
 
     def draws(self, images: Tensor) -> Iterator[Tensor]:
-        """What an attack takes gradients of: so many draws and, where it goes straight through, the images themselves."""
+        """What an attack takes gradients of: so many draws and, where it goes straight through, the images."""
         yield from (self(images) for _ in range(self.number))
         if not self.defence.differentiable:
             yield images
