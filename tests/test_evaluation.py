@@ -336,7 +336,7 @@ def test_an_image_is_attacked_alike_in_every_batch(mini, monkeypatch):
     data, images = load_dataset("letters", "test", n=12), []
     for chunks in (5, torch.arange(12).flip(0).split(4)):
         found = torch.empty_like(data.images, dtype=torch.float)
-        for batch, attacked, _ in predictions(
+        for batch, attacked, *_ in predictions(
             mini, data, ATTACK.model_copy(update={"test_numsteps": 1, "test_stepsize": 0.0}), chunks
         ):
             found[batch.rows] = attacked

@@ -1,5 +1,5 @@
 """Usage: ./run_all.sh [profile] [notebook numbers...] [-p name value]... [--fresh] [--dry-run]
-       ./run_all.sh --list [profiles | notebooks | methods | attacks | parameters]
+       ./run_all.sh --list [profiles | notebooks | methods | attacks | defences | parameters]
        ./run_all.sh compare runs/A runs/B
        ./run_all.sh submit METHOD --by WHO [runs/A]
        ./run_all.sh challenge [FILE...]
@@ -12,7 +12,7 @@ Where the workbook is installed (a wheel, Windows) python -m tgazsr_utils takes 
   -p name value     set a parameter of the notebooks; may be repeated
   --fresh           start over, with nothing that is stored; earlier results of the run are moved aside
   --dry-run         say what would run, what is done already and how long it took before; run and write nothing
-  --list            what there is: profiles, notebooks, methods, attacks, parameters and their meaning; or one of these
+  --list            what there is: profiles, notebooks, methods, attacks, defences, parameters; or one of these
   compare           print what differs between two runs: parameters, and paired differences of methods
   submit            write the file of a run's method for the challenge (docs/challenge.md) and print its row
   challenge         check such files (default: those of data/challenge) and show them side by side

@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from tgazsr_utils.core.attacks import ATTACKS
+from tgazsr_utils.core.defences import DEFENCES
 from tgazsr_utils.core.objectives import OBJECTIVES, PRESET
 from tgazsr_utils.core.settings import Settings
 from tgazsr_utils.durable.plugins import PluginSettings
@@ -52,6 +53,11 @@ def _attacks() -> Entries:
         yield name, _first_line(one.run)
 
 
+def _defences() -> Entries:
+    for name, one in DEFENCES.items():
+        yield name, _first_line(one.run)
+
+
 def _first_line(function: Callable) -> str:
     text = inspect.getdoc(getattr(function, "func", function)) or "not described"  # a partial's function
     return text.split("\n\n")[0]
@@ -87,6 +93,7 @@ SECTIONS: dict[str, tuple[str, Callable[[], Entries]]] = {
     "notebooks": ("./run_all.sh mini NUMBER, and their questions; any notebooks/NN_*.ipynb is one", _notebooks),
     "methods": ("-p methods [NAME, ...]", _methods),
     "attacks": ("-p attack NAME", _attacks),
+    "defences": ("-p defences [NAME, ...] of notebook 04", _defences),
     "parameters": ("-p NAME VALUE; in brackets what it may be, and the notebooks that know it", _parameters),
 }
 

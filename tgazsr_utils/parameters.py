@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from tgazsr_utils.core.attacks import check_guarded
 from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.settings import (
     AttackSettings,
@@ -261,6 +262,8 @@ class EvaluateNotebook(MeasureSettings):
     interpolate: Annotated[list[Fraction], AfterValidator(_distinct)] = []  # w: measured too, (1 - w) theta0 + w theta
     other_attacks: Annotated[list[ExactName], AfterValidator(_distinct)] = []  # measured too, with these steps
     test_eps_list: Annotated[list[Length255], AfterValidator(_distinct)] = []  # of all attacks, besides test_eps
+    # at test time, that models are measured behind as well
+    defences: Annotated[list[str], BeforeValidator(_listed), AfterValidator(_distinct)] = []
     plumbing: bool = False  # other weights stand in for those that are meant: numbers are stamped, and mean nothing
 
     @field_validator("models")
@@ -286,6 +289,8 @@ class EvaluateNotebook(MeasureSettings):
             raise ValueError(f"other_attacks: {self.attack!r} is the attack itself")
         for name in {*self.other_attacks} - {TRANSFER}:
             self.only(AttackSettings, attack=name)
+        if self.defences:
+            check_guarded(self.attack)
         return self
 
     @property

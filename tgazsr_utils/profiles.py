@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import yaml
 from pydantic import create_model
 
+from tgazsr_utils.core.defences import find_defence
 from tgazsr_utils.core.objectives import OBJECTIVES, find_objective, negated
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import FinetuneSettings, Settings
@@ -214,8 +215,8 @@ def cells_digest(notebook: str) -> str:
 
 
 def registered_in(notebook: str) -> set[str]:
-    """Methods that a notebook's own cells add, with ``@objective("NAME", ...)``."""
-    return set(_first_arguments(notebook, "objective"))
+    """Methods and defences that a notebook's own cells add, with ``@objective("NAME", ...)``, ``@defence("NAME")``."""
+    return {*_first_arguments(notebook, "objective"), *_first_arguments(notebook, "defence")}
 
 
 def layered(notebook: str, profile: Profile, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,6 +261,9 @@ def check_choices(notebook: str, values: Mapping[str, Any]) -> None:
         for method in [*values.get("methods", []), *values.get("overrides", {})]:
             if method not in own:
                 find_objective(method)
+        for name in values.get("defences", []):
+            if name not in own:
+                find_defence(name)
     except ValueError as error:
         raise SettingsError(f"{notebook}: {error}") from None
 

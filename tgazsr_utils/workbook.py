@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from tgazsr_utils.core.defences import find_defence
 from tgazsr_utils.core.frontier import interpolated
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
@@ -58,6 +59,8 @@ def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":
     settings = from_notebook(NOTEBOOKS[notebook], {**default_parameters(notebook), **given})
     for method in [*getattr(settings, "methods", []), *getattr(settings, "overrides", {})]:
         find_objective(method)
+    for name in getattr(settings, "defences", []):
+        find_defence(name)
     idle, changed = without_effect(settings), changes(notebook, settings)
     usual = ROOT / "runs" / folder_name("mini", changed)
     folder = resolve(settings.output) if settings.output else usual
@@ -156,7 +159,8 @@ class Workbook:
     def measure(self, clip: Clip, method: str, seed: int) -> list[Record]:
         """Of a model on the test sets, at the size it takes: clean and under each of ``attacks``.
 
-        The first attack is checked, which is noted in ``checks``; what cannot be trusted under it is under none.
+        The first attack is checked, which is noted in ``checks``; what cannot be trusted under it is under none. It is
+        also the one that the model is measured under behind each of the parameter ``defences``.
         """
         if TRANSFER in self.settings.other_attacks:
             self._measured[method, seed] = clip
@@ -167,6 +171,8 @@ class Workbook:
         if any(record.attack != "none" for record in records):
             for attack in self.attacks[1:]:
                 records += replace(bench, checked_on=()).measure(clip, sets, attack, **how)[1::2]
+            for name in self.settings.defences:
+                records += replace(bench, checked_on=()).measure(clip, sets, self.attack, **how, defence=name)
         return records
 
     def transfer(self) -> list[Record]:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tgazsr_utils.core.defences import Guard
+from tgazsr_utils.core.images import ball
 from tgazsr_utils.core.models import Clip, ImageTokens, encode
 from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import AttackSettings, Norm, Protocol
@@ -45,6 +47,7 @@ def pgd(
     logit_loss: LogitLoss = summed_cross_entropy,
     generator: Generator = None,
     trusted: bool = False,
+    guard: Guard | None = None,
 ) -> Tensor:
     """Projected gradient ascent (Madry et al. 2018): adversarial images ``[B,3,H,W]``.
 
@@ -60,6 +63,8 @@ def pgd(
     ``protocol`` "last" returns the last iterate. "worst" returns the first image of the clean one, the start and all
     iterates that is misclassified, and the last iterate where none is; what is fooled leaves the batch.
 
+    With a ``guard`` the attack knows of a defence: gradients, and what is misclassified, are of the images behind it.
+
     Raises ValueError for pixels outside [0,1], unless they are ``trusted``; a negative ``eps``, ``step_size`` or
     ``steps``; an unknown ``norm``, ``protocol`` or ``start``; "worst" with an "uncut" start or with a ``loss`` of one's
     own, which knows whole batches only.
@@ -69,22 +74,21 @@ def pgd(
         return images
     adversarial = _random_start(images, eps, norm, generator, cut=start == "cut" or not steps)
     bounds = ball(images, eps) if norm == "linf" else (images,)
-    ascent = _Ascent(text, _scalar(eps), _scalar(step_size), norm, loss, logit_loss)
+    ascent = _Ascent(text, _scalar(eps), _scalar(step_size), norm, loss, logit_loss, guard)
+    step = functools.partial(clip.run, _step) if guard is None else functools.partial(_step, clip)  # not compiled
     if protocol == "last":
         for _ in range(steps):
-            adversarial, _ = clip.run(_step, adversarial.requires_grad_(True), bounds, labels, ascent)
+            adversarial, _ = step(adversarial.requires_grad_(True), bounds, labels, ascent)
         return adversarial
     if loss is not None:
         raise ValueError("protocol 'worst' takes no loss of one's own: fooled images leave the batch it is made for")
-    fooled = clip.logits(images, text).argmax(1) != labels
-    adversarial[fooled] = images[fooled]
-    active = (~fooled).nonzero().flatten()
-    for _ in range(steps):
-        if len(active):
-            rows = adversarial[active].requires_grad_(True), tuple(bound[active] for bound in bounds), labels[active]
-            moved, right = clip.run(_step, *rows, ascent)
-            active = active[right]
-            adversarial[active] = moved[right]
+    fooled = (guard or clip).logits(images, text).argmax(1) != labels
+    adversarial, active = torch.where(fooled[:, None, None, None], images, adversarial), (~fooled).nonzero().flatten()
+    while steps and len(active):
+        rows = adversarial[active].requires_grad_(True), tuple(bound[active] for bound in bounds), labels[active]
+        moved, right = step(*rows, ascent.of(active))
+        active, steps = active[right], steps - 1
+        adversarial[active] = moved[right]
     return adversarial
 
 
@@ -97,6 +101,10 @@ class _Ascent(NamedTuple):
     norm: Norm
     loss: AttackLoss | None
     logit_loss: LogitLoss
+    guard: Guard | None
+
+    def of(self, rows: Tensor) -> "_Ascent":
+        return self if self.guard is None else self._replace(guard=self.guard.of(rows))
 
 
 def _scalar(value: float) -> Tensor:
@@ -108,15 +116,26 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     """One step of ``pgd`` from ``current``, which requires a gradient: the next images, and which were right."""
     with torch.enable_grad():
-        tokens = encode(clip, current)
-        logits = clip.similarity(tokens.pooled, ascent.text)
-        value = ascent.logit_loss(logits, labels) if ascent.loss is None else ascent.loss(tokens)
-        (gradient,) = torch.autograd.grad(value, current)
+        if ascent.guard is None:
+            gradient, logits = _slope(clip, current, current, labels, ascent)
+        else:
+            found = [_slope(clip, current, seen, labels, ascent) for seen in ascent.guard.draws(current)]
+            gradient = torch.stack([gradient for gradient, _ in found]).mean(0)
+            logits = torch.stack([logits for _, logits in found[: ascent.guard.number]]).mean(0)
     if ascent.norm == "linf":
         moved = torch.clamp(current + ascent.step_size * gradient.sign(), *bounds)
     else:
         moved = _project_l2(current + ascent.step_size * _unit(gradient), bounds[0], ascent.eps)
     return moved, logits.argmax(1) == labels
+
+
+def _slope(clip: Clip, current: Tensor, seen: Tensor, labels: Tensor, ascent: _Ascent) -> tuple[Tensor, Tensor]:
+    """The gradient by ``current`` of the loss of what the model sees then, and its logits."""
+    tokens = encode(clip, seen)
+    logits = clip.similarity(tokens.pooled, ascent.text)
+    value = ascent.logit_loss(logits, labels) if ascent.loss is None else ascent.loss(tokens)
+    (gradient,) = torch.autograd.grad(value, current)
+    return gradient, logits.detach()
 
 
 def cw(
@@ -132,9 +151,18 @@ class Attack(NamedTuple):
     run: Callable[..., Tensor]  # with the arguments of ``pgd``
     keeps_first: bool = False  # it keeps the first image that fools: it knows no other protocol than "worst"
     batch: int | None = None  # images it always has at once, where its random draws are for a batch
+    takes_guard: bool = False  # it can go through a defence
 
 
-ATTACKS = {"pgd": Attack(pgd), "cw": Attack(cw)}  # ``measuring.autoattack`` adds its own
+ATTACKS = {name: Attack(run, takes_guard=True) for name, run in (("pgd", pgd), ("cw", cw))}
+# ``measuring.autoattack`` adds its own
+
+
+def check_guarded(attack: str) -> None:
+    """Raises ValueError for an attack that cannot go through a defence."""
+    if not ATTACKS[attack].takes_guard:
+        able = " or ".join(repr(name) for name, one in ATTACKS.items() if one.takes_guard)
+        raise ValueError(f"attack {attack!r} does not go through a defence, which says nothing then; choose {able}")
 
 
 def run_attack(
@@ -145,9 +173,13 @@ def run_attack(
     settings: AttackSettings,
     protocol: Protocol,
     generator: Generator,
+    guard: Guard | None = None,
 ) -> Tensor:
     """Adversarial images ``[B,3,H,W]`` by the attack that ``settings`` name, with all that they say of it."""
-    options = {"norm": settings.norm, "protocol": protocol, "generator": generator}
+    options: dict[str, Any] = {"norm": settings.norm, "protocol": protocol, "generator": generator}
+    if guard is not None:
+        check_guarded(settings.attack)
+        options["guard"] = guard
     run = ATTACKS[settings.attack].run
     if settings.attack_precision == "released-fp16":
         clip, run = clip.under_autocast("amp_fp16"), functools.partial(_as_released, run)
@@ -219,12 +251,3 @@ def _project_l2(x: Tensor, images: Tensor, eps: Tensor | float) -> Tensor:
     """Into the l2 ball, then into [0,1], which moves each pixel towards the clean one: the image stays in the ball."""
     delta = x - images
     return (images + delta * (eps / _length(delta)).clamp(max=1)).clamp(0, 1)
-
-
-def ball(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Tightest representable bounds of the eps-ball cut with [0,1]: rounding must not let a pixel out by an ulp."""
-    low, high = (images.double() - eps).clamp(0, 1), (images.double() + eps).clamp(0, 1)
-    inner_low, inner_high = low.to(images.dtype), high.to(images.dtype)
-    inner_low = torch.where(inner_low.double() < low, torch.nextafter(inner_low, images), inner_low)
-    inner_high = torch.where(inner_high.double() > high, torch.nextafter(inner_high, images), inner_high)
-    return inner_low, inner_high

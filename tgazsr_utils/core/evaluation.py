@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tgazsr_utils.core.attacks import ATTACKS, run_attack
+from tgazsr_utils.core.defences import Counted, Defence, Guard
 from tgazsr_utils.core.images import Batch, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.seeds import Noise
@@ -19,6 +20,8 @@ class Predicted(NamedTuple):
     batch: Batch
     attacked: Tensor  # [B,3,H,W]: the images under attack, or the clean ones without
     classes: Tensor  # [B] predicted for them; NO_ANSWER where logits are not finite
+    forwards: float = 1.0  # of the image encoder, an image, to predict them
+    backwards: float = 0.0
 
 
 @torch.no_grad()
@@ -30,23 +33,35 @@ def predictions(
     protocol: Protocol = "last",
     seed: int = 0,
     source: Clip | None = None,
+    defence: Defence | None = None,
+    aware: bool = True,
 ) -> Iterator[Predicted]:
     """Zero-shot classes of each batch of ``data`` (see ``ImageSet.batches``), under ``attack`` against ``clip`` if
     there is one; or against another model, ``source``, whose images ``clip`` then reads (transfer).
 
     An image's random start depends on the set, ``seed`` and its row alone, not on its batch (but see
     ``Attack.batch``). Classes are read in full precision whatever the attack computes in; so is, under "worst", which
-    image is fooled.
+    image is fooled. With a ``defence`` classes are those of the images behind it; an ``aware`` attack goes through it.
     """
     reader, text = clip.without_autocast(), clip.encode_text(data.prompts)
     attacker, its_text = (clip, text) if source is None else (source, source.encode_text(data.prompts))
     attacker = attacker if protocol_of(attack, protocol) == "last" else attacker.without_autocast()
     for batch in data.batches(chunks, clip.device):
-        attacked = batch.images
+        attacked, rows = batch.images, batch.rows.to(clip.device)
         if attack is not None:
-            noise = Noise.named(batch.rows.to(clip.device), "evaluation", data.key, seed)
-            attacked = run_attack(attacker, batch.images, batch.labels, its_text, attack, protocol, noise)
-        yield Predicted(batch, attacked, classes_of(reader.logits(attacked, text)))
+            known = None
+            if defence is not None and aware:
+                draws = Noise.named(rows, "defence as an attack draws it", data.key, seed)
+                known = Guard(defence, reader, text, draws, max(1, defence.draws))
+            noise = Noise.named(rows, "evaluation", data.key, seed)
+            attacked = run_attack(attacker, batch.images, batch.labels, its_text, attack, protocol, noise, known)
+        if defence is None:
+            yield Predicted(batch, attacked, classes_of(reader.logits(attacked, text)))
+        else:
+            counted = Counted.of(reader)
+            guard = Guard(defence, counted, text, Noise.named(rows, "defence", data.key, seed))
+            classes = classes_of(guard.logits(attacked, text))
+            yield Predicted(batch, attacked, classes, counted.forwards / len(rows), counted.backwards / len(rows))
 
 
 def predict(

@@ -98,3 +98,12 @@ def even_subset(labels: Tensor, n: int | None, seed: int) -> Tensor:
         members = shuffled[labels[shuffled] == label]
         rank[members] = torch.arange(len(members))
     return shuffled[rank[shuffled].argsort(stable=True)][:n].sort().values
+
+
+def ball(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Tightest representable bounds of the eps-ball cut with [0,1]: rounding must not let a pixel out by an ulp."""
+    low, high = (images.double() - eps).clamp(0, 1), (images.double() + eps).clamp(0, 1)
+    inner_low, inner_high = low.to(images.dtype), high.to(images.dtype)
+    inner_low = torch.where(inner_low.double() < low, torch.nextafter(inner_low, images), inner_low)
+    inner_high = torch.where(inner_high.double() > high, torch.nextafter(inner_high, images), inner_high)
+    return inner_low, inner_high

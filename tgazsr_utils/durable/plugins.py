@@ -1,4 +1,4 @@
-"""Python files of one's own that add methods and attacks: loaded wherever parameters name them, named by their text."""
+"""Python files of one's own that add methods, attacks and defences: loaded wherever parameters name them, named by their text."""
 
 import importlib.util
 import sys
@@ -11,12 +11,14 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BeforeValidator, model_validator
 
 from tgazsr_utils.core.attacks import ATTACKS
+from tgazsr_utils.core.defences import DEFENCES
 from tgazsr_utils.core.objectives import OBJECTIVES
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import ADDED_ATTACKS, Settings
 from tgazsr_utils.paths import resolve
 
-REGISTRIES: dict[str, dict[str, Any]] = {"method": OBJECTIVES, "attack": ATTACKS}  # what a plugin may add to
+# What a plugin may add to.
+REGISTRIES: dict[str, dict[str, Any]] = {"method": OBJECTIVES, "attack": ATTACKS, "defence": DEFENCES}
 
 
 class Plugin(NamedTuple):
@@ -30,7 +32,7 @@ _loaded: dict[Path, Plugin] = {}
 class PluginSettings(Settings):
     """Has plugins loaded before any value is looked at, which may be a name that one of them adds."""
 
-    # Python files that add methods or attacks when they are loaded, such as [my_method.py]
+    # Python files that add methods, attacks or defences when they are loaded, such as [my_method.py]
     plugins: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
 
     @model_validator(mode="before")

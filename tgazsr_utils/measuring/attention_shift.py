@@ -43,7 +43,7 @@ def attention_under_attack(
     """
     text = clip.encode_text(data.prompts)
     parts = []
-    for batch, attacked, _ in predictions(clip, data, attack, batch_that_fits(clip), seed=seed):
+    for batch, attacked, *_ in predictions(clip, data, attack, batch_that_fits(clip), seed=seed):
         tokens = clip.encode_image(batch.images), clip.encode_image(attacked)
         maps = [text_guided_attention(t, text[batch.labels], variant, grid=clip.grid) for t in tokens]
         guesses = [clip.similarity(t.pooled, text).argmax(1) for t in tokens]

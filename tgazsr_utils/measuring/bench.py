@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tgazsr_utils.core.defences import find_defence
 from tgazsr_utils.core.images import PLUMBING, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.settings import AttackSettings, Protocol
@@ -44,16 +45,21 @@ class Bench:
         method: str,
         seed: int = 0,
         source: Clip | None = None,
+        defence: str | None = None,
     ) -> list[Record]:
         """Two records a set, clean and attacked, each stored when done; what the store has is not measured again.
         ``source``: see ``evaluate``.
+
+        Behind a ``defence`` three: clean, under the attack on the model alone, and under the attack through both.
 
         Processes that call this together, as torchrun starts them, share the work too. The attack is checked first,
         once a model, and what was found is noted in ``checks``; where it fails, that is said, and attacked records,
         though stored, are not returned.
         """
-        how = (protocol, method, seed, source)
-        wanted = [Measurement(clip, data, kind, *how) for data in sets for kind in (None, attack)]
+        guard = None if defence is None else find_defence(defence)
+        kinds = [(None, False), (attack, False), (attack, True)][: 2 if guard is None else 3]
+        how = (protocol, method, seed, source, guard)
+        wanted = [Measurement(clip, data, kind, *how, aware) for data in sets for kind, aware in kinds]
         if self.number_of_processes > 1 and not processes.are_started() and any(self._to_do(clip, wanted)):
             processes.launch(self.number_of_processes, self._work, clip, wanted)
         else:

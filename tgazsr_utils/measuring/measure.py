@@ -1,5 +1,6 @@
 """Zero-shot accuracy, clean and under attack, as Records; measured in jobs of some images that resume."""
 
+import inspect
 import math
 import time
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from tgazsr_utils.core.attacks import ATTACKS, pgd
+from tgazsr_utils.core.attacks import ATTACKS, check_guarded, pgd
+from tgazsr_utils.core.defences import Defence, find_defence
 from tgazsr_utils.core.evaluation import NO_ANSWER, predictions, protocol_of
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
@@ -37,7 +39,10 @@ NOT_YET, READ, UNREADABLE = 0, 1, 2  # states of an image
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """What one record is of: a model on one set, on clean images (``attack`` None) or under an attack."""
+    """What one record is of: a model on one set, on clean images (``attack`` None) or under an attack.
+
+    Perhaps behind a defence, of which the attack knows if it is ``aware``.
+    """
 
     clip: Clip
     data: ImageSet
@@ -46,12 +51,21 @@ class Measurement:
     method: str = "CLIP"
     seed: int = 0
     source: Clip | None = None  # that the attack is against, if that is another model
+    defence: Defence | None = None
+    aware: bool = False
+
+    def __post_init__(self) -> None:
+        if self.defence is not None and self.attack is not None:
+            check_guarded(self.attack.attack)
 
     @cached_property
     def key(self) -> str:
         """Names all that the outcome depends on."""
         how = [self.settings, self.read_at, self.seed, code_version(__name__)]
         how += [self.attack and source_of(ATTACKS[self.attack.attack])]
+        if (one := self.defence) is not None:  # perhaps defined in a notebook's cell, or a plugin
+            source = source_of(one) or inspect.getsource(one.run)
+            how += [one.name, source, one.differentiable, one.draws, self.aware]
         return digest(self.method, fingerprint(self.clip), self.clip.numerics, fingerprint(self.data), *how)
 
     @property
@@ -88,11 +102,15 @@ class Answers(NamedTuple):
     states: Tensor  # uint8: NOT_YET, READ or UNREADABLE
     sums: Tensor  # int64, ``pixel_sums``
     at_once: Tensor  # int64, images of a batch then
+    forwards: Tensor  # passes of the image encoder to answer, the batch's mean
+    backwards: Tensor
 
     @classmethod
     def none(cls, n: int) -> "Answers":
         zeros = torch.zeros(n, dtype=torch.int64)
-        return cls(zeros + NO_ANSWER, torch.full((n,), NOT_YET, dtype=torch.uint8), zeros.clone(), zeros.clone())
+        passes = torch.zeros(2, n).unbind()
+        states = torch.full((n,), NOT_YET, dtype=torch.uint8)
+        return cls(zeros + NO_ANSWER, states, zeros.clone(), zeros.clone(), *passes)
 
 
 def answer(m: Measurement, rows: range, kept: Path | None = None, bar: Any = None) -> tuple[Answers, float]:
@@ -108,11 +126,12 @@ def answer(m: Measurement, rows: range, kept: Path | None = None, bar: Any = Non
         bar.update(int((answers.states != NOT_YET).sum()))
     while (answers.states == NOT_YET).any():
         try:
-            for batch, _, classes in predictions(
-                m.clip, m.data, m.attack, _left(answers, rows, size, m.fixed_batch), m.read_at, m.seed, m.source
+            left = _left(answers, rows, size, m.fixed_batch)
+            for batch, _, classes, *passes in predictions(
+                m.clip, m.data, m.attack, left, m.read_at, m.seed, m.source, m.defence, m.aware
             ):
                 places = batch.rows - rows.start
-                for tensor, values in zip(answers, (classes.cpu(), READ, pixel_sums(batch.images), size)):
+                for tensor, values in zip(answers, (classes.cpu(), READ, pixel_sums(batch.images), size, *passes)):
                     tensor[places] = values
                 if bar is not None:
                     bar.update(len(places))
@@ -166,16 +185,13 @@ def _kept(path: Path | None, n: int) -> tuple[Answers, float]:
 
 def record_of(m: Measurement, parts: Sequence[Answers], seconds: float) -> Record:
     """The record of a measurement from the answers of all its slices. Raises ValueError if no image could be read."""
-    classes, states, sums, at_once = (torch.cat(part) for part in zip(*parts))
+    classes, states, sums, at_once, *passes = (torch.cat(part) for part in zip(*parts))
     read = states == READ
     if not read.any():
         raise ValueError(f"image set {m.data.key!r}: none of its {len(m.data)} images can be read")
     if without := int((classes[read] == NO_ANSWER).sum()):
-        print(
-            f"logits are not finite for {without} of {len(m.data)} images of {m.data.key}, "
-            "which count as not recognised",
-            flush=True,
-        )
+        lost = f"{without} of {len(m.data)} images of {m.data.key}"
+        print(f"logits are not finite for {lost}, which count as not recognised", flush=True)
     hits = (classes == m.data.labels)[read].numpy()
     return Record(
         key=m.key,
@@ -191,6 +207,9 @@ def record_of(m: Measurement, parts: Sequence[Answers], seconds: float) -> Recor
         eps_255=0.0 if m.attack is None else m.attack.test_eps,
         protocol=m.read_at,
         seed=m.seed,
+        defence=m.defence.name if m.defence else "",
+        aware=m.aware,
+        **{name: float(part[read].double().mean()) for name, part in zip(("forwards", "backwards"), passes)},
         n=len(hits),
         available=m.data.available,
         left_out=m.data.left_out + len(m.data) - len(hits),
@@ -216,14 +235,19 @@ def evaluate(
     method: str = "CLIP",
     seed: int = 0,
     source: Clip | None = None,
+    defence: str | None = None,
+    aware: bool = True,
 ) -> Record:
     """Top-1 zero-shot accuracy of ``clip`` on one set; ``attack=None`` for clean images.
 
     ``protocol`` "last": accuracy at the attack's last iterate, as published; "worst": on images that withstand every
     iterate (see ``attacks.pgd``), the stricter one. ``source``: on images that the attack makes against this model,
     which must take images of the same size (transfer). Images that cannot be read are not counted.
+
+    ``defence`` names one of ``core.defences``, which the model answers behind; an ``aware`` attack goes through it.
     """
-    m = Measurement(clip, data, attack, protocol, method, seed, source)
+    known = {} if defence is None else {"defence": find_defence(defence), "aware": aware and attack is not None}
+    m = Measurement(clip, data, attack, protocol, method, seed, source, **known)
     answers, seconds = zip(*(answer(m, rows) for rows in m.slices))
     return record_of(m, answers, sum(seconds))
 

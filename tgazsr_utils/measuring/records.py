@@ -25,6 +25,10 @@ class Record(Settings):
     eps_255: float
     protocol: Protocol
     seed: int
+    defence: str = ""  # at test time, that the model answers behind
+    aware: bool = False  # the attack goes through it
+    forwards: float = 1.0  # passes of the image encoder to answer, an image
+    backwards: float = 0.0
     n: int
     available: int | None = None  # images in the whole part of the set, if not all were used
     left_out: int = 0  # images that could not be read

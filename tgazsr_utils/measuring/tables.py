@@ -103,10 +103,12 @@ def leaderboard(records: Sequence[Record], under: pd.DataFrame | None = None) ->
     """One row a method, best average first: its ``summary``, and what it was measured on.
 
     ``harmonic`` is the harmonic mean of clean and robust accuracy, that under the strongest attack of ``under``, a part
-    of ``under_attacks``. ``sets`` says "n of 16" when some are missing, and which are not in the means. Raises
-    ValueError for records of several worlds, attacks, protocols or versions of the code, methods measured on different
-    images, or two models of one method and seed: no one table may mix them.
+    of ``under_attacks``. ``sets`` says "n of 16" when some are missing, and which are not in the means. Records behind
+    a defence are not in it, see ``defences``. Raises ValueError for records of several worlds, attacks, protocols or
+    versions of the code, methods measured on different images, or two models of one method and seed: no one table may
+    mix them.
     """
+    records = undefended(records)
     frame = to_frame(records)
     _refuse_mixture(frame)
     apart = sorted({*frame.dataset} - {*in_means(frame.dataset)})
@@ -142,6 +144,36 @@ def under_attacks(records: Sequence[Record]) -> pd.DataFrame:
         if "" not in sources:
             table[f"{column}, from"] = robust.dropna(how="all").idxmin(axis=1)
     return table
+
+
+def undefended(records: Sequence[Record]) -> list[Record]:
+    return [r for r in records if not r.defence]
+
+
+def defences(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a method and defence, "none" among them: accuracy clean and under the attack, and what answers cost.
+
+    ``unaware``: attacked as if there were no defence; ``aware``: through it. Each as ``summary`` has it, and the one
+    never without the other: NaN where either is missing. ``forwards`` and ``backwards``: passes of the image encoder
+    for one answer, a mean over all images of the row. Raises ValueError as ``leaderboard`` does.
+    """
+    name = lambda r: f"{r.method} behind {r.defence or 'nothing'}"
+    rows = {name(r): (r.method, r.defence or "none") for r in records}
+    plain = [(r, r.model_copy(update={"method": name(r), "defence": ""})) for r in records]
+    boards = {
+        side: leaderboard([p for r, p in plain if r.attack == "none" or not r.defence or r.aware == (side == "aware")])
+        for side in ("unaware", "aware")
+    }
+    table = boards["aware"].reindex([*rows])
+    both = boards["aware"].robust.notna() & boards["unaware"].robust.notna()
+    for side, board in boards.items():
+        table[[side, f"{side}_ci"]] = board[["robust", "robust_ci"]].where(both)
+    cost = pd.DataFrame([{"row": name(r), "n": r.n, "f": r.n * r.forwards, "b": r.n * r.backwards} for r in records])
+    cost = cost.groupby("row").sum()
+    table["forwards"], table["backwards"] = cost.f / cost.n, cost.b / cost.n
+    shown = ["clean", "clean_ci", "unaware", "unaware_ci", "aware", "aware_ci", "forwards", "backwards"]
+    table.index = pd.MultiIndex.from_tuples(rows.values(), names=["method", "defence"])
+    return table[[*shown, "interval", "sets", "images", "world"]]
 
 
 def _sets_used(keys: Sequence[str]) -> str:
@@ -236,7 +268,7 @@ def differences(records: Sequence[Record]) -> pd.DataFrame:
     seed, as the untuned model has, stands for itself beside each seed of the other. NaN where two models take images of
     different sizes: these are not the same ones, and a perturbation of one size is not the other's.
     """
-    rows = []
+    rows, records = [], undefended(records)
     for method, other in product(leaderboard(records).index, repeat=2):
         a, b = ([r for r in records if r.method == name] for name in (method, other))
         alike = {r.data for r in a} == {r.data for r in b}
@@ -247,7 +279,7 @@ def differences(records: Sequence[Record]) -> pd.DataFrame:
 
 def compare(a: Sequence[Record], b: Sequence[Record]) -> pd.DataFrame:
     """Of two runs: a row a method that both have; columns "robust" and "clean" say ``a`` minus ``b``, paired."""
-    rows = {}
+    rows, a, b = {}, undefended(a), undefended(b)
     for method in dict.fromkeys(r.method for r in a):
         pair = [[r for r in records if r.method == method] for records in (a, b)]
         if pair[1]:
@@ -288,7 +320,7 @@ def bits(record: Record) -> np.ndarray:
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """A table of summaries to look at: "48.6 ± 0.3" for a mean and interval, "+3.1 [2.0, 4.3]" for a difference."""
     shown = table.copy()
-    for kind in ("robust", "clean", "average"):
+    for kind in [column.removesuffix("_ci") for column in table if column.endswith("_ci")]:
         halves = shown.pop(f"{kind}_ci")
         with_half = [f"{a:.1f}" + ("" if np.isnan(h) else f"\u00a0±\u00a0{h:.1f}") for a, h in zip(table[kind], halves)]
         shown[kind] = ["not counted" if np.isnan(a) else text for a, text in zip(table[kind], with_half)]
