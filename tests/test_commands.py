@@ -52,7 +52,7 @@ def test_each_profile_notebook_method_attack_and_parameter_is_listed_with_its_me
     assert "Does robustness learnt on one set carry over" in sections["notebooks"]
     for name, meaning in listing.SECTIONS["parameters"][1]():
         assert not meaning.startswith("("), f"{name} has no comment where it is defined"
-    assert "  Distance_metric       of two attention maps (l2 or l1 or cos; 02-05)\n" in sections["parameters"]
+    assert "  Distance_metric       of two attention maps (l2 or l1 or cos; 02-06)\n" in sections["parameters"]
 
 
 def test_a_section_alone_and_what_plugins_and_notebooks_of_ones_own_add(own, tmp_path, capsys, monkeypatch):

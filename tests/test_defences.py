@@ -163,7 +163,7 @@ def test_an_image_is_defended_and_attacked_alike_in_every_batch(name, mini, shap
     data, found = shapes.subset(6), []
     for chunks in (6, torch.arange(6).flip(0).split(4)):
         attacked, classes = torch.zeros(6, 3, 56, 56), torch.zeros(6, dtype=torch.long)
-        for part in predictions(mini, data, ATTACK, chunks, "last", 0, DEFENCES[name], True):
+        for part in predictions(mini, data, ATTACK, chunks, "last", 0, defence=DEFENCES[name], aware=True):
             attacked[part.batch.rows], classes[part.batch.rows] = part.attacked, part.classes
         found.append((attacked, classes))
     # The numbers drawn are the same; sums of another order turn few signs of gradients that are nearly zero.
@@ -308,7 +308,7 @@ def test_an_unknown_defence_gets_the_closest_name_and_a_defence_needs_an_attack_
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and re.search(message, error), error
     values = default_parameters(NOTEBOOK) | {"defences": ["TTC"], "attack": "autoattack"}
-    with pytest.raises(SettingsError, match="'autoattack' does not go through a defence.*choose 'pgd' or 'cw'"):
+    with pytest.raises(SettingsError, match="'apgd' does not go through a defence.*choose 'pgd' or 'cw'"):
         validate(EvaluateNotebook, values)
     square = AttackSettings(attack="autoattack", test_eps=1, test_stepsize=1, test_numsteps=1)
     with pytest.raises(ValueError, match="does not go through"):

@@ -1,4 +1,4 @@
-"""Python files of one's own that add methods, attacks and defences: loaded wherever parameters name them, named by their text."""
+"""Python files of one's own that add methods, attacks, defences: loaded where parameters name them, named by their text."""
 
 import importlib.util
 import sys
