@@ -1,4 +1,4 @@
-"""Python files of one's own that add methods, attacks, defences: loaded where parameters name them, named by their text."""
+"""Files of one's own that add methods, attacks, defences: loaded where parameters name them, known by their text."""
 
 import importlib.util
 import sys
