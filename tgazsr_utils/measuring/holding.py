@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 from typing import Any
 
 import numpy as np
 
 from tgazsr_utils.measuring.ablations import UNTUNED, Variant, base_training, variant
 from tgazsr_utils.measuring.records import Record
-from tgazsr_utils.measuring.tables import bits, paired_difference, per_seed
+from tgazsr_utils.measuring.tables import combined, paired_difference, per_seed
 
 ALL = "all of these"  # an image counts if it withstands every attack
 BASELINE = "TeCoA"
@@ -68,16 +67,7 @@ def with_all(done: Done) -> list[tuple[Variant, list[Record]]]:
 
 
 def _combined(of_bits: np.ufunc, *parts: Sequence[Record]) -> list[Record]:
-    """Records as those of the first part, with each image's bits under attack combined over all parts."""
-    others = [{(r.data, r.seed): bits(r) for r in part if r.attack != "none"} for part in parts]
-    found = []
-    for r in parts[0]:
-        if r.attack != "none":
-            value = reduce(of_bits, (part[r.data, r.seed] for part in others)).astype(np.uint8)
-            about = {"attack": ALL, "settings": {}, "protocol": "worst", "correct": int(value.sum())}
-            r = r.model_copy(update=about | {"hits": np.packbits(value).tobytes().hex()})
-        found.append(r)
-    return found
+    return combined(of_bits, *parts, attack=ALL, settings={}, protocol="worst")
 
 
 def answer(done: Done) -> str:

@@ -1,8 +1,10 @@
 """Tables made from Records: intervals, paired differences, and the refusal to mix what does not belong together."""
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -153,17 +155,18 @@ def undefended(records: Sequence[Record]) -> list[Record]:
 def defences(records: Sequence[Record]) -> pd.DataFrame:
     """One row a method and defence, "none" among them: accuracy clean and under the attack, and what answers cost.
 
-    ``unaware``: attacked as if there were no defence; ``aware``: through it. Each as ``summary`` has it, and the one
-    never without the other: NaN where either is missing. ``forwards`` and ``backwards``: passes of the image encoder
+    ``unaware``: attacked as if there were no defence; ``aware``: by one who knows of it, and so counts an image that
+    either attack fools, that through the defence or that. Each as ``summary`` has it, and the one never without the
+    other: NaN where either is missing. ``forwards`` and ``backwards``: passes of the image encoder
     for one answer, a mean over all images of the row. Raises ValueError as ``leaderboard`` does.
     """
     name = lambda r: f"{r.method} behind {r.defence or 'nothing'}"
     rows = {name(r): (r.method, r.defence or "none") for r in records}
     plain = [(r, r.model_copy(update={"method": name(r), "defence": ""})) for r in records]
-    boards = {
-        side: leaderboard([p for r, p in plain if r.attack == "none" or not r.defence or r.aware == (side == "aware")])
-        for side in ("unaware", "aware")
-    }
+    unaware, through = (
+        [p for r, p in plain if r.attack == "none" or not r.defence or r.aware == aware] for aware in (False, True)
+    )
+    boards = {"unaware": leaderboard(unaware), "aware": leaderboard(combined(np.logical_and, through, unaware))}
     table = boards["aware"].reindex([*rows])
     both = boards["aware"].robust.notna() & boards["unaware"].robust.notna()
     for side, board in boards.items():
@@ -315,6 +318,23 @@ def _beside_each_seed(a: Sequence[Record], b: Sequence[Record]) -> tuple[list[Re
 def bits(record: Record) -> np.ndarray:
     """Which images were right ``[n]``, 0 or 1."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(record.hits), np.uint8))[: record.n]
+
+
+def combined(of_bits: np.ufunc, *parts: Sequence[Record], **about: Any) -> list[Record]:
+    """Records as those of the first part, but ``about``, with each image's bits under attack combined over all parts.
+
+    Those of a method, of images and of a seed belong together; ``of_bits``: such as ``np.logical_and``.
+    """
+    key = lambda r: (r.method, r.data, r.seed)
+    known = [{key(r): bits(r) for r in part if r.attack != "none"} for part in parts]
+    found = []
+    for r in parts[0]:
+        if r.attack != "none":
+            value = reduce(of_bits, (part[key(r)] for part in known if key(r) in part)).astype(np.uint8)
+            changes = {"correct": int(value.sum()), "hits": np.packbits(value).tobytes().hex()}
+            r = r.model_copy(update=about | changes)
+        found.append(r)
+    return found
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
