@@ -294,11 +294,11 @@ def test_every_attack_runs_by_its_name_and_none_is_weaker_than_its_parts(mini):
 
 @pytest.mark.long
 def test_the_whole_autoattack_leaves_no_more_than_any_other(mini):
-    data = load_dataset("shapes", "test", n=12)
+    data = load_dataset("shapes", "test", n=4)
     left = {
         name: int(of.sum()) for name, of in outcomes(mini, data, ["pgd", "apgd-t", "square", "standard"], 2).items()
     }
-    assert 0 < left["standard"] <= min(left.values())
+    assert left["standard"] == min(left.values()) < 4
 
 
 def test_the_square_attack_repeats_itself_and_gives_the_clean_image_where_none_fools(mini, shapes):

@@ -269,7 +269,8 @@ def test_the_table_shows_no_unaware_number_without_the_aware_one(measured):
     assert row.clean == pytest.approx(np.mean(of("TTC", "none", False)))
     assert row.unaware == pytest.approx(np.mean(of("TTC", "pgd-2", False)))
     right = [
-        [bits(r) for r in measured if (r.defence, r.attack, r.aware) == ("TTC", "pgd-2", a)] for a in (False, True)
+        [tables.bits(r) for r in measured if (r.defence, r.attack, r.aware) == ("TTC", "pgd-2", a)]
+        for a in (False, True)
     ]
     assert row.aware == pytest.approx(100 * np.mean([(a & b).mean() for a, b in zip(*right)]))  # who knows may use both
     plain = table.loc["CLIP", "none"]

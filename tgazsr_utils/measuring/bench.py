@@ -101,7 +101,7 @@ class Bench:
         jobs += [lambda bar, m=m, rows=rows: self._answer(m, rows, bar) for m in missing for rows in m.slices]
         own = list(processes.own_part(jobs))
         total = sum(len(m.data) for m in missing)
-        name = f"evaluate {missing[0].method} seed {missing[0].seed}" if missing else ""
+        name = f"evaluate {missing[0].method} seed {missing[0].seed}, {missing[-1].label}" if missing else ""
         with progress(total=total, desc=name, unit="image", disable=not missing or not processes.is_main()) as bar:
             for job in own:
                 job(bar)
