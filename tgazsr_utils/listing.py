@@ -16,6 +16,7 @@ from tgazsr_utils.core.defences import DEFENCES
 from tgazsr_utils.core.objectives import OBJECTIVES, PRESET
 from tgazsr_utils.core.settings import Settings
 from tgazsr_utils.durable.plugins import PluginSettings
+from tgazsr_utils.measuring.autoattack import VERSIONS
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, validate
 from tgazsr_utils.profiles import PROFILES, cells, code_cells, load_profile, notebooks_there, settings_of
 
@@ -50,7 +51,8 @@ def _methods() -> Entries:
 
 def _attacks() -> Entries:
     for name, one in ATTACKS.items():
-        yield name, _first_line(one.run)
+        parts = ", then ".join(VERSIONS.get(name, ()))
+        yield name, f"AutoAttack's {parts} (Croce & Hein 2020)" if parts else _first_line(one.run)
 
 
 def _defences() -> Entries:
