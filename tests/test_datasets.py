@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 import re
 import shutil
@@ -303,6 +304,27 @@ def test_first_images_do_not_wait_for_others_and_what_is_decoded_stays(large, mo
     assert all(
         torch.equal(one.images, other.images) for one, other in zip(expected, load(**whole).batches(1), strict=True)
     )
+
+
+def test_what_the_system_writes_in_part_is_written_to_its_end(large, monkeypatch):
+    class Short(io.FileIO):
+        def write(self, data):
+            data = memoryview(data).cast("B")
+            return super().write(data[: max(1, len(data) // 2)])
+
+    def opened(path, mode, buffering=-1):
+        if mode != "r+b":
+            return open(path, mode)
+        return Short(path, mode) if buffering == 0 else io.BufferedRandom(Short(path, mode))
+
+    monkeypatch.setattr(files, "open", opened, raising=False)
+    load, keep = large
+    expected = list(load(keep=None).batches(3))
+    for _ in range(2):  # as decoded, and as kept
+        kept = list(load().batches(3))
+        assert all(torch.equal(one.images, other.images) for one, other in zip(expected, kept, strict=True))
+    (path,) = keep.iterdir()
+    assert path.read_bytes()[-len(load()) :] == len(load()) * b"\1"
 
 
 @pytest.mark.parametrize("why", ["no room", "unreadable", "full disk", "deleted", "no folder"])

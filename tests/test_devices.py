@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tgazsr_utils.durable import devices
+from tgazsr_utils.durable import devices, weights
 from tgazsr_utils.durable.devices import device_name, pick_device
 from tgazsr_utils.durable.weights import load_clip
 
@@ -50,6 +50,19 @@ def test_no_process_is_started_where_no_gpu_is_counted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(devices.subprocess, "run", lambda *a, **k: pytest.fail("asked in another process"))
     assert device_name("auto") == device_name("cpu") == "cpu"
+
+
+@needs_none
+@pytest.mark.parametrize(
+    ("capability", "precision"), [((7, 0), "fp32"), ((7, 5), "fp32"), ((8, 0), "amp_bf16"), ((12, 0), "amp_bf16")]
+)
+def test_a_gpu_that_only_pretends_to_have_bf16_gets_fp32(counted, monkeypatch, capability, precision):
+    """Asked as before processes start, each with a device of its own: the model itself stays on the CPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(weights, "cuda_has_bf16", lambda: devices.has_bf16(torch.device("cuda")))
+    chosen = load_clip("mini-clip", "mini", precision="auto", compiled=None, waiting=True)
+    assert chosen.numerics == ("cuda", precision, True)
+    assert load_clip("mini-clip", "mini", precision="fp16", waiting=True).numerics.precision == "fp16"
 
 
 @pytest.fixture

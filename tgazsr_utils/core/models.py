@@ -100,20 +100,11 @@ class Clip(nn.Module):
         Raises ValueError for one that the text tower would cut.
         """
         missing = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
-        for prompt in missing:
-            self.check_length(prompt)
-        for chunk in (missing[i : i + 512] for i in range(0, len(missing), 512)):
-            embeddings = self.model.encode_text(self.tokenizer(chunk).to(self.device), normalize=True)
-            self._prompts.update(zip(chunk, embeddings))
+        if missing:
+            tokens = tokenize(self.tokenizer, missing, self.arch).to(self.device)
+            embeddings = torch.cat([self.model.encode_text(part, normalize=True) for part in tokens.split(512)])
+            self._prompts.update(zip(missing, embeddings))
         return torch.stack([self._prompts[p].to(self.device) for p in prompts])
-
-    def check_length(self, prompt: str) -> None:
-        """Raises ValueError for a prompt of more tokens than the text tower reads: its end would be lost."""
-        limit = self.tokenizer.context_length
-        if len(prompt) > limit - 2:
-            read, more = (self.tokenizer([prompt], context_length=n)[0, :limit] for n in (limit, limit + 1))
-            if not torch.equal(read, more):
-                raise ValueError(f"prompt {prompt[:120]!r} is longer than the {limit} tokens that {self.arch} reads")
 
     def similarity(self, pooled: Tensor, text: Tensor) -> Tensor:
         """``exp(logit_scale) * cosine``: logits ``[B,C]`` of pooled tokens ``[B,D]`` and unit-norm text ``[C,D]``."""
@@ -142,6 +133,19 @@ class Clip(nn.Module):
         clone.model._modules = {**self.model._modules, "visual": copy.deepcopy(self.visual)}
         clone.visual.eval().requires_grad_(False)
         return clone
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], arch: str) -> Tensor:
+    """Tokens ``[C,n]`` (int64) of prompts, n the context length of the architecture's text tower.
+
+    Raises ValueError for a prompt of more tokens: its end would be lost.
+    """
+    limit = tokenizer.context_length
+    tokens, more = (tokenizer(list(prompts), context_length=n)[:, :limit] for n in (limit, limit + 1))
+    for prompt, cut in zip(prompts, (tokens != more).any(1).tolist()):
+        if cut:
+            raise ValueError(f"prompt {prompt[:120]!r} is longer than the {limit} tokens that {arch} reads")
+    return tokens
 
 
 def encode(clip: Clip, pixels: Tensor) -> ImageTokens:

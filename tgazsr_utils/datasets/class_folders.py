@@ -59,7 +59,7 @@ def class_folders(
         told.append(f"{len(beside)} images or links to nothing lie in no class folder, such as {_some(beside, folder)}")
     files: list[Path] = []
     labels: list[int] = []
-    classes, others, deep = [], [], True
+    classes, others, nested = [], [], True
     for name, directories in _by_class(parts.values() or [folder]):
         found = {directory: images_below(directory) for directory in directories}
         others += [path for _, rest in found.values() for path in rest]
@@ -74,8 +74,9 @@ def class_folders(
         files += chosen
         labels += [len(classes)] * len(chosen)
         classes.append(name)
-        deep = deep and len(parents := {path.parent for path in paths}) > 1 and not parents & {*of_part}
-    if deep and files:
+        parents = {path.parent for path in paths}
+        nested = nested and len(parents) > 1 and not parents & {*of_part}  # no image of the class folder's own
+    if nested and files:
         sets = f"{', '.join(classes[:3])} are image sets: give data_root {folder}"
         told.append(f"all images lie in several folders of each class folder; if those are the classes, {sets}")
     if others:

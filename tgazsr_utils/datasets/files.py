@@ -196,10 +196,11 @@ class DecodedOnce:
     def _keep(self, rows: Tensor, images: Tensor) -> bool:
         """Writes images, and only when they are on the disk that they are there. False where it cannot."""
         try:
-            with open(self.path, "r+b", buffering=0) as file:
+            with open(self.path, "r+b") as file:
                 for row, image in zip(rows.tolist(), images.numpy()):
                     file.seek(row * image.size)
                     file.write(image)
+                file.flush()
                 os.fsync(file.fileno())
                 for row in rows.tolist():
                     file.seek(self.shape.numel() + row)

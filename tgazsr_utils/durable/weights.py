@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tgazsr_utils.core.libraries import open_clip
-from tgazsr_utils.core.models import Clip, Numerics
+from tgazsr_utils.core.models import Clip, Numerics, tokenize
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import Precision
 from tgazsr_utils.durable.devices import compiles, cuda_has_bf16, has_bf16, pick_device
@@ -318,13 +318,9 @@ def same_tokens(arch: str, prompts: Sequence[str]) -> list[list[str]]:
 
     Raises ValueError for one that it would cut. No weights are needed.
     """
-    limit = model_config(arch)["text_cfg"].get("context_length", 77)
-    tokenizer, prompts = _tokenizer(arch), list(dict.fromkeys(prompts))
-    rows, longer = (tokenizer(prompts, context_length=length) for length in (limit, limit + 1))
+    prompts = list(dict.fromkeys(prompts))
     groups: dict[tuple[int, ...], list[str]] = {}
-    for prompt, row, other in zip(prompts, rows.tolist(), longer.tolist()):
-        if row != other[:limit]:
-            raise ValueError(f"prompt {prompt[:120]!r} is longer than the {limit} tokens that {arch} reads")
+    for prompt, row in zip(prompts, tokenize(_tokenizer(arch), prompts, arch).tolist()):
         groups.setdefault(tuple(row), []).append(prompt)
     return [group for group in groups.values() if len(group) > 1]
 
