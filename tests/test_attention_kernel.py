@@ -112,6 +112,7 @@ def test_it_is_one_well_behaved_operator(variant, generator):
 
 def test_the_choice_can_be_forced_and_is_checked(generator, monkeypatch):
     inputs = draw(generator, 2, 9, 20)
+    single("cosine", "auto")(*inputs)  # on a GPU tries once whether the kernel works
     calls = []
     monkeypatch.setattr("tgazsr_utils.core.attention_kernel.attention", lambda *a: calls.append(1) or attention(*a))
     for backend, expected in (("torch", 0), ("triton", 1), ("auto", int(DEVICE == "cuda"))):

@@ -64,7 +64,8 @@ def test_attention_is_timed_on_tokens_as_the_model_makes_them():
 
 @pytest.mark.long
 def test_memory_stays_flat(found):
-    assert found[0]["explorer"]["mib_kept_by_200_moves"] < 20 and found[0]["evaluation"]["mib_kept"] < 20
+    """512 images kept at 56 pixels would be 5 MiB a round as they are decoded, 18 as they are computed with."""
+    assert found[0]["explorer"]["mib_kept_by_200_moves"] < 20 and found[0]["evaluation"]["mib_kept_a_round"] < 1
 
 
 def test_operations_are_those_that_the_step_needs():

@@ -118,7 +118,7 @@ def slow_anti_adversary(f, text, x, scale):
 
 @pytest.mark.parametrize("name", ["TTC", "CSR", "ET3", "Anti-Adversary", "low-pass"])
 def test_a_defence_is_its_formula(name, exact, shapes, images, monkeypatch):
-    text = exact.encode_text(shapes.prompts)
+    text = exact.encode_text(shapes.prompts).double()
     found = defended(name, exact, images, text)
     f = lambda x: exact.encode_image(x[None]).pooled[0]
     if name in ("TTC", "CSR"):  # seen from near the first image, that one alone is moved far by noise and a low-pass

@@ -58,7 +58,7 @@ def test_records_count_what_predictions_say(mini, sets, records):
         right = mini.logits(data.images.float() / 255, text).argmax(1) == data.labels
         record = by_key[data.key, "none"]
         assert (record.correct, record.n, record.world) == (int(right.sum()), 30, "mini-world")
-        np.testing.assert_array_equal(results._bits(record), right.numpy())
+        np.testing.assert_array_equal(results.bits(record), right.numpy())
         assert by_key[data.key, "pgd-3"].correct <= record.correct
     assert by_key["shapes", "pgd-3"].correct < by_key["shapes", "none"].correct
 
@@ -74,7 +74,7 @@ def test_evaluation_is_deterministic_and_ignores_who_asks(mini, sets, records):
 def test_under_worst_no_more_is_right_and_the_record_says_so(mini, sets, changes):
     attack = AttackSettings(**ATTACK.model_dump() | changes)
     last, worst = (evaluate(mini, sets[0], attack, protocol, method="CLIP") for protocol in ("last", "worst"))
-    assert not (results._bits(worst) & ~results._bits(last)).any() and worst.key != last.key
+    assert not (results.bits(worst) & ~results.bits(last)).any() and worst.key != last.key
     assert (last.protocol, worst.protocol) == ("last", "worst") and last.attack == attack.label
 
 
@@ -101,7 +101,7 @@ def test_transferred_images_are_made_against_the_source_and_read_by_the_target(m
     text, images = mini.encode_text(data.prompts), data.images.float() / 255
     made = pgd(mini, images, data.labels, text, 3 / 255, 1 / 255, 3, generator=noise)
     right = tuned.logits(made, tuned.encode_text(data.prompts)).argmax(1) == data.labels
-    np.testing.assert_array_equal(results._bits(record), right.numpy())
+    np.testing.assert_array_equal(results.bits(record), right.numpy())
     assert (record.attack, record.protocol) == ("transfer-pgd-3", "last")
     assert record.settings == ATTACK.model_dump() | {"source": fingerprint(mini)}
     keys = {Measurement(tuned, data, ATTACK, source=source, **kinds).key for source in (None, mini, tuned)}

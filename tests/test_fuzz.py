@@ -163,6 +163,8 @@ ANSWERS = evaluation.Answers(
     torch.tensor([1, 2, 1], dtype=torch.uint8),
     torch.tensor([4, 5, 6]),
     torch.tensor([8, 8, 8]),
+    torch.tensor([1.0, 1.0, 5.0]),
+    torch.tensor([0.0, 0.0, 2.0]),
 )
 PREDICTIONS = ours(ANSWERS._asdict(), run="key_0", seconds=3.0)
 

@@ -389,7 +389,7 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(smoke, capfd):
     """This test alone may run it again."""
     out, given, log = smoke
     manifest = json.loads((out / "manifest.json").read_text())
-    assert [e["status"] for e in manifest["notebooks"].values()] == ["finished"] * 6
+    assert [e["status"] for e in manifest["notebooks"].values()] == ["finished"] * 7
     assert {"torch", "open_clip_torch"} <= set(manifest["notebooks"]["02_train_tga_zsr"]["environment"]["packages"])
     assert "TGA-ZSR seed 0: 4/4" in log and "16 sets" in log  # progress reached the log
     for name in manifest["notebooks"]:

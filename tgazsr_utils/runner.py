@@ -342,12 +342,19 @@ def environment_of(device: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES.split()},
+        "packages": {name: _version(name) for name in _PACKAGES.split()},
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "code": code_version(),
         "note": "other versions, devices or thread counts may change results by rounding",
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # no headless run needs JupyterLab
+        return None
 
 
 def _outputs(folder: Path) -> dict[Path, tuple[int, int]]:

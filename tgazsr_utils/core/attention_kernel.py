@@ -43,7 +43,7 @@ def _range(score, p, P: tl.constexpr):
 @triton.jit
 def _store_scaled(maps, scores, row, score, p, P: tl.constexpr):
     low, high, constant, spread = _range(score, p, P)
-    tl.store(maps + row * P + p, tl.where(constant, 0.0, (score - low) / spread), mask=p < P)
+    tl.store(maps + row * P + p, tl.where(constant, 0.0, tl.div_rn(score - low, spread)), mask=p < P)
     tl.store(scores + row * P + p, score, mask=p < P)
 
 

@@ -47,7 +47,7 @@ def predictions(
     attacker, its_text = (clip, text) if source is None else (source, source.encode_text(data.prompts))
     attacker = attacker if protocol_of(attack, protocol) == "last" else attacker.without_autocast()
     for batch in data.batches(chunks, clip.device):
-        attacked, rows = batch.images, batch.rows.to(clip.device)
+        attacked, rows = batch.images, batch.rows.to(clip.device, non_blocking=True)
         if attack is not None:
             known = None
             if defence is not None and aware:

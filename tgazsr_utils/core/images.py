@@ -63,8 +63,9 @@ class ImageSet:
         pieces = _rows_of(self.images, left) if isinstance(self.images, Tensor) else self.images.read(left, device)
         for number, (rows, images) in enumerate(pieces, start=skip):
             if len(rows):
-                moved = images.to(device, non_blocking=images.is_pinned()).float().div_(255)
-                yield Batch(number, rows, moved, self.labels[rows].to(device))
+                # non-blocking also from memory that is not pinned: a blocking copy waits for all that the device has to do
+                moved = images.to(device, non_blocking=True).float().div_(255)
+                yield Batch(number, rows, moved, self.labels[rows].to(device, non_blocking=True))
 
     def captions_of(self, rows: Tensor) -> tuple[str, ...] | None:
         """Those of these images, if there are captions."""
@@ -85,7 +86,7 @@ class ImageSet:
 
 def _rows_of(images: Tensor, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     for rows in chunks:
-        yield rows, images[rows.to(images.device)]
+        yield rows, images[rows.to(images.device, non_blocking=True)]
 
 
 def even_subset(labels: Tensor, n: int | None, seed: int) -> Tensor:

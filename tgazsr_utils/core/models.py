@@ -101,7 +101,7 @@ class Clip(nn.Module):
         """
         missing = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
         if missing:
-            tokens = tokenize(self.tokenizer, missing, self.arch).to(self.device)
+            tokens = tokenize(self.tokenizer, missing, self.arch).to(self.device, non_blocking=True)
             embeddings = torch.cat([self.model.encode_text(part, normalize=True) for part in tokens.split(512)])
             self._prompts.update(zip(missing, embeddings))
         return torch.stack([self._prompts[p].to(self.device) for p in prompts])
@@ -171,7 +171,9 @@ def _compile(function: Callable) -> Callable:
     for choice in ("deterministic", "batch_invariant"):  # no kernels picked by timing; older versions have no choice
         if hasattr(inductor, choice):
             setattr(inductor, choice, True)
-    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # fp32 is to mean fp32
+    # fp32 is to mean fp32; what the compiler tells its own authors
+    for message in ("TensorFloat32 tensor cores", "\\nOnline softmax is disabled"):
+        warnings.filterwarnings("ignore", message=message)
     config = torch._dynamo.config
     config.recompile_limit = max(64, config.recompile_limit)  # other norms, losses, precisions are other graphs
     config.trace_autograd_ops = True  # an attack's gradient is part of its graph

@@ -72,6 +72,8 @@ def steps(
         for group in optimizer.param_groups:
             group["lr"] = lr
         step = Step.of(data, batch, tuned, original, cache)
+        if number > start:
+            step.untouched = False  # to look would wait for the device
 
         step.adversarial = (make_adversarial or attacked)(step, objective, warmed_up(settings, number, total), number)
         terms = objective.terms(step, settings)
@@ -80,7 +82,7 @@ def steps(
         loss.backward()
 
         names, numbers = log_values(step, loss, terms, optimizer)
-        unsound = torch.maximum(unsound, (~numbers[[0, -1]].isfinite().all()).float())
+        unsound = torch.maximum(unsound, (~torch.stack([numbers[0], numbers[-1]]).isfinite().all()).float())
         # Fused optimisers then leave all as it is, as a gradient scaler asks them to.
         optimizer.found_inf = unsound  # type: ignore[attr-defined]
         optimizer.step()
@@ -97,8 +99,9 @@ def attacked(
     """
     if objective.attack is None or not settings.train_eps:
         return step.images
-    places = torch.arange(len(step.images)) if positions is None else torch.tensor(positions)
-    noise = Noise.named(places.to(step.images.device), "training", settings.seed, 1, number)
+    first, last = (0, len(step.images)) if positions is None else (positions.start, positions.stop)
+    places = torch.arange(first, last, device=step.images.device)
+    noise = Noise.named(places, "training", settings.seed, 1, number)
     bounds = settings.train_eps / 255, settings.train_stepsize / 255, settings.train_numsteps
     options: dict[str, Any] = {"start": settings.train_start, "loss": objective.attack(step), "generator": noise}
     options["trusted"] = True  # a set's pixels are in [0,1]; to see it would wait for the device

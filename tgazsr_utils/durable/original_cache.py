@@ -45,7 +45,7 @@ class OriginalCache:
                 if processes.is_main():
                     save_tensors(self._path(name), {"values": values}, run=self.run.name, name=name)
             self._kept[name] = values.to(self.original.device)
-        return self._kept[name][rows.to(self.original.device)]
+        return self._kept[name][rows.to(self.original.device, non_blocking=True)]
 
     def _read(self, name: str) -> Tensor | None:
         try:
