@@ -35,6 +35,7 @@ from tgazsr_utils.core.attacks import pgd
 from tgazsr_utils.core.attention import text_guided_attention
 from tgazsr_utils.core.models import Clip, ImageTokens
 from tgazsr_utils.core.objectives import Step, find_objective
+from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.core.training import attacked, trainable
 from tgazsr_utils.datasets.loading import load_dataset
@@ -251,7 +252,8 @@ def attack(arch: str, device: torch.device) -> dict[str, Any]:
     batch = 512 if device.type == "cuda" else 8
     setup = Setup(arch, device, batch, 200)
     text = setup.original.encode_text(setup.prompts)
-    run = lambda: pgd(setup.original, setup.images, setup.labels, text, 1 / 255, 1 / 255, 10)
+    noise = Noise(0, torch.arange(batch, device=device))  # as ``measuring`` draws it
+    run = lambda: pgd(setup.original, setup.images, setup.labels, text, 1 / 255, 1 / 255, 10, generator=noise)
     found = {
         "batch": batch,
         "steps": 10,
@@ -354,6 +356,9 @@ def peak_memory(device: torch.device) -> float:
 def measured(name: str, arch: str, device: str) -> dict[str, Any]:
     """One measurement, with the peak memory of this process."""
     target = pick_device(device)
+    if target.type == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats(target)
     found = MEASUREMENTS[name](arch, target)
     return {"peak_memory_gib": peak_memory(target)} | found
 
@@ -382,12 +387,16 @@ def main() -> None:
     parser.add_argument("--arch", default="ViT-B-32-quickgelu", help="an open_clip ViT")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--here", action="store_true", help="all in this process, where starting one takes long")
     options = parser.parse_args()
     found: dict[str, Any] = {"machine": machine(pick_device(options.device)), "arch": options.arch}
     print(f"{options.arch} on {found['machine']['device']}, torch {torch.__version__}", flush=True)
     for name in options.names or MEASUREMENTS:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            found[name] = fresh.submit(measured, name, options.arch, options.device).result()
+        if options.here:
+            found[name] = measured(name, options.arch, options.device)
+        else:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                found[name] = fresh.submit(measured, name, options.arch, options.device).result()
         if name == "released" and "step" in found:
             found["speed_up"] = found["released"]["seconds"] / found["step"]["seconds"]
             print(f"\nspeed-up of a step: {found['speed_up']:.2f}")

@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import train_settings
 
-from tgazsr_utils.core import models
+from tgazsr_utils.core import encoder
 from tgazsr_utils.core.attacks import pgd
+from tgazsr_utils.core.images import ball
 from tgazsr_utils.core.objectives import find_objective
-from tgazsr_utils.core.seeds import Noise
+from tgazsr_utils.core.seeds import Noise, uniform
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.core.training import optimizer_of, steps
 from tgazsr_utils.datasets.loading import load_dataset
@@ -50,10 +51,18 @@ def test_auto_takes_it_and_its_name_needs_no_context_here(fast):
     assert fast.numerics == ("cuda", "amp_bf16" if capable else "fp32", True)
 
 
-def test_random_starts_are_those_of_the_cpu():
+def test_random_starts_are_those_of_the_cpu(fast):
     rows = torch.tensor([0, 3, 2**40])
-    here, there = (Noise(2**47 + 11, rows.to(device)).uniform(3, 56, 56).cpu() for device in ("cpu", "cuda"))
-    assert torch.equal(here, there)
+    noise = Noise(2**47 + 11, rows)
+    here, there = noise.uniform(3, 56, 56), Noise(noise.seed, rows.cuda())
+    assert torch.equal(here, there.uniform(3, 56, 56).cpu())
+    assert torch.equal(here, fast.run(uniform, there.keys, 3 * 56 * 56).view_as(here).cpu())
+
+
+def test_compiled_bounds_are_as_tight_as_others(fast):
+    images, eps = torch.rand(9, 3, 56, 56), torch.tensor(3 / 255, dtype=torch.float64)
+    for found, expected in zip(fast.run(ball, images.cuda(), eps), ball(images, 3 / 255)):
+        assert torch.equal(found.cpu(), expected)
 
 
 def test_fp32_tokens_and_gradients_are_those_of_the_cpu(mini, exact, letters):
@@ -85,7 +94,7 @@ def test_same_seed_same_weights_and_records(fast, letters, tmp_path):
     train, found = load_dataset("shapes", "train", n=40), []  # the last batch is short
     for time in range(2):
         torch._dynamo.reset()
-        models._compile.cache_clear()
+        encoder._compile.cache_clear()
         tuned = finetune(fast, train, "TGA-ZSR", SETTINGS, tmp_path / str(time)).clip
         record = evaluate(tuned, letters, ATTACK)
         found.append((fingerprint(tuned), record.hits, record.pixels))

@@ -11,7 +11,7 @@ from torch import Tensor
 from tgazsr_utils.core.defences import Guard
 from tgazsr_utils.core.images import ball
 from tgazsr_utils.core.models import Clip, ImageTokens, encode
-from tgazsr_utils.core.seeds import Noise
+from tgazsr_utils.core.seeds import Noise, uniform
 from tgazsr_utils.core.settings import AttackSettings, Norm, Protocol
 
 AttackLoss = Callable[[ImageTokens], Tensor]
@@ -72,21 +72,20 @@ def pgd(
     check_arguments(images[:0] if trusted else images, norm, protocol, start, eps=eps, step_size=step_size, steps=steps)
     if not len(images):
         return images
-    adversarial = _random_start(images, eps, norm, generator, cut=start == "cut" or not steps)
-    bounds = ball(images, eps) if norm == "linf" else (images,)
+    bounds = clip.run(ball, images, _scalar(eps)) if norm == "linf" else (images,)
+    adversarial = _random_start(clip, images, eps, bounds if start == "cut" or not steps else None, norm, generator)
     ascent = _Ascent(text, _scalar(eps), _scalar(step_size), norm, loss, logit_loss, guard)
-    step = functools.partial(clip.run, _step) if guard is None else functools.partial(_step, clip)  # not compiled
     if protocol == "last":
         for _ in range(steps):
-            adversarial, _ = step(adversarial.requires_grad_(True), bounds, labels, ascent)
+            adversarial, _ = _step(clip, adversarial, bounds, labels, ascent)
         return adversarial
     if loss is not None:
         raise ValueError("protocol 'worst' takes no loss of one's own: fooled images leave the batch it is made for")
     fooled = (guard or clip).logits(images, text).argmax(1) != labels
     adversarial, active = torch.where(fooled[:, None, None, None], images, adversarial), (~fooled).nonzero().flatten()
     while steps and len(active):
-        rows = adversarial[active].requires_grad_(True), tuple(bound[active] for bound in bounds), labels[active]
-        moved, right = step(*rows, ascent.of(active))
+        rows = adversarial[active], tuple(bound[active] for bound in bounds), labels[active]
+        moved, right = _step(clip, *rows, ascent.of(active))
         active, steps = active[right], steps - 1
         adversarial[active] = moved[right]
     return adversarial
@@ -114,19 +113,32 @@ def _scalar(value: float) -> Tensor:
 def _step(
     clip: Clip, current: Tensor, bounds: tuple[Tensor, ...], labels: Tensor, ascent: _Ascent
 ) -> tuple[Tensor, Tensor]:
-    """One step of ``pgd`` from ``current``, which requires a gradient: the next images, and which were right."""
-    with torch.enable_grad():
+    """One step of ``pgd`` from ``current``: the next images, and which were right."""
+    with torch.enable_grad(), clip.frozen():
+        current = current.detach().requires_grad_(True)
         if ascent.guard is None:
             gradient, logits = _slope(clip, current, current, labels, ascent)
         else:
             found = [_slope(clip, current, seen, labels, ascent) for seen in ascent.guard.draws(current)]
             gradient = torch.stack([gradient for gradient, _ in found]).mean(0)
             logits = torch.stack([logits for _, logits in found[: ascent.guard.number]]).mean(0)
-    if ascent.norm == "linf":
-        moved = torch.clamp(current + ascent.step_size * gradient.sign(), *bounds)
-    else:
-        moved = _project_l2(current + ascent.step_size * _unit(gradient), bounds[0], ascent.eps)
+    moved = clip.run(
+        _next_linf if ascent.norm == "linf" else _next_l2,
+        current.detach(),
+        gradient,
+        ascent.step_size,
+        ascent.eps,
+        *bounds,
+    )
     return moved, logits.argmax(1) == labels
+
+
+def _next_linf(current: Tensor, gradient: Tensor, step_size: Tensor, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.clamp(current + step_size * gradient.sign(), low, high)
+
+
+def _next_l2(current: Tensor, gradient: Tensor, step_size: Tensor, eps: Tensor, images: Tensor) -> Tensor:
+    return _project_l2(current + step_size * _unit(gradient), images, eps)
 
 
 def _slope(clip: Clip, current: Tensor, seen: Tensor, labels: Tensor, ascent: _Ascent) -> tuple[Tensor, Tensor]:
@@ -219,23 +231,25 @@ def check_arguments(
         raise ValueError(f"pixels range from {float(images.min()):g} to {float(images.max()):g}; attacks need [0, 1]")
 
 
-def _random_start(images: Tensor, eps: float, norm: Norm, generator: Generator, cut: bool) -> Tensor:
-    """Uniform in the eps-ball around each image, perhaps cut with [0,1]; drawn where the generator is."""
+def _random_start(
+    clip: Clip, images: Tensor, eps: float, bounds: tuple[Tensor, ...] | None, norm: Norm, generator: Generator
+) -> Tensor:
+    """Uniform in the eps-ball around each image, perhaps cut with ``bounds``; drawn where the generator is."""
 
     def draw(count: int) -> Tensor:  # uniform in [0,1), [B,count]
         if isinstance(generator, Noise):
-            return generator.uniform(count).to(images.device, images.dtype)
-        device = None if generator is None else generator.device
+            return clip.run(uniform, generator.keys, count).to(images.device, images.dtype)
+        device = images.device if generator is None else generator.device
         return torch.rand(len(images), count, generator=generator, device=device).to(images.device, images.dtype)
 
     values = images.shape[1:].numel()
     if norm == "linf":
         start = images + eps * (2 * draw(values).view_as(images) - 1)
-        return torch.clamp(start, *ball(images, eps)) if cut else start
+        return start if bounds is None else torch.clamp(start, *bounds)
     drawn, radius = draw(values + 1).split([values, 1], dim=1)
     direction = _unit(torch.erfinv((2 * drawn - 1).clamp(2**-24 - 1, 1 - 2**-24)).view_as(images))  # of normal ones
     start = images + eps * radius.view(-1, 1, 1, 1) ** (1 / values) * direction
-    return _project_l2(start, images, eps) if cut else start
+    return start if bounds is None else _project_l2(start, images, eps)
 
 
 def _length(x: Tensor) -> Tensor:

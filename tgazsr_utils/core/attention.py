@@ -147,7 +147,7 @@ def grad_cam_scores(
     math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # others have no second derivative
     try:
         with torch.enable_grad(), math_only:
-            logits = clip.similarity(encode(clip, images).pooled, text)  # not compiled, where a hook might not be seen
+            logits = clip.similarity(encode(clip, images, compiled=False).pooled, text)  # a hook might not be seen
             chosen = labels if target == "true" else labels[logits[:, labels].argmax(1)]
             (slope,) = torch.autograd.grad(
                 logits.gather(1, chosen[:, None]).sum(), kept[0], create_graph=differentiable

@@ -63,7 +63,7 @@ class ImageSet:
         pieces = _rows_of(self.images, left) if isinstance(self.images, Tensor) else self.images.read(left, device)
         for number, (rows, images) in enumerate(pieces, start=skip):
             if len(rows):
-                # non-blocking also from memory that is not pinned: a blocking copy waits for all that the device has to do
+                # also from memory that is not pinned: a blocking copy waits for all that the device has to do
                 moved = images.to(device, non_blocking=True).float().div_(255)
                 yield Batch(number, rows, moved, self.labels[rows].to(device, non_blocking=True))
 
@@ -101,7 +101,7 @@ def even_subset(labels: Tensor, n: int | None, seed: int) -> Tensor:
     return shuffled[rank[shuffled].argsort(stable=True)][:n].sort().values
 
 
-def ball(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def ball(images: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor]:
     """Tightest representable bounds of the eps-ball cut with [0,1]: rounding must not let a pixel out by an ulp."""
     low, high = (images.double() - eps).clamp(0, 1), (images.double() + eps).clamp(0, 1)
     inner_low, inner_high = low.to(images.dtype), high.to(images.dtype)

@@ -2,15 +2,15 @@
 
 import copy
 import functools
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tgazsr_utils.core.encoder import with_larger_products
+from tgazsr_utils.core.encoder import run_compiled, with_larger_products
 from tgazsr_utils.core.libraries import open_clip
 
 
@@ -27,7 +27,7 @@ class Numerics(NamedTuple):
     device: str = "cpu"  # type of device that it is meant for
     # "fp32", "fp16" or "bf16" weights; "amp_bf16", "amp_fp16": fp32 weights and such autocast in the image encoder
     precision: str = "fp32"
-    compiled: bool = False  # the image encoder, and each step of an attack on it, through torch.compile
+    compiled: bool = False  # the image encoder's blocks and an attack's steps, through torch.compile
 
 
 AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
@@ -81,17 +81,28 @@ class Clip(nn.Module):
 
     def encode_image(self, pixels: Tensor) -> ImageTokens:
         """Tokens of images ``[B,3,H,W]`` in [0,1]; one forward. Raises ValueError for images of another size."""
-        return self.run(encode, pixels)
+        return encode(self, pixels)
+
+    @property
+    def compiles(self) -> bool:
+        """Does it run compiled: is it meant to, and on the device it is meant for?"""
+        return self.numerics.compiled and self.device.type == self.numerics.device
 
     def run(self, function: Callable, *arguments: Any) -> Any:
-        """``function(self, *arguments)``, compiled if this model is, where it is meant to run."""
-        if not self.numerics.compiled or self.device.type != self.numerics.device:
-            return function(self, *arguments)
-        for argument in arguments:
-            for tensor in argument if isinstance(argument, tuple) else (argument,):
-                if isinstance(tensor, Tensor):
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one graph for batches of all sizes, the first too
-        return _compile(function)(self, *arguments)
+        """``function(*arguments)``, compiled if this model is."""
+        return run_compiled(function, *arguments) if self.compiles else function(*arguments)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Without gradients of its weights, which compiled code would compute also where only an image's are wanted."""
+        tuned = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        for parameter in tuned:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in tuned:
+                parameter.requires_grad_(True)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
@@ -148,14 +159,18 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], arch: str) -> Tensor:
     return tokens
 
 
-def encode(clip: Clip, pixels: Tensor) -> ImageTokens:
-    """What ``Clip.encode_image`` runs: tokens of the weights' own type, whatever autocast computes in."""
+def encode(clip: Clip, pixels: Tensor, compiled: bool | None = None) -> ImageTokens:
+    """What ``Clip.encode_image`` runs: tokens of the weights' own type, whatever autocast computes in.
+
+    ``compiled`` (default: as the model is): embedding of patches and blocks.
+    """
     if tuple(pixels.shape[-2:]) != tuple(clip.image_size):
         sizes = ["x".join(map(str, size)) for size in (pixels.shape[-2:], clip.image_size)]
         raise ValueError(f"images are {sizes[0]}; this {clip.arch} takes {sizes[1]}")
     visual, dtype = clip.visual, clip.visual.proj.dtype
     kind = AUTOCAST.get(clip.numerics.precision)
-    with torch.autocast(pixels.device.type, kind or torch.bfloat16, enabled=kind is not None):
+    autocast = torch.autocast(pixels.device.type, kind or torch.bfloat16, enabled=kind is not None)
+    with autocast, _compiled(visual) if (clip.compiles if compiled is None else compiled) else nullcontext():
         pooled, tokens = visual(((pixels - clip.mean) / clip.std).to(dtype))
     tokens = tokens.to(dtype)
     if visual.final_ln_after_pool:
@@ -163,18 +178,15 @@ def encode(clip: Clip, pixels: Tensor) -> ImageTokens:
     return ImageTokens(pooled.to(dtype), tokens @ visual.proj)
 
 
-@functools.cache
-def _compile(function: Callable) -> Callable:
-    """Compiled once for all models, whose weights are inputs of the graph, and for batches of all sizes."""
-    import torch._inductor.config as inductor  # slow to import
-
-    for choice in ("deterministic", "batch_invariant"):  # no kernels picked by timing; older versions have no choice
-        if hasattr(inductor, choice):
-            setattr(inductor, choice, True)
-    # fp32 is to mean fp32; what the compiler tells its own authors
-    for message in ("TensorFloat32 tensor cores", "\\nOnline softmax is disabled"):
-        warnings.filterwarnings("ignore", message=message)
-    config = torch._dynamo.config
-    config.recompile_limit = max(64, config.recompile_limit)  # other norms, losses, precisions are other graphs
-    config.trace_autograd_ops = True  # an attack's gradient is part of its graph
-    return torch.compile(function)
+@contextmanager
+def _compiled(visual: Any) -> Iterator[None]:
+    """An image encoder's embedding of patches, and its blocks, run compiled."""
+    tuned = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in visual.parameters())
+    parts = visual.conv1, visual.transformer.resblocks
+    for part in parts:
+        part.run = functools.partial(run_compiled, each_size=tuned)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.run = None
