@@ -75,20 +75,22 @@ def pgd(
     bounds = clip.run(ball, images, _scalar(eps)) if norm == "linf" else (images,)
     adversarial = _random_start(clip, images, eps, bounds if start == "cut" or not steps else None, norm, generator)
     ascent = _Ascent(text, _scalar(eps), _scalar(step_size), norm, loss, logit_loss, guard)
-    if protocol == "last":
-        for _ in range(steps):
-            adversarial, _ = _step(clip, adversarial, bounds, labels, ascent)
+    with clip.frozen():
+        if protocol == "last":
+            for _ in range(steps):
+                adversarial, _ = _step(clip, adversarial, bounds, labels, ascent)
+            return adversarial
+        if loss is not None:
+            raise ValueError("protocol 'worst' takes no loss of one's own: fooled images leave its batch")
+        fooled = (guard or clip).logits(images, text).argmax(1) != labels
+        adversarial = torch.where(fooled[:, None, None, None], images, adversarial)
+        active = (~fooled).nonzero().flatten()
+        while steps and len(active):
+            rows = adversarial[active], tuple(bound[active] for bound in bounds), labels[active]
+            moved, right = _step(clip, *rows, ascent.of(active))
+            active, steps = active[right], steps - 1
+            adversarial[active] = moved[right]
         return adversarial
-    if loss is not None:
-        raise ValueError("protocol 'worst' takes no loss of one's own: fooled images leave the batch it is made for")
-    fooled = (guard or clip).logits(images, text).argmax(1) != labels
-    adversarial, active = torch.where(fooled[:, None, None, None], images, adversarial), (~fooled).nonzero().flatten()
-    while steps and len(active):
-        rows = adversarial[active], tuple(bound[active] for bound in bounds), labels[active]
-        moved, right = _step(clip, *rows, ascent.of(active))
-        active, steps = active[right], steps - 1
-        adversarial[active] = moved[right]
-    return adversarial
 
 
 class _Ascent(NamedTuple):
@@ -114,7 +116,7 @@ def _step(
     clip: Clip, current: Tensor, bounds: tuple[Tensor, ...], labels: Tensor, ascent: _Ascent
 ) -> tuple[Tensor, Tensor]:
     """One step of ``pgd`` from ``current``: the next images, and which were right."""
-    with torch.enable_grad(), clip.frozen():
+    with torch.enable_grad():
         current = current.detach().requires_grad_(True)
         if ascent.guard is None:
             gradient, logits = _slope(clip, current, current, labels, ascent)

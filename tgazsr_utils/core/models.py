@@ -94,8 +94,8 @@ class Clip(nn.Module):
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Without gradients of its weights, which compiled code would compute also where only an image's are wanted."""
-        tuned = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        """The image encoder without gradients, which compiled code makes also where only those of pixels are wanted."""
+        tuned = [parameter for parameter in self.visual.parameters() if parameter.requires_grad]
         for parameter in tuned:
             parameter.requires_grad_(False)
         try:
