@@ -11,7 +11,7 @@ from torch import Tensor
 from tgazsr_utils.core.defences import Guard
 from tgazsr_utils.core.images import ball
 from tgazsr_utils.core.models import Clip, ImageTokens, encode
-from tgazsr_utils.core.seeds import Noise, uniform
+from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import AttackSettings, Norm, Protocol
 
 AttackLoss = Callable[[ImageTokens], Tensor]
@@ -70,27 +70,40 @@ def pgd(
     own, which knows whole batches only.
     """
     check_arguments(images[:0] if trusted else images, norm, protocol, start, eps=eps, step_size=step_size, steps=steps)
+    if protocol == "worst" and loss is not None:
+        raise ValueError("protocol 'worst' takes no loss of one's own: fooled images leave the batch it is made for")
     if not len(images):
         return images
     bounds = clip.run(ball, images, _scalar(eps)) if norm == "linf" else (images,)
-    adversarial = _random_start(clip, images, eps, bounds if start == "cut" or not steps else None, norm, generator)
+    adversarial = _random_start(images, eps, bounds if start == "cut" or not steps else None, norm, generator)
     ascent = _Ascent(text, _scalar(eps), _scalar(step_size), norm, loss, logit_loss, guard)
     with clip.frozen():
-        if protocol == "last":
-            for _ in range(steps):
-                adversarial, _ = _step(clip, adversarial, bounds, labels, ascent)
-            return adversarial
-        if loss is not None:
-            raise ValueError("protocol 'worst' takes no loss of one's own: fooled images leave its batch")
-        fooled = (guard or clip).logits(images, text).argmax(1) != labels
-        adversarial = torch.where(fooled[:, None, None, None], images, adversarial)
-        active = (~fooled).nonzero().flatten()
-        while steps and len(active):
-            rows = adversarial[active], tuple(bound[active] for bound in bounds), labels[active]
-            moved, right = _step(clip, *rows, ascent.of(active))
-            active, steps = active[right], steps - 1
-            adversarial[active] = moved[right]
-        return adversarial
+        if protocol == "worst":
+            return _first_that_fools(clip, images, adversarial, bounds, labels, ascent, steps)
+        for _ in range(steps):
+            adversarial, _ = _step(clip, adversarial, bounds, labels, ascent)
+    return adversarial
+
+
+def _first_that_fools(
+    clip: Clip,
+    images: Tensor,
+    adversarial: Tensor,
+    bounds: tuple[Tensor, ...],
+    labels: Tensor,
+    ascent: "_Ascent",
+    steps: int,
+) -> Tensor:
+    """``pgd`` under protocol "worst"."""
+    fooled = (ascent.guard or clip).logits(images, ascent.text).argmax(1) != labels
+    adversarial = torch.where(fooled[:, None, None, None], images, adversarial)
+    active = (~fooled).nonzero().flatten()
+    while steps and len(active):
+        rows = adversarial[active], tuple(bound[active] for bound in bounds), labels[active]
+        moved, right = _step(clip, *rows, ascent.of(active))
+        active, steps = active[right], steps - 1
+        adversarial[active] = moved[right]
+    return adversarial
 
 
 class _Ascent(NamedTuple):
@@ -234,13 +247,13 @@ def check_arguments(
 
 
 def _random_start(
-    clip: Clip, images: Tensor, eps: float, bounds: tuple[Tensor, ...] | None, norm: Norm, generator: Generator
+    images: Tensor, eps: float, bounds: tuple[Tensor, ...] | None, norm: Norm, generator: Generator
 ) -> Tensor:
     """Uniform in the eps-ball around each image, perhaps cut with ``bounds``; drawn where the generator is."""
 
     def draw(count: int) -> Tensor:  # uniform in [0,1), [B,count]
         if isinstance(generator, Noise):
-            return clip.run(uniform, generator.keys, count).to(images.device, images.dtype)
+            return generator.uniform(count).to(images.device, images.dtype)
         device = images.device if generator is None else generator.device
         return torch.rand(len(images), count, generator=generator, device=device).to(images.device, images.dtype)
 

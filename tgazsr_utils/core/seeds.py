@@ -46,19 +46,9 @@ class Noise(NamedTuple):
 
     def uniform(self, *shape: int) -> Tensor:
         """``[B,*shape]`` in [0,1), multiples of 2^-24: SplitMix64 (Steele et al. 2014), a hashed counter for each."""
-        return uniform(self.keys, math.prod(shape)).view(len(self.rows), *shape)
-
-    @property
-    def keys(self) -> Tensor:
-        """``[B]`` int64, from which ``uniform`` makes each image's numbers."""
-        return _mixed(self.rows + self.seed)
-
-
-def uniform(keys: Tensor, count: int) -> Tensor:
-    """``[B,count]`` in [0,1) from keys ``[B]``; by integer arithmetic, so the same on any device."""
-    places = torch.arange(1, 1 + count, device=keys.device)
-    bits = _mixed(keys[:, None] + places * _signed(0x9E3779B97F4A7C15))
-    return _shifted(bits, 40).float() / 2**24
+        places = torch.arange(1, 1 + math.prod(shape), device=self.rows.device)
+        bits = _mixed(_mixed(self.rows + self.seed)[:, None] + places * _signed(0x9E3779B97F4A7C15))
+        return (_shifted(bits, 40).float() / 2**24).view(len(self.rows), *shape)
 
 
 def _mixed(x: Tensor) -> Tensor:
