@@ -352,19 +352,22 @@ def ablation(table: pd.DataFrame, seeds: pd.DataFrame, title: str, kinds: Sequen
     the axis and the first one has a marker of its own.
     """
     names = list(table.index.names)
-    rows = list(dict.fromkeys(table.index.get_level_values(-1)))
     groups = list(dict.fromkeys(table.index.get_level_values(0))) if len(names) > 1 else [None]
-    size = max(7.5, 3.7 * len(kinds) + 2), 0.42 * len(rows) * max(1, 0.6 * len(groups)) + 1.6
+    parts = [table if group is None else table.xs(group, level=0) for group in groups]
+    longest_first = sorted((part.index.get_level_values(-1) for part in parts), key=len, reverse=True)
+    rows = list(dict.fromkeys(row for part in longest_first for row in part))
+    size = max(7.5, 3.7 * len(kinds) + 2), 0.42 * len(rows) * max(1, 0.45 * len(groups)) + 1.6
     figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
     several = seeds.groupby(names, sort=False).size().max() > 1
     for axis, kind in zip(axes[0], kinds):
         for g, (group, color, marker) in enumerate(zip(groups, cycle(sns.color_palette()), cycle(MARKERS))):
-            means = table if group is None else table.xs(group, level=0)
+            means = parts[g]
             single = seeds if group is None else seeds[seeds[names[0]] == group]
-            shift = 0.5 * ((g + 0.5) / len(groups) - 0.5)
+            shift = 0.7 * ((g + 0.5) / len(groups) - 0.5)
             y = [rows.index(row) + shift for row in means.index]
-            bars = {"xerr": means[f"{kind}_ci"].fillna(0), "fmt": marker, "ms": 7, "capsize": 3}
-            axis.errorbar(means[kind], y, **bars, label=group, color=color)
+            reach = means[f"{kind}_ci"].fillna(0)
+            within = [np.minimum(reach, means[kind]), np.minimum(reach, 100 - means[kind])]  # 0 to 100
+            axis.errorbar(means[kind], y, xerr=within, fmt=marker, ms=7, capsize=3, label=group, color=color)
             if several:
                 y = [rows.index(row) + shift for row in single[names[-1]]]
                 axis.plot(single[kind], y, "o", ms=3, color="black", alpha=0.5, zorder=4)
