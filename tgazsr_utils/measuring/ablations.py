@@ -148,7 +148,7 @@ def learning_rate(s: AblationSettings) -> Iterator[Variant]:
     for method in s.methods:
         own = base_training(s, method).lr
         for lr in _first(own, s.lr_list):
-            yield variant(s, {"method": method, "lr": lr}, method, own=True, in_cut=lr == own, lr=lr)
+            yield variant(s, {"method": method, "lr": lr}, method, own=True, in_cut=False, lr=lr)
 
 
 def _first(base: Any, values: Sequence | Iterator) -> list:
@@ -166,9 +166,10 @@ def question(name: str) -> str:
 
 
 def plan(s: AblationSettings) -> dict[str, list[Variant]]:
-    """The variants of each ablation that ``s.ablations`` asks for."""
+    """The variants of each ablation that ``s.ablations`` asks for; without those that the cut has nothing of."""
     names = list(ABLATIONS) if s.ablations in ("cut", "all") else s.ablations
-    return {name: [v for v in ABLATIONS[name](s) if v.in_cut or s.ablations != "cut"] for name in names}
+    chosen = {name: [v for v in ABLATIONS[name](s) if v.in_cut or s.ablations != "cut"] for name in names}
+    return {name: variants for name, variants in chosen.items() if variants}
 
 
 @dataclass
