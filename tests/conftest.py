@@ -34,7 +34,7 @@ OPTIONS = []  # pytest's, once it has read them
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="all that the README counts, and what takes minutes")
+    parser.addoption("--long", action="store_true", help="all that the documents count, and what takes minutes")
     parser.addoption("--kills", type=int, help="how often the kill test kills (default: 2, or 25 with --long)")
     parser.addoption("--kills-seed", type=int, default=random.SystemRandom().randrange(10**6), help="when it does")
 
@@ -67,6 +67,15 @@ def train_settings(**changes):
     usual |= {"epochs": 1, "batch_size": 8, "lr": 1e-3, "warmup_steps": 2}
     usual |= {"train_eps": 3, "train_stepsize": 3, "train_numsteps": 1}
     return FinetuneSettings(**usual | changes)
+
+
+def document_paths():
+    """What people read: README, docs, and what is said of the kept results."""
+    return [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("data/reference/*/README.md"))]
+
+
+def documents():
+    return "\n".join(path.read_text(encoding="utf-8") for path in document_paths())
 
 
 def own_environment():

@@ -135,6 +135,27 @@ def test_an_attacks_step_has_no_more_products_than_it_needs(shapes, precision):
     assert all(parameter.requires_grad for parameter in clip.visual.parameters())
 
 
+def test_only_an_attacks_graphs_serve_all_sizes(shapes):
+    """How a weight's gradient is summed over a batch must not hang on the size that was there first."""
+    clip, symbolic = load_clip("mini-clip", "mini", "cpu", compiled=True), []
+
+    def keep(graph, inputs):
+        tensors = (x for x in inputs if isinstance(x, torch.Tensor))
+        symbolic.append(any(isinstance(size, torch.SymInt) for x in tensors for size in x.shape))
+        return graph.forward
+
+    images, text = shapes.images[:6] / 255, clip.encode_text(shapes.prompts)
+    clip.visual.requires_grad_(True)
+    with compiled_by(aot_autograd(fw_compiler=keep)):
+        for n in (6, 4, 6):
+            clip.encode_image(images[:n]).pooled.sum().backward()
+        assert symbolic == 8 * [False]  # patches and a block, forwards and backwards, for each of two sizes
+        symbolic.clear()
+        for n in (6, 4, 5):
+            pgd(clip, images[:n], shapes.labels[:n], text, 0.02, 0.01, 1)
+        assert symbolic == 6 * [True]
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_code_gives_the_same_record(mini):
     data = load_dataset("shapes", "test", n=30)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import size
+from conftest import documents, size
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +23,6 @@ from tgazsr_utils.durable.weights import SHIPPED, load_clip, read_metadata
 from tgazsr_utils.measuring import measure as evaluation
 from tgazsr_utils.measuring.records import Record, RecordStore
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, validate
-from tgazsr_utils.paths import ROOT
 
 TOTAL = []  # with --long
 
@@ -236,4 +235,4 @@ def test_weights(tmp_path, content):
 
 
 def test_there_are_more_than_ten_thousand():
-    assert sum(TOTAL) > 10_000 and f"{sum(TOTAL):,} bad inputs" in (ROOT / "README.md").read_text()
+    assert sum(TOTAL) > 10_000 and f"{sum(TOTAL):,} bad inputs" in documents()

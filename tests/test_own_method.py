@@ -14,7 +14,7 @@ from tgazsr_utils.paths import ROOT
 
 
 def the_readmes_cell():
-    section = (ROOT / "README.md").read_text().split("## Add your own method")[1]
+    section = (ROOT / "README.md").read_text().split("## Your own method")[1]
     return re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1).strip()
 
 

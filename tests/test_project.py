@@ -11,6 +11,7 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
+from conftest import document_paths, documents
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -97,7 +98,7 @@ REFERENCE = ROOT / "data" / "reference" / "mini"
 
 
 def readme_rows():
-    return {line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")}
+    return {line.strip() for line in documents().splitlines() if line.startswith("|")}
 
 
 def as_row(name, row):
@@ -135,7 +136,7 @@ def test_the_readmes_photo_table_is_that_of_the_kept_tables():
             for table in kept.values()
             for method in ("CLIP", "TeCoA", "TGA-ZSR")
         ]
-        assert f"| {key} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
+        assert f"| {key} | {' | '.join(cells)} |" in documents()
 
 
 def test_the_readmes_step_is_that_of_the_kept_benchmark():
@@ -148,7 +149,7 @@ def test_the_readmes_step_is_that_of_the_kept_benchmark():
         f"| released {theirs}| {released['peak_memory_gib']:.1f} GiB |",
         f"| this workbook {ours} | {100 * step['utilisation']:.0f} % | {step['peak_memory_gib']:.1f} GiB |",
     } <= readme_rows()
-    text = (ROOT / "README.md").read_text()
+    text = documents()
     moves = found["explorer"]["seconds_of_an_alpha_move"], found["explorer"]["seconds_of_an_epsilon_move"]
     kept = f"measured, clean and attacked, keep {found['evaluation']['mib_kept']:.2f} MiB, "
     kept += f"200 slider moves {found['explorer']['mib_kept_by_200_moves']:.2f} MiB"
@@ -291,3 +292,22 @@ def test_public_names_are_there_and_quick():
 def test_no_path_of_a_machine_and_no_output_is_committed():
     for path in [*ROOT.glob("*.md"), *ROOT.glob("*.sh"), *(ROOT / "tgazsr_utils").rglob("*.py"), *BOOKS]:
         assert not re.search(r"/(home|root|Users|work)/", path.read_text()), path
+
+
+def anchors(path):
+    """Of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_is_one_page_and_no_link_is_broken():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8")) < 9_000
+    for path in [*document_paths(), ROOT / "data" / "README.md", ROOT / "CONTRIBUTING.md"]:
+        for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+            assert text, f"{path}: a link or picture without words"
+            if not target.startswith("https://"):
+                name, _, anchor = target.partition("#")
+                assert (linked := path.parent / name).exists(), f"{path}: {target}"
+                assert not anchor or anchor in anchors(linked), f"{path}: {target}"
+    pages = [path for path in document_paths() if path.parent.name == "docs"]
+    assert all(f"docs/{page.name}" in documents() for page in pages), "a page that nothing leads to"

@@ -16,7 +16,7 @@ Where the workbook is installed (a wheel, Windows) python -m tgazsr_utils takes 
   compare           print what differs between two runs: parameters, and paired differences of methods
   submit            write the file of a run's method for the challenge (docs/challenge.md) and print its row
   challenge         check such files (default: those of data/challenge) and show them side by side
-  --test            run the tests; --long: with every count that README states
+  --test            run the tests; --long: with every count that the documents state
   --lab             open the workbook in JupyterLab
   --help            show this
 
