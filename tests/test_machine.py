@@ -13,6 +13,7 @@ import pytest
 
 from tgazsr_utils import machine
 from tgazsr_utils.paths import ROOT
+from tgazsr_utils.progress import HEADLESS, progress
 
 
 @pytest.mark.parametrize(
@@ -153,3 +154,15 @@ def test_an_installed_wheel_has_all_it_needs_and_writes_where_it_is_called(tmp_p
     command = [sys.executable, "-m", "tgazsr_utils.runner", "smoke", "01", "-p", "test_images", "2"]
     assert (done := subprocess.run(command, **options)).returncode == 0, done.stderr
     assert len(list(empty.glob("runs/smoke-test_images-2/figures/01_*.png"))) == 5
+
+
+def test_bars_of_a_headless_run_are_plain_lines(monkeypatch, capsys):
+    monkeypatch.setenv(HEADLESS, "1")
+    with progress(total=2, desc="outer", mininterval=0) as outer:
+        outer.update(1)
+        for _ in progress(range(3), desc="inner", mininterval=0):
+            pass
+        outer.update(1)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() for line in lines) and lines[-1].startswith("outer: 2/2")
+    assert any(line.startswith("inner: 3/3") for line in lines) and "" not in lines

@@ -9,13 +9,16 @@ from tqdm.std import tqdm as plain_tqdm
 HEADLESS = "TGAZSR_HEADLESS"  # set by the runner
 
 
+_UP = "\x1b[A"  # a bar inside another one moves the cursor
+
+
 class _Lines:
     """A stream on which each redraw of a bar is a line of its own, unless the count is still the same."""
 
     last = ""
 
     def write(self, text: str) -> None:
-        text = text.strip("\r\n ")
+        text = text.replace(_UP, "").strip("\r\n ")
         if text and text.split(" [")[0] != self.last:
             self.last = text.split(" [")[0]
             sys.stdout.write(text + "\n")
