@@ -245,7 +245,7 @@ def test_functions_fit_a_screen():
 def test_the_whole_package_is_thin():
     """About 1,700 lines are the methods; none of its files is longer than one reads at a sitting."""
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
-    assert sum(count for name, count in lines.items() if room(name) == "core") < 2475
+    assert sum(count for name, count in lines.items() if room(name) == "core") < 2440
     assert max(lines.values()) <= 450, max(lines, key=lines.get)
 
 

@@ -76,33 +76,12 @@ def pgd(
         return images
     bounds = clip.run(ball, images, _scalar(eps)) if norm == "linf" else (images,)
     adversarial = _random_start(images, eps, bounds if start == "cut" or not steps else None, norm, generator)
-    ascent = _Ascent(text, _scalar(eps), _scalar(step_size), norm, loss, logit_loss, guard)
+    ascent = _Ascent(text, _scalar(eps), _scalar(step_size), loss, logit_loss, bounds, labels, guard)
     with clip.frozen():
         if protocol == "worst":
-            return _first_that_fools(clip, images, adversarial, bounds, labels, ascent, steps)
+            return _first_that_fools(clip, images, adversarial, ascent, steps)
         for _ in range(steps):
-            adversarial, _ = _step(clip, adversarial, bounds, labels, ascent)
-    return adversarial
-
-
-def _first_that_fools(
-    clip: Clip,
-    images: Tensor,
-    adversarial: Tensor,
-    bounds: tuple[Tensor, ...],
-    labels: Tensor,
-    ascent: "_Ascent",
-    steps: int,
-) -> Tensor:
-    """``pgd`` under protocol "worst"."""
-    fooled = (ascent.guard or clip).logits(images, ascent.text).argmax(1) != labels
-    adversarial = torch.where(fooled[:, None, None, None], images, adversarial)
-    active = (~fooled).nonzero().flatten()
-    while steps and len(active):
-        rows = adversarial[active], tuple(bound[active] for bound in bounds), labels[active]
-        moved, right = _step(clip, *rows, ascent.of(active))
-        active, steps = active[right], steps - 1
-        adversarial[active] = moved[right]
+            adversarial, _ = _step(clip, adversarial, ascent)
     return adversarial
 
 
@@ -112,55 +91,59 @@ class _Ascent(NamedTuple):
     text: Tensor
     eps: Tensor
     step_size: Tensor
-    norm: Norm
     loss: AttackLoss | None
     logit_loss: LogitLoss
+    bounds: tuple[Tensor, ...]  # the lowest and the highest pixels; for l2 the images
+    labels: Tensor
     guard: Guard | None
 
     def of(self, rows: Tensor) -> "_Ascent":
-        return self if self.guard is None else self._replace(guard=self.guard.of(rows))
+        """For these images of the batch alone."""
+        bounds, guard = tuple(bound[rows] for bound in self.bounds), self.guard and self.guard.of(rows)
+        return self._replace(bounds=bounds, labels=self.labels[rows], guard=guard)
 
 
 def _scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def _step(
-    clip: Clip, current: Tensor, bounds: tuple[Tensor, ...], labels: Tensor, ascent: _Ascent
-) -> tuple[Tensor, Tensor]:
+def _first_that_fools(clip: Clip, images: Tensor, adversarial: Tensor, ascent: _Ascent, steps: int) -> Tensor:
+    """``pgd`` under protocol "worst"."""
+    fooled = (ascent.guard or clip).logits(images, ascent.text).argmax(1) != ascent.labels
+    adversarial = torch.where(fooled[:, None, None, None], images, adversarial)
+    active = (~fooled).nonzero().flatten()
+    while steps and len(active):
+        moved, right = _step(clip, adversarial[active], ascent.of(active))
+        active, steps = active[right], steps - 1
+        adversarial[active] = moved[right]
+    return adversarial
+
+
+def _step(clip: Clip, current: Tensor, ascent: _Ascent) -> tuple[Tensor, Tensor]:
     """One step of ``pgd`` from ``current``: the next images, and which were right."""
     with torch.enable_grad():
         current = current.detach().requires_grad_(True)
         if ascent.guard is None:
-            gradient, logits = _slope(clip, current, current, labels, ascent)
+            gradient, logits = _slope(clip, current, current, ascent)
         else:
-            found = [_slope(clip, current, seen, labels, ascent) for seen in ascent.guard.draws(current)]
+            found = [_slope(clip, current, seen, ascent) for seen in ascent.guard.draws(current)]
             gradient = torch.stack([gradient for gradient, _ in found]).mean(0)
             logits = torch.stack([logits for _, logits in found[: ascent.guard.number]]).mean(0)
-    moved = clip.run(
-        _next_linf if ascent.norm == "linf" else _next_l2,
-        current.detach(),
-        gradient,
-        ascent.step_size,
-        ascent.eps,
-        *bounds,
-    )
-    return moved, logits.argmax(1) == labels
+    moved = clip.run(_moved, current.detach(), gradient, ascent.step_size, ascent.eps, *ascent.bounds)
+    return moved, logits.argmax(1) == ascent.labels
 
 
-def _next_linf(current: Tensor, gradient: Tensor, step_size: Tensor, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return torch.clamp(current + step_size * gradient.sign(), low, high)
+def _moved(current: Tensor, gradient: Tensor, step_size: Tensor, eps: Tensor, *bounds: Tensor) -> Tensor:
+    if len(bounds) == 2:
+        return torch.clamp(current + step_size * gradient.sign(), *bounds)
+    return _project_l2(current + step_size * _unit(gradient), bounds[0], eps)
 
 
-def _next_l2(current: Tensor, gradient: Tensor, step_size: Tensor, eps: Tensor, images: Tensor) -> Tensor:
-    return _project_l2(current + step_size * _unit(gradient), images, eps)
-
-
-def _slope(clip: Clip, current: Tensor, seen: Tensor, labels: Tensor, ascent: _Ascent) -> tuple[Tensor, Tensor]:
+def _slope(clip: Clip, current: Tensor, seen: Tensor, ascent: _Ascent) -> tuple[Tensor, Tensor]:
     """The gradient by ``current`` of the loss of what the model sees then, and its logits."""
     tokens = encode(clip, seen)
     logits = clip.similarity(tokens.pooled, ascent.text)
-    value = ascent.logit_loss(logits, labels) if ascent.loss is None else ascent.loss(tokens)
+    value = ascent.logit_loss(logits, ascent.labels) if ascent.loss is None else ascent.loss(tokens)
     (gradient,) = torch.autograd.grad(value, current)
     return gradient, logits.detach()
 

@@ -1,7 +1,6 @@
 """The image encoder in fewer, larger and compiled products: open_clip's own modules, weights and names."""
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,15 +76,4 @@ def run_compiled(function: Callable, *arguments: Any, each_size: bool = False, *
 
 @functools.cache
 def _compile(function: Callable) -> Callable:
-    import torch._inductor.config as inductor  # slow to import
-
-    for choice in ("deterministic", "batch_invariant"):  # no kernels picked by timing; older versions have no choice
-        if hasattr(inductor, choice):
-            setattr(inductor, choice, True)
-    # fp32 is to mean fp32; what the compiler tells its own authors
-    for message in ("TensorFloat32 tensor cores", "\nOnline softmax is disabled"):
-        warnings.filterwarnings("ignore", message=message)
-    config = torch._dynamo.config
-    config.recompile_limit = max(64, config.recompile_limit)  # other norms, precisions, frozen weights: other graphs
-    config.automatic_dynamic_local_pgo = False  # an earlier run's sizes are not to choose this run's graphs
     return torch.compile(function)

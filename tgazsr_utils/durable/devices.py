@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+import warnings
 
 import torch
 
@@ -29,6 +30,22 @@ def _cuda_works() -> bool:
     except (RuntimeError, AssertionError) as error:
         print(f"the GPU cannot be used: {_first_line(error)}{_build('cuda')}; going on on the CPU", file=sys.stderr)
         return False
+
+
+@functools.cache
+def set_up_compiler() -> None:
+    """What torch.compile makes is to hang on the code alone, not on timing or on what ran before."""
+    import torch._inductor.config as inductor  # slow to import
+
+    for choice in ("deterministic", "batch_invariant"):  # no kernels picked by timing; older versions have no choice
+        if hasattr(inductor, choice):
+            setattr(inductor, choice, True)
+    config = torch._dynamo.config
+    config.recompile_limit = max(64, config.recompile_limit)  # other norms, precisions, frozen weights: other graphs
+    config.automatic_dynamic_local_pgo = False  # an earlier run's sizes are not to choose this run's graphs
+    # fp32 is to mean fp32; what the compiler tells its own authors
+    for message in ("TensorFloat32 tensor cores", "\nOnline softmax is disabled"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from tgazsr_utils.core.libraries import open_clip
 from tgazsr_utils.core.models import Clip, Numerics, tokenize
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import Precision
-from tgazsr_utils.durable.devices import compiles, cuda_has_bf16, has_bf16, pick_device
+from tgazsr_utils.durable.devices import compiles, cuda_has_bf16, has_bf16, pick_device, set_up_compiler
 from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
 from tgazsr_utils.paths import DATA, resolve
 
@@ -97,6 +97,8 @@ def load_clip(
         precision = "amp_bf16" if fast else "fp32"
     if compiled is None:
         compiled = kind == "cuda" and (waiting or compiles(str(target)))
+    if compiled:
+        set_up_compiler()
     numerics = Numerics(kind, precision, compiled)
     weights = "fp32" if precision == "amp_bf16" else precision
     side = None if image_size == image_size_of(arch) else image_size
