@@ -116,6 +116,24 @@ def test_what_another_notebook_trained_is_shared_and_stays_the_latest(sweep, tmp
     assert find_weights("latest:TGA-ZSR", run.models) == str(shown[1])
 
 
+def test_a_learning_rate_too_high_is_left_out(sweep, monkeypatch, capsys):
+    """Of FARE, whose loss has no bound; elsewhere such a training ends the notebook."""
+    s = settings(**QUICK, ablations=["learning_rate", "seeds"], methods=["FARE"], lr=1e-4, lr_list=[1e-4, 1e3])
+    s = s.model_copy(update={"overrides": {}, "warmup_steps": 0})
+    done = sweep.run("learning_rate", plan(s)["learning_rate"])
+    assert [v.training.lr for v, _ in done] == [1e-4]
+    assert "left out: gradient of FARE is not finite at step 1" in capsys.readouterr().out
+    assert ablations.best_rates(table("learning_rate", done)) == {"FARE": {"lr": 1e-4}}
+    with pytest.raises(FloatingPointError):
+        sweep.run("seeds", [v for v in plan(s)["learning_rate"] if v.training.lr == 1e3])
+
+
+def test_the_best_rate_is_the_lowest_of_those_with_the_best_average():
+    rows = [("A", 1e-3, 50.0), ("A", 1e-4, 60.0), ("A", 1e-2, 60.0), ("B", 1e-3, 10.0)]
+    frame = pd.DataFrame(rows, columns=["method", "lr", "average"]).set_index(["method", "lr"])
+    assert ablations.best_rates(frame) == {"A": {"lr": 1e-4}, "B": {"lr": 1e-3}}
+
+
 def test_a_sweep_resumes_and_does_nothing_twice(sweep, monkeypatch):
     s = settings(**QUICK, ablations=["loss_parts", "seeds"], methods=["TeCoA", "TGA-ZSR"])
     done = {name: sweep.run(name, variants) for name, variants in plan(s).items()}

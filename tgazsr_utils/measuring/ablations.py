@@ -185,11 +185,16 @@ class Sweep:
     _loaded: dict[Path, Clip] = field(default_factory=dict)
 
     def run(self, name: str, variants: Sequence[Variant]) -> list[tuple[Variant, list[Record]]]:
-        """An ablation's variants, each with its records."""
+        """An ablation's variants, each with its records; without learning rates at which training diverges."""
         done = []
         for number, v in enumerate(variants, start=1):
             print(f"{name} {number}/{len(variants)}: {', '.join(map(str, v.label.values()))}", flush=True)
-            done.append((v, self.records_of(v)))
+            try:
+                done.append((v, self.records_of(v)))
+            except FloatingPointError as error:
+                if name != "learning_rate" or len(variants) == number and not done:
+                    raise
+                print(f"left out: {error}", flush=True)
         return done
 
     def trainings(self, plan: Mapping[str, Sequence[Variant]]) -> list[Callable[[], Clip]]:
@@ -243,6 +248,12 @@ def table(name: str, done: Sequence[tuple[Variant, list[Record]]]) -> pd.DataFra
             row |= dict(zip((f"{kind}_minus_first", f"{kind}_minus_first_low", f"{kind}_minus_first_high"), found))
         rows.append(row)
     return pd.DataFrame(rows).set_index(list(done[0][0].label))
+
+
+def best_rates(table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Of each method of ablation "learning_rate" the one of the best average, the lowest of equals: ``overrides``."""
+    rates = table.reset_index().sort_values(["average", "lr"], ascending=[False, True])
+    return {method: {"lr": float(lr)} for method, lr in rates.groupby("method", sort=False).lr.first().items()}
 
 
 def by_seed(done: Sequence[tuple[Variant, list[Record]]]) -> pd.DataFrame:
