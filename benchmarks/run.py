@@ -42,7 +42,7 @@ from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.display.explorer import Explorer, Models
 from tgazsr_utils.durable.devices import pick_device
 from tgazsr_utils.durable.files import write_json
-from tgazsr_utils.durable.finetuning import finetune
+from tgazsr_utils.durable.finetuning import READ_EVERY, finetune
 from tgazsr_utils.durable.fingerprints import code_version
 from tgazsr_utils.durable.runs import Run
 from tgazsr_utils.durable.weights import SHIPPED, load_clip
@@ -230,7 +230,8 @@ def step(arch: str, device: torch.device) -> dict[str, Any]:
 
 def training(arch: str, device: torch.device) -> dict[str, Any]:
     """Images a second of ``finetune``: a step with resize, optimiser and history, of image files of 64 pixels."""
-    batch, steps, first = 128 if device.type == "cuda" else 8, 12, 4  # the first few compile, encode and fill caches
+    batch, steps = (128, 64) if device.type == "cuda" else (8, 12)
+    first = 2 * READ_EVERY.get(device.type, 2)  # these compile, encode and fill caches; those read at once share times
     clip = load_clip(arch, None, str(device), "auto", compiled=None)
     with tempfile.TemporaryDirectory() as folder:
         noise_files(folder, "train", batch * steps, classes=min(200, batch * steps))

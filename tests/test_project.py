@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 
 import tgazsr_utils
 from tgazsr_utils.durable import fingerprints
+from tgazsr_utils.measuring.ablations import best_rates
 from tgazsr_utils.measuring.published import published
 from tgazsr_utils.measuring.records import Record
 from tgazsr_utils.measuring.tables import leaderboard, readable
@@ -109,9 +110,9 @@ def test_the_readmes_leaderboard_is_that_of_the_kept_records():
     records = [Record.model_validate_json(line) for line in (REFERENCE / "records.jsonl").read_text().splitlines()]
     table = leaderboard(records)
     kept = pd.read_csv(REFERENCE / "tables" / "leaderboard.csv", index_col="method")
-    assert list(kept.index) == list(table.index) and set(table.index) - {"PMG-AFT-scaled"} == set(
-        published()["PGD", "paper"].dropna().index
-    )
+    profile = load_profile("mini-reference").by_notebook["04_evaluate_16_datasets"]
+    assert list(kept.index) == list(table.index) and set(table.index) == {"CLIP", *profile["methods"]}
+    assert set(published()["PGD", "paper"].dropna().index) <= set(table.index)
     pd.testing.assert_frame_equal(kept[["robust", "clean", "average"]], table[["robust", "clean", "average"]])
     assert {as_row(name, row) for name, row in readable(table).iterrows()} <= readme_rows()
 
@@ -121,6 +122,13 @@ def test_the_readmes_ablations_are_those_of_the_kept_tables(name):
     table = pd.read_csv(REFERENCE / "tables" / f"ablation_{name}.csv", index_col=0)
     assert {as_row(label, row) for label, row in readable(table).iterrows()} <= readme_rows()
     assert set(table.interval) == {"3 seeds"}
+
+
+def test_the_notebooks_learning_rates_are_those_that_the_kept_sweep_chose():
+    rates = pd.read_csv(REFERENCE / "tables" / "ablation_learning_rate.csv").set_index(["method", "lr"])
+    defaults = default_parameters("04_evaluate_16_datasets")
+    chosen = {method: change for method, change in best_rates(rates).items() if change["lr"] != defaults["lr"]}
+    assert chosen == defaults["overrides"]
 
 
 def test_the_readmes_photo_table_is_that_of_the_kept_tables():
@@ -137,6 +145,8 @@ def test_the_readmes_photo_table_is_that_of_the_kept_tables():
             for method in ("CLIP", "TeCoA", "TGA-ZSR")
         ]
         assert f"| {key} | {' | '.join(cells)} |" in documents()
+    table = pd.read_csv(ROOT / "data" / "reference" / "photo" / "h200" / "leaderboard.csv", index_col="method")
+    assert {as_row(name, row) for name, row in readable(table).iterrows()} <= readme_rows()
 
 
 def test_the_readmes_step_is_that_of_the_kept_benchmark():
@@ -149,7 +159,20 @@ def test_the_readmes_step_is_that_of_the_kept_benchmark():
         f"| released {theirs}| {released['peak_memory_gib']:.1f} GiB |",
         f"| this workbook {ours} | {100 * step['utilisation']:.0f} % | {step['peak_memory_gib']:.1f} GiB |",
     } <= readme_rows()
+    gpu = json.loads((ROOT / "data" / "reference" / "benchmarks" / "h200.json").read_text())
+    operations, step, released = gpu["operations"], gpu["step"], gpu["released"]
+    ours = f"| {operations['ours_forwards']:.1f} | {operations['ours_forwards_after_the_first_epoch']:.1f} | "
+    ours += f"{1000 * step['seconds']:.0f} ms | {100 * step['utilisation']:.0f} % | {step['peak_memory_gib']:.1f} GiB |"
+    theirs = 2 * f"| {operations['released_forwards']:.1f} " + f"| {1000 * released['seconds']:.0f} ms | | "
+    theirs += f"{released['peak_memory_gib']:.1f} GiB |"
+    assert {f"| released, H200 {theirs}", f"| this workbook, H200 {ours}"} <= readme_rows()
     text = documents()
+    rate, kernel = gpu["attack"]["images_a_second"], gpu["kernel"]
+    assert f"{gpu['speed_up']:.1f} times faster" in text and f"attacks {rate:,.0f} images a second" in text
+    assert (
+        f"{kernel['triton_microseconds'] / 1000:.1f} ms" in text
+        and f"{kernel['compiled_microseconds'] / 1000:.1f}" in text
+    )
     moves = found["explorer"]["seconds_of_an_alpha_move"], found["explorer"]["seconds_of_an_epsilon_move"]
     kept = f"measured, clean and attacked, keep {found['evaluation']['mib_kept']:.2f} MiB, "
     kept += f"200 slider moves {found['explorer']['mib_kept_by_200_moves']:.2f} MiB"
