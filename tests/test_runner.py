@@ -15,7 +15,7 @@ from tgazsr_utils import load_clip, open_workbook, profiles, runner, save_clip
 from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.libraries import open_clip
 from tgazsr_utils.datasets.__main__ import copy_samples
-from tgazsr_utils.display import plots
+from tgazsr_utils.display import style
 from tgazsr_utils.parameters import SettingsError
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.profiles import default_parameters, given_value, load_profile, parameters_of
@@ -489,8 +489,8 @@ WEIGHTS = {"arch": "mini-clip", "pretrained": "mini", "models": {"a": "mini-tga-
 def test_what_takes_over_without_weights_is_stamped_wherever_it_is_shown(tmp_path, capsys, monkeypatch):
     """The cells of notebook 04, as profile verify runs them then."""
     plt.close("all")
-    titles, save = [], plots.save
-    monkeypatch.setattr(plots, "save", lambda figure, *rest: titles.append(shown_title(figure)) or save(figure, *rest))
+    titles, save = [], style.save
+    monkeypatch.setattr(style, "save", lambda figure, *rest: titles.append(figure.get_label()) or save(figure, *rest))
     profile = load_profile("verify")
     small = {"test_images": 2, "test_numsteps": 1, "output": str(tmp_path / "out")}
     values = parameters_of("04_evaluate_16_datasets", profile, "x", profile.without_weights | small)
@@ -502,10 +502,6 @@ def test_what_takes_over_without_weights_is_stamped_wherever_it_is_shown(tmp_pat
     assert set(tables["leaderboard"].world) == set(tables["accuracy_by_set"].world) == {PLUMBING}
     assert list(tables["other_attacks"]) == ["method", *(f"{name}-1, 1/255" for name in ("pgd", "apgd", "apgd-t"))]
     assert f"{PLUMBING}: {PLUMBING} (24)" in capsys.readouterr().out
-
-
-def shown_title(figure):
-    return " ".join(" ".join([figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)]).split())
 
 
 def run_cells(notebook, values):
