@@ -1,3 +1,4 @@
+import html
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import nbformat
 import pandas as pd
 import pytest
 from conftest import own_environment, run_all, size
+from PIL import Image
 
 from tgazsr_utils import load_clip, open_workbook, profiles, runner, save_clip
 from tgazsr_utils.core.images import PLUMBING
@@ -298,7 +300,7 @@ def test_a_run_minds_no_odd_environment(tmp_path):
     command = ["bash", ROOT / "run_all.sh", "smoke", "01", "-p", "test_images", "2", "-p", "output", tmp_path / "out"]
     done = subprocess.run(command, env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "out" / "figures").glob("*.png"))) == 5
+    assert len(list((tmp_path / "out" / "figures").glob("*.png"))) == 4
 
 
 def test_run_all_passes_errors_on():
@@ -399,6 +401,13 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(smoke, capfd):
     figures = {p.stem for p in (out / "figures").glob("*.png")}
     assert figures == {p.stem for p in (out / "figures").glob("*.svg")}
     assert len(figures) + len(list((out / "figures").glob("05_*.html"))) >= 25
+    told = {p.stem: Image.open(p).text for p in (out / "figures").glob("*.png")}
+    assert len({text["Title"] for text in told.values()}) == len(told)  # a question each
+    for stem, text in told.items():
+        assert text["Title"].endswith("?") and text["Description"].startswith(text["Title"]), stem
+        assert re.search(r"\d", text["Description"]) and "nan" not in text["Description"], stem
+    pages = {p.stem[:2]: html.unescape(p.read_text(encoding="utf-8")) for p in (out / "html").glob("*.html")}
+    assert all(text["Description"] in pages[stem[:2]] for stem, text in told.items())
     explorer = nbformat.read(out / "notebooks" / "05_alpha_beta_explorer.ipynb", as_version=4)
     panels = [
         output.data
