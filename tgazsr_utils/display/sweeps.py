@@ -75,10 +75,7 @@ def alpha_beta(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
             flat.pivot_table(values=name, aggfunc="first", **pivot).sort_index(ascending=False)
             for name in (kind, "cell")
         )
-        bar = {"label": f"{kind} accuracy (%)"}
-        sns.heatmap(
-            values, annot=cells, fmt="", cmap="viridis", linewidths=0.5, annot_kws={"size": 10}, cbar_kws=bar, ax=axis
-        )
+        sns.heatmap(values, annot=cells, fmt="", cmap="viridis", linewidths=0.5, annot_kws={"size": 10}, ax=axis)
         plt.setp(axis.get_yticklabels(), rotation=0)
         axis.set(title=f"{kind} accuracy (%)", xlabel="Beta (weight of L_AMC)", ylabel="")
         axis.set_facecolor("0.92")

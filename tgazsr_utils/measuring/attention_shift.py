@@ -53,7 +53,7 @@ def attention_under_attack(
     for batch, attacked, *_ in predictions(clip, data, attack, batch_that_fits(clip), seed=seed):
         tokens = clip.encode_image(batch.images), clip.encode_image(attacked)
         maps = [text_guided_attention(t, text[batch.labels], variant, grid=clip.grid) for t in tokens]
-        answers = [tensor for t in tokens for tensor in clip.similarity(t.pooled, text).softmax(1).max(1)]
+        answers = [tensor for t in tokens for tensor in clip.similarity(t.pooled, text).float().softmax(1).max(1)]
         parts.append([t.cpu() for t in (batch.rows, batch.images, attacked, *maps, *answers)])
     rows, images, attacked, clean_maps, attacked_maps, *answers = map(torch.cat, zip(*parts))
     frame = as_frame(attention_shift(clean_maps, attacked_maps, None if data.masks is None else data.masks[rows]))
