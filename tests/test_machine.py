@@ -153,7 +153,7 @@ def test_an_installed_wheel_has_all_it_needs_and_writes_where_it_is_called(tmp_p
     assert re.search(said, done.stdout), done.stderr
     command = [sys.executable, "-m", "tgazsr_utils.runner", "smoke", "01", "-p", "test_images", "2"]
     assert (done := subprocess.run(command, **options)).returncode == 0, done.stderr
-    assert len(list(empty.glob("runs/smoke-test_images-2/figures/01_*.png"))) == 5
+    assert len(list(empty.glob("runs/smoke-test_images-2/figures/01_*.png"))) == 4
 
 
 def test_bars_of_a_headless_run_are_plain_lines(monkeypatch, capsys):

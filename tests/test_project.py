@@ -14,6 +14,7 @@ import yaml
 from conftest import document_paths, documents
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 
 import tgazsr_utils
 from tgazsr_utils.durable import fingerprints
@@ -321,6 +322,16 @@ def anchors(path):
     """Of a document's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readmes_first_picture_says_in_words_what_the_kept_figure_shows():
+    kept = REFERENCE / "figures" / "01_attention_before_and_after.png"
+    about = Image.open(kept).text
+    numbers = lambda text: {*re.findall(r"\d+(?:\.\d+)?", text)}
+    for path in (ROOT / "README.md", REFERENCE / "README.md"):
+        (words,) = re.findall(rf"!\[([^]]+)\]\([^)]*{kept.name}\)", path.read_text(encoding="utf-8"))
+        assert words.startswith(about["Title"]) and numbers(words) <= numbers(about["Description"])
+        assert len(numbers(words)) > 3
 
 
 def test_the_readme_is_one_page_and_no_link_is_broken():

@@ -1,3 +1,4 @@
+import html
 import json
 import os
 import re
@@ -10,12 +11,13 @@ import nbformat
 import pandas as pd
 import pytest
 from conftest import own_environment, run_all, size
+from PIL import Image
 
 from tgazsr_utils import load_clip, open_workbook, profiles, runner, save_clip
 from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.libraries import open_clip
 from tgazsr_utils.datasets.__main__ import copy_samples
-from tgazsr_utils.display import plots
+from tgazsr_utils.display import style
 from tgazsr_utils.parameters import SettingsError
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.profiles import default_parameters, given_value, load_profile, parameters_of
@@ -298,7 +300,7 @@ def test_a_run_minds_no_odd_environment(tmp_path):
     command = ["bash", ROOT / "run_all.sh", "smoke", "01", "-p", "test_images", "2", "-p", "output", tmp_path / "out"]
     done = subprocess.run(command, env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "out" / "figures").glob("*.png"))) == 5
+    assert len(list((tmp_path / "out" / "figures").glob("*.png"))) == 4
 
 
 def test_run_all_passes_errors_on():
@@ -399,6 +401,13 @@ def test_the_whole_workbook_runs_in_the_smoke_profile(smoke, capfd):
     figures = {p.stem for p in (out / "figures").glob("*.png")}
     assert figures == {p.stem for p in (out / "figures").glob("*.svg")}
     assert len(figures) + len(list((out / "figures").glob("05_*.html"))) >= 25
+    told = {p.stem: Image.open(p).text for p in (out / "figures").glob("*.png")}
+    assert len({text["Title"] for text in told.values()}) == len(told)  # a question each
+    for stem, text in told.items():
+        assert text["Title"].endswith("?") and text["Description"].startswith(text["Title"]), stem
+        assert re.search(r"\d", text["Description"]) and "nan" not in text["Description"], stem
+    pages = {p.stem[:2]: html.unescape(p.read_text(encoding="utf-8")) for p in (out / "html").glob("*.html")}
+    assert all(text["Description"] in pages[stem[:2]] for stem, text in told.items())
     explorer = nbformat.read(out / "notebooks" / "05_alpha_beta_explorer.ipynb", as_version=4)
     panels = [
         output.data
@@ -489,8 +498,8 @@ WEIGHTS = {"arch": "mini-clip", "pretrained": "mini", "models": {"a": "mini-tga-
 def test_what_takes_over_without_weights_is_stamped_wherever_it_is_shown(tmp_path, capsys, monkeypatch):
     """The cells of notebook 04, as profile verify runs them then."""
     plt.close("all")
-    titles, save = [], plots.save
-    monkeypatch.setattr(plots, "save", lambda figure, *rest: titles.append(shown_title(figure)) or save(figure, *rest))
+    titles, save = [], style.save
+    monkeypatch.setattr(style, "save", lambda figure, *rest: titles.append(figure.get_label()) or save(figure, *rest))
     profile = load_profile("verify")
     small = {"test_images": 2, "test_numsteps": 1, "output": str(tmp_path / "out")}
     values = parameters_of("04_evaluate_16_datasets", profile, "x", profile.without_weights | small)
@@ -502,10 +511,6 @@ def test_what_takes_over_without_weights_is_stamped_wherever_it_is_shown(tmp_pat
     assert set(tables["leaderboard"].world) == set(tables["accuracy_by_set"].world) == {PLUMBING}
     assert list(tables["other_attacks"]) == ["method", *(f"{name}-1, 1/255" for name in ("pgd", "apgd", "apgd-t"))]
     assert f"{PLUMBING}: {PLUMBING} (24)" in capsys.readouterr().out
-
-
-def shown_title(figure):
-    return " ".join(" ".join([figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)]).split())
 
 
 def run_cells(notebook, values):

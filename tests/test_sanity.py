@@ -11,7 +11,7 @@ from conftest import only_long
 from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.display import plots
+from tgazsr_utils.display import plots, style, sweeps
 from tgazsr_utils.display.panels import sweep_svg
 from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring import tables as results
@@ -252,7 +252,7 @@ def test_tables_and_figures_leave_a_gap_for_it(counted, tmp_path):
             plots.difference_matrix(differences(part), "a"),
         ]
         for number, figure in enumerate([*figures, plots.accuracy_bars(frame[frame.dataset == "shapes"], "a")]):
-            plots.save(figure, tmp_path, str(number))
+            style.save(figure, tmp_path, str(number))
 
 
 def test_a_gap_in_the_grid_of_alpha_and_beta_keeps_its_place():
@@ -260,7 +260,7 @@ def test_a_gap_in_the_grid_of_alpha_and_beta_keeps_its_place():
     table = pd.DataFrame(
         values, index=pd.MultiIndex.from_tuples([(0, 0), (0, 0.05), (0.08, 0), (0.08, 0.05)], names=["Alpha", "Beta"])
     )
-    figure = plots.alpha_beta(table, "a")
+    figure = sweeps.alpha_beta(table, "a")
     assert [len(axis.get_xticklabels()) for axis in figure.axes[:3]] == [2, 2, 2]
     svg = sweep_svg(table.reset_index(), 0.08, 0.05)
     assert ">–</text>" in svg and "nan" not in svg

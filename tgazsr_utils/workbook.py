@@ -21,7 +21,7 @@ from tgazsr_utils.core.objectives import Objective, find_objective
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.datasets.descriptions import read_descriptions
 from tgazsr_utils.datasets.loading import choose_datasets, load_dataset
-from tgazsr_utils.display import plots
+from tgazsr_utils.display import style
 from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.durable.finetuning import TrainResult, finetune
@@ -230,7 +230,7 @@ class Workbook:
     def save(self, what: Figure | pd.DataFrame | Sequence[Record], name: str) -> Any:
         """Keeps a figure, a table or records in the run's folder, for people; gives it back for display."""
         if isinstance(what, Figure):
-            return plots.save(what, self.run.folder, name)
+            return style.save(what, self.run.folder, name)
         if isinstance(what, pd.DataFrame):
             save_table(what, self.run.folder, name)
         else:

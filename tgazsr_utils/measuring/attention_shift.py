@@ -1,6 +1,5 @@
 """What an attack does to attention, image by image."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -24,13 +23,21 @@ class AttentionUnderAttack:
     adversarial: Tensor  # [N,3,H,W]
     clean_maps: Tensor  # [N,h,w], guided by the true class
     attacked_maps: Tensor  # [N,h,w]
-    frame: pd.DataFrame  # attention_shift's measures, label, predictions, clean_correct, flipped
+    frame: (
+        pd.DataFrame
+    )  # attention_shift's measures, label, predictions and their probabilities, clean_correct, flipped
 
-    def panels(self, rows: list[int], class_names: Sequence[str]) -> tuple[Tensor | list[tuple[str, str]], ...]:
-        """What ``plots.attention_panels`` shows of these rows: images, maps, attacked images, maps, captions."""
-        guesses = zip(self.frame.clean_prediction[rows], self.frame.attacked_prediction[rows])
-        captions = [(f"seen as {class_names[a]}", f"seen as {class_names[b]}") for a, b in guesses]
-        return self.images[rows], self.clean_maps[rows], self.adversarial[rows], self.attacked_maps[rows], captions
+    def typical_flips(self, n: int) -> tuple[list[int], str]:
+        """Rows of ``n`` images whose attention moves (l2) as far as the median, among those that flip; how they were
+        chosen. Among all images where none flips."""
+        flipped = self.frame[self.frame.flipped]
+        among = flipped if len(flipped) else self.frame
+        away = (among.l2 - among.l2.median()).abs().sort_values(kind="stable")
+        of_all = (
+            f"the {len(flipped)} of {len(self.frame)} images that flip" if len(flipped) else "all images: none flips"
+        )
+        rows = away.index[:n].tolist()
+        return rows, f"shown: {len(rows)} whose shift is nearest the median among {of_all}"
 
 
 @torch.no_grad()
@@ -46,12 +53,13 @@ def attention_under_attack(
     for batch, attacked, *_ in predictions(clip, data, attack, batch_that_fits(clip), seed=seed):
         tokens = clip.encode_image(batch.images), clip.encode_image(attacked)
         maps = [text_guided_attention(t, text[batch.labels], variant, grid=clip.grid) for t in tokens]
-        guesses = [clip.similarity(t.pooled, text).argmax(1) for t in tokens]
-        parts.append([t.cpu() for t in (batch.rows, batch.images, attacked, *maps, *guesses)])
-    rows, images, attacked, clean_maps, attacked_maps, clean_guess, attacked_guess = map(torch.cat, zip(*parts))
+        answers = [tensor for t in tokens for tensor in clip.similarity(t.pooled, text).float().softmax(1).max(1)]
+        parts.append([t.cpu() for t in (batch.rows, batch.images, attacked, *maps, *answers)])
+    rows, images, attacked, clean_maps, attacked_maps, *answers = map(torch.cat, zip(*parts))
     frame = as_frame(attention_shift(clean_maps, attacked_maps, None if data.masks is None else data.masks[rows]))
-    frame["label"], frame["clean_prediction"] = data.labels[rows].numpy(), clean_guess.numpy()
-    frame["attacked_prediction"] = attacked_guess.numpy()
+    frame["label"] = data.labels[rows].numpy()
+    names = ("clean_probability", "clean_prediction", "attacked_probability", "attacked_prediction")
+    frame[[*names]] = pd.DataFrame(dict(zip(names, (answer.numpy() for answer in answers))))
     frame["clean_correct"] = frame.clean_prediction == frame.label
     frame["flipped"] = frame.clean_correct & (frame.attacked_prediction != frame.label)
     return AttentionUnderAttack(images, attacked, clean_maps, attacked_maps, frame)

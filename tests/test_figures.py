@@ -1,0 +1,121 @@
+"""Figures: one look a method, nothing misread, and what a reader who cannot see them is told."""
+
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from tgazsr_utils import AttackSettings, attention_under_attack, load_dataset
+from tgazsr_utils.core.objectives import OBJECTIVES
+from tgazsr_utils.display import plots, strips, style, sweeps
+
+ATTACK = AttackSettings(test_eps=4.0, test_stepsize=2.0, test_numsteps=2)
+BUILT_IN = {name for name, found in OBJECTIVES.items() if found.terms.__module__.startswith("tgazsr_utils.core")}
+
+
+@pytest.fixture(scope="module")
+def attacked(mini):
+    return attention_under_attack(mini, load_dataset("shapes", "test", n=30), ATTACK)
+
+
+def test_every_method_has_a_look_of_its_own_that_shows_on_white():
+    assert BUILT_IN | {"CLIP"} <= style.LOOKS.keys()
+    assert len({(look.color, look.marker) for look in style.LOOKS.values()}) == len(style.LOOKS)
+    for color in {look.color for look in style.LOOKS.values()} | {*style._FREE_COLORS}:
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+        assert 1.05 / (np.dot(linear, [0.2126, 0.7152, 0.0722]) + 0.05) > 3  # WCAG's ratio for graphics
+
+
+def test_names_of_ones_own_get_the_next_free_pairs_whatever_their_order():
+    own = ["Zeta", "Anchored", "TGA-ZSR, Beta 0.009", "TeCoA w=0.5"]
+    found = style.looks([*own, "TeCoA"])
+    assert found == style.looks(["TeCoA", *own[::-1]]) and list(found) == [*own, "TeCoA"]
+    pairs = {(look.color, look.marker) for look in found.values()}
+    assert len(pairs) == 5 and not pairs & {
+        (look.color, look.marker) for n, look in style.LOOKS.items() if n != "TeCoA"
+    }
+    assert found["TeCoA w=0.5"].color == found["TeCoA"].color == style.LOOKS["TeCoA"].color
+    assert found["TGA-ZSR, Beta 0.009"].color == style.LOOKS["TGA-ZSR"].color
+
+
+def test_a_method_is_drawn_alike_in_every_figure():
+    history = pd.DataFrame({"step": [0, 1], "CE": [2.0, 1.0], "L_AR": [3.0, 2.0], "robust_batch_accuracy": [0.1, 0.2]})
+    curves = plots.loss_terms({"TeCoA": history.drop(columns="L_AR"), "TGA-ZSR": history}, "title").axes
+    (refinement,) = curves[1].lines  # L_AR, which TeCoA has not
+    seeds = {"robust": [40.0, 41.0], "clean": [80.0, 81.0], "average": [60.0, 61.0]}
+    half = {f"{kind}_ci": [1.0, 2.0] for kind in seeds}
+    table = pd.DataFrame(seeds | half | {"interval": "images"}, index=pd.Index(["TeCoA", "TGA-ZSR"], name="method"))
+    points = sweeps.of_ablation("seeds", table, table.reset_index(), "Is it chance?").axes[0].lines
+    for name, line in (("TGA-ZSR", refinement), *((name, p) for name, p in zip(table.index, points[::3]))):
+        assert (line.get_color(), line.get_marker()) == style.LOOKS[name][:2]
+    board = table.assign(clean_ci=1.0)
+    dots = [c for c in plots.trade_off(board, "title").axes[0].collections if str(c.get_label()).startswith("T")]
+    assert [to_rgb(c.get_facecolor()[0]) for c in dots] == [to_rgb(style.LOOKS[n].color) for n in table.index]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(-0.04, "0.0"), (0.04, "0.0"), (-0.06, "-0.1"), (3.14, "+3.1"), (np.nan, "–")]
+)
+def test_what_rounds_to_zero_has_no_sign(value, text):
+    assert style.signed(value) == text
+
+
+def test_no_line_of_a_title_or_of_small_print_ends_between_a_number_and_its_unit():
+    for width in range(30, 90):
+        figure, _ = plots.plt.subplots(figsize=(width / 10, 2))
+        style.headed(figure, "Is the loss of TGA-ZSR 95 % of that, ± 3 points?", f"{'so ' * 9}95 % intervals; 44 ± 3")
+        for text in (figure.get_suptitle(), figure.get_supxlabel()):
+            assert not re.search(r"\d\n%|±\n|\n±|-\n", text)
+        plots.plt.close(figure)
+
+
+def test_a_strip_tells_answers_and_shifts_of_each_model(attacked):
+    rows, chosen = attacked.typical_flips(2)
+    flipped = attacked.frame[attacked.frame.flipped]
+    away = (flipped.l2 - flipped.l2.median()).abs()
+    assert set(rows) <= {*flipped.index} and away[rows].max() <= away.drop(rows).min()
+    assert chosen == f"shown: 2 whose shift is nearest the median among the {len(flipped)} of 30 images that flip"
+    names = [f"class {i}" for i in range(10)]
+    figure = strips.attention_strips({"original": attacked, "tuned": attacked}, rows, names, "Does it move?", "small")
+    printed = [axis.get_xlabel() for axis in figure.axes if axis.get_visible()]
+    for row in rows:
+        seen = attacked.frame.loc[row]
+        before, after = names[int(seen.clean_prediction)], names[int(seen.attacked_prediction)]
+        answers = (
+            f"✓ {before} {100 * seen.clean_probability:.0f} %",
+            f"✗ {after} {100 * seen.attacked_probability:.0f} %",
+        )
+        assert all(printed.count(words) >= 2 for words in (*answers, f"shift {seen.l2:.2f}"))
+        assert f"original: {answers[0]} becomes {answers[1]}, shift {seen.l2:.2f}" in figure.get_label()
+    none = type(attacked)(**vars(attacked) | {"frame": attacked.frame.assign(flipped=False)})
+    assert none.typical_flips(50)[0] and "all images: none flips" in none.typical_flips(50)[1]
+
+
+def test_a_kept_figure_carries_its_words_in_both_files_and_in_the_notebook(attacked, tmp_path):
+    frame = attacked.frame.assign(model="original <1> & $x$")
+    picture = style.save(plots.flip_roc(frame, "Does it tell?", "PGD-2; 95 % intervals"), tmp_path, "roc")
+    auc = plots.auc_interval(*(frame[frame.clean_correct][c].to_numpy() for c in ("flipped", "l2")))[0]
+    assert picture.alt.startswith("Does it tell? PGD-2; 95 % intervals. original <1> & $x$: AUC ")
+    assert f"AUC {auc:.2f}" in picture.alt and repr(picture) == picture.alt
+    with Image.open(tmp_path / "figures" / "roc.png") as image:
+        assert (image.text["Title"], image.text["Description"]) == ("Does it tell?", picture.alt)
+        assert [round(dpi) for dpi in image.info["dpi"]] == [300, 300]
+    root = ElementTree.parse(tmp_path / "figures" / "roc.svg").getroot()
+    told = {name: root.find(f"{{http://www.w3.org/2000/svg}}{name}").text for name in ("title", "desc")}
+    assert told == {"title": "Does it tell?", "desc": picture.alt}
+    (shown,) = re.findall(r'^<img alt="([^"]*)" ', picture._repr_html_())
+    assert shown == picture.alt.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def test_cells_over_alpha_and_beta_have_their_intervals():
+    index = pd.MultiIndex.from_tuples([(0.0, 0.0), (0.08, 0.05)], names=["Alpha", "Beta"])
+    kinds = ("robust", "clean", "average")
+    values = {kind: [44.0, 50.0] for kind in kinds} | {f"{kind}_ci": [1.5, np.nan] for kind in kinds}
+    table = pd.DataFrame(values | {"interval": "images"}, index=index)
+    figure = sweeps.of_ablation("alpha_beta", table, table.reset_index(), "How much?", "small")
+    assert {text.get_text() for text in figure.axes[0].texts} == {"44.0\n± 1.5", "50.0"}
+    assert "Alpha 0, Beta 0: robust 44.0 ± 1.5 %" in figure.get_label()
