@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from tgazsr_utils.core.defences import find_defence
@@ -238,3 +239,10 @@ class Workbook:
             path = self.run.folder / "records" / f"{name}.jsonl"
             write_atomic(path, lambda temporary: Path(temporary).write_text(lines, encoding="utf-8"))
         return what
+
+    def answer(self, sentence: str) -> Markdown:
+        """Keeps the sentence that answers the notebook's question, for the run's report; gives it for display."""
+        path = self.run.folder / "answers" / f"{self.notebook}.txt"
+        write_atomic(path, lambda temporary: temporary.write_text(sentence + "\n", encoding="utf-8"))
+        said, _, rest = sentence.partition(":")
+        return Markdown(f"**{said}:**{rest}" if rest else sentence)
