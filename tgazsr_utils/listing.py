@@ -36,11 +36,21 @@ def _profiles() -> Entries:
 def _notebooks() -> Entries:
     for name in notebooks_there():
         try:
-            text = next((cell.source for cell in cells(name) if cell.kind == "markdown"), "no question")
-            question = re.search(r"\*\*Question[.:]?\*\*[.:]?\s*(.+)", text)
-            yield name, question[1] if question else text.split("\n")[0].lstrip("# ")
+            yield name, question_of(name)
         except SettingsError as error:
             yield name, str(error)
+
+
+def question_of(notebook: str) -> str:
+    """What a notebook says that it asks, or else its title."""
+    text = next((cell.source for cell in cells(notebook) if cell.kind == "markdown"), notebook)
+    question = re.search(r"\*\*Question[.:]?\*\*[.:]?\s*(.+)", text)
+    return question[1] if question else title_of(notebook)
+
+
+def title_of(notebook: str) -> str:
+    text = next((cell.source for cell in cells(notebook) if cell.kind == "markdown"), notebook)
+    return text.split("\n")[0].lstrip("# ")
 
 
 def _methods() -> Entries:

@@ -23,6 +23,7 @@ from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.datasets.descriptions import read_descriptions
 from tgazsr_utils.datasets.loading import choose_datasets, load_dataset
 from tgazsr_utils.display import plots
+from tgazsr_utils.display.report import answer_path
 from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.durable.finetuning import TrainResult, finetune
@@ -242,7 +243,7 @@ class Workbook:
 
     def answer(self, sentence: str) -> Markdown:
         """Keeps the sentence that answers the notebook's question, for the run's report; gives it for display."""
-        path = self.run.folder / "answers" / f"{self.notebook}.txt"
+        path = answer_path(self.run.folder, self.notebook)
         write_atomic(path, lambda temporary: temporary.write_text(sentence + "\n", encoding="utf-8"))
         said, _, rest = sentence.partition(":")
         return Markdown(f"**{said}:**{rest}" if rest else sentence)
