@@ -1,7 +1,7 @@
 """What git sees of a notebook: its cells, not what running, opening or saving it has added. A clean filter.
 
 ``install`` tells git of it; ``.gitattributes`` says for which files. The files themselves keep their outputs, and edits
-are seen as ever. It needs nothing but Python, as git runs it by its path.
+are seen as ever. It imports nothing of the package, as git runs it by its path.
 """
 
 import json
@@ -45,16 +45,38 @@ def _clean(cell: dict) -> None:
 
 def install(root: Path) -> None:
     """Names this filter in the repository at ``root``; where there is none, or no git, nothing is done."""
-    if not (root / ".git").exists() or not (root / ".gitattributes").exists():
-        return
-    command = f"{shlex.quote(Path(sys.executable).as_posix())} -I tgazsr_utils/clean_notebook.py"
-    git = ["git", "-C", str(root), "config", "--local"]
+    if (root / ".git").exists() and (root / ".gitattributes").exists():
+        command = f"{shlex.quote(Path(sys.executable).as_posix())} -I tgazsr_utils/clean_notebook.py"
+        if _git(root, "config", "--local", "--get", _NAME) != command:
+            _git(root, "config", "--local", _NAME, command)
+        refresh(root)
+
+
+def refresh(root: Path) -> None:
+    """Lets git look again at notebooks of another size: it takes them for changed, whatever the filter makes of them.
+
+    What differs to git, too, it is not told of.
+    """
+    for path in (_git(root, "ls-files", "--modified", "-z", "--", "notebooks/*.ipynb") or "").split("\0"):
+        known = path and _git(root, "rev-parse", f":{path}")
+        if known and _git(root, "hash-object", f"--path={path}", "--", path) == known:
+            _git(root, "update-index", "--", path)
+
+
+def after_save(model: dict, os_path: str, contents_manager: object) -> None:
+    """What JupyterLab calls when it has saved a file of the workbook that this is a part of."""
+    if model["type"] == "notebook":
+        refresh(Path(__file__).resolve().parents[1])
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git says; None where it cannot."""
+    command = ["git", "-C", str(root), *arguments]
     try:
-        known = subprocess.run([*git, "--get", _NAME], capture_output=True, text=True, timeout=60)
-        if known.stdout.strip() != command:
-            subprocess.run([*git, _NAME, command], capture_output=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError, UnicodeError):
+        return None
+    return done.stdout.strip()
 
 
 if __name__ == "__main__":

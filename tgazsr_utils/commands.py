@@ -90,8 +90,10 @@ def _start() -> list[str]:
     settings = start_page.settings(ROOT, Path(get_app_dir()) / "settings")
     return [
         f"--ServerApp.root_dir={ROOT}",
-        f"--LabApp.default_url=/lab/tree/{page}",
+        "--FileContentsManager.post_save_hook=tgazsr_utils.clean_notebook.after_save",
+        f"--LabApp.default_url=/lab/tree/{page}?file-browser-path=/",
         f"--LabApp.app_settings_dir={settings}",
+        "--LabApp.news_url=None",
     ]
 
 
