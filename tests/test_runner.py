@@ -456,10 +456,10 @@ def test_the_photo_profile_runs_on_folders_of_photographs(photo_root, tmp_path_f
 
 
 def test_an_html_copy_that_fails_does_not_fail_a_finished_notebook(tmp_path, monkeypatch, capfd):
-    def fails(executed, target):
+    def fails(executed, target, links):
         raise RuntimeError("no template\nis there")
 
-    monkeypatch.setattr(runner, "export_html", fails)
+    monkeypatch.setattr(runner.pages, "export", fails)
     monkeypatch.setattr(runner.papermill, "execute_notebook", lambda *_, **__: None)
     runner.execute("01_attention_shift", {}, tmp_path)
     assert "no HTML copy of 01_attention_shift could be made: no template is there" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Usage: ./run_all.sh [profile] [notebook numbers...] [-p name value]... [--fresh] [--dry-run]
+"""Usage: ./run_all.sh [profile] [notebook numbers...] [-p name value]... [--fresh | --dry-run | --export-parameters]
        ./run_all.sh --list [profiles | notebooks | methods | attacks | defences | parameters]
        ./run_all.sh compare runs/A runs/B
        ./run_all.sh submit METHOD --by WHO [runs/A]
@@ -12,12 +12,13 @@ Where the workbook is installed (a wheel, Windows) python -m tgazsr_utils takes 
   -p name value     set a parameter of the notebooks; may be repeated
   --fresh           start over, with nothing that is stored; earlier results of the run are moved aside
   --dry-run         say what would run, what is done already and how long it took before; run and write nothing
+  --export-parameters  write what each notebook would run with as a file that plain papermill -f takes
   --list            what there is: profiles, notebooks, methods, attacks, defences, parameters; or one of these
   compare           print what differs between two runs: parameters, and paired differences of methods
   submit            write the file of a run's method for the challenge (docs/challenge.md) and print its row
   challenge         check such files (default: those of data/challenge) and show them side by side
   --test            run the tests; --long: with every count that the documents state
-  --lab             open the workbook in JupyterLab
+  --lab             open the workbook in JupyterLab, at a page of what there is and what came out last
   --help            show this
 
 Results go to runs/<profile>/, or with other parameters to a folder named after them; models and records to runs/store,
@@ -35,7 +36,9 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from tgazsr_utils import clean_notebook, start_page
 from tgazsr_utils.paths import NOTEBOOKS, ROOT
 
 
@@ -49,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(asked) == 2:
         print("error: --test and --lab are two calls", file=sys.stderr)
         return 2
+    clean_notebook.install(ROOT)
     if not asked:
         from tgazsr_utils import runner  # slow to import
 
@@ -73,7 +77,24 @@ def _lab(arguments: list[str]) -> int:
     )
     # Containers and rented machines run as root; it stays on this machine, behind its token.
     root = ["--ServerApp.allow_root=True"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    return _become("jupyterlab", ["--ServerApp.ip=127.0.0.1", *root, *arguments, str(NOTEBOOKS)])
+    return _become("jupyterlab", ["--ServerApp.ip=127.0.0.1", *root, *_start(), *arguments])
+
+
+def _start() -> list[str]:
+    """Where it opens: at the page that ``start_page`` writes; of an installed wheel, at its notebooks."""
+    if not NOTEBOOKS.is_relative_to(ROOT):
+        return [str(NOTEBOOKS)]
+    from jupyterlab.commands import get_app_dir  # slow to import
+
+    page = start_page.write(ROOT, NOTEBOOKS).relative_to(ROOT).as_posix()
+    settings = start_page.settings(ROOT, Path(get_app_dir()) / "settings")
+    return [
+        f"--ServerApp.root_dir={ROOT}",
+        "--FileContentsManager.post_save_hook=tgazsr_utils.clean_notebook.after_save",
+        f"--LabApp.default_url=/lab/tree/{page}?file-browser-path=/",
+        f"--LabApp.app_settings_dir={settings}",
+        "--LabApp.news_url=None",
+    ]
 
 
 def _become(module: str, arguments: list[str]) -> int:

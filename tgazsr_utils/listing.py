@@ -19,6 +19,7 @@ from tgazsr_utils.durable.plugins import PluginSettings
 from tgazsr_utils.measuring.autoattack import VERSIONS
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, validate
 from tgazsr_utils.profiles import PROFILES, cells, code_cells, load_profile, notebooks_there, settings_of
+from tgazsr_utils.start_page import title_and_question
 
 WIDTH = 100
 Entries = Iterator[tuple[str, str]]  # name, meaning
@@ -36,11 +37,22 @@ def _profiles() -> Entries:
 def _notebooks() -> Entries:
     for name in notebooks_there():
         try:
-            text = next((cell.source for cell in cells(name) if cell.kind == "markdown"), "no question")
-            question = re.search(r"\*\*Question[.:]?\*\*[.:]?\s*(.+)", text)
-            yield name, question[1] if question else text.split("\n")[0].lstrip("# ")
+            yield name, question_of(name)
         except SettingsError as error:
             yield name, str(error)
+
+
+def question_of(notebook: str) -> str:
+    """What a notebook says that it asks, or else its title."""
+    return title_and_question(_first_text(notebook))[1]
+
+
+def title_of(notebook: str) -> str:
+    return title_and_question(_first_text(notebook))[0]
+
+
+def _first_text(notebook: str) -> str:
+    return next((cell.source for cell in cells(notebook) if cell.kind == "markdown"), notebook)
 
 
 def _methods() -> Entries:

@@ -3,8 +3,11 @@
 Imported before PyTorch, which reads these variables once. What the user has set stays.
 """
 
+import contextlib
 import math
 import os
+import platform
+import subprocess
 from pathlib import Path
 
 
@@ -40,3 +43,15 @@ def set_threads() -> None:
         os.environ.update(WAITING)
     if allowed_cpus() < (os.cpu_count() or 1):
         os.environ.setdefault("OMP_NUM_THREADS", str(allowed_cpus()))
+
+
+def cpu_name() -> str:
+    """As its maker calls it, or else its kind."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]  # macOS
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return platform.processor() or platform.machine()

@@ -2,19 +2,32 @@
 
 import contextlib
 import json
+import os
+import platform
 import re
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import torch
+
+from tgazsr_utils.display.report import answer_of
+from tgazsr_utils.display.report import write as write_report
+from tgazsr_utils.durable.devices import device_name
+from tgazsr_utils.durable.fingerprints import code_version
 from tgazsr_utils.durable.runs import Run
-from tgazsr_utils.listing import WIDTH, paragraph
+from tgazsr_utils.listing import WIDTH, paragraph, question_of, title_of
+from tgazsr_utils.machine import cpu_name
 from tgazsr_utils.measuring.records import Record
 from tgazsr_utils.measuring.tables import compare
 from tgazsr_utils.parameters import SettingsError
 from tgazsr_utils.paths import ROOT, resolve
-from tgazsr_utils.profiles import shown
+from tgazsr_utils.profiles import default_parameters, shown
 
 
 def load_manifest(path: Path) -> dict[str, Any]:
@@ -43,22 +56,44 @@ def earlier_runs(folder: Path, profile: str) -> dict[Path, dict[str, Any]]:
     return found
 
 
-def show_plan(plan: Sequence[tuple[str, str | None]], earlier: Mapping[Path, Mapping[str, Any]]) -> None:
-    """Prints why each notebook would run, and how long it took: in this folder (the first), or last in others."""
-    minutes, unknown, here = 0.0, 0, next(iter(earlier))
+def show_plan(
+    plan: Sequence[tuple[str, str | None]],
+    earlier: Mapping[Path, Mapping[str, Any]],
+    usual: Mapping[str, float],
+    will: str = "would run",
+) -> dict[str, float | None]:
+    """Prints why each notebook would run, and how long it took: in this folder (the first), or last in others.
+
+    ``usual``: the profile's minutes. Gives the minutes of each that would run.
+    """
+    found: dict[str, float | None] = {}
     for name, why in plan:
-        ended = [(f, books[name]) for f, books in earlier.items() if books.get(name, {}).get("status") == "finished"]
         if why is None:
             print(paragraph(name, "done already"))
-        elif ended:
-            folder, entry = max(ended, key=lambda run: (run[0] == here, str(run[1].get("started"))))
-            minutes += (took := entry.get("seconds", 0) / 60)
-            when = str(entry.get("started"))[:10]
-            print(paragraph(name, f"would run, as {why}; {took:.1f} minutes on {when} in {shown(folder)}"))
         else:
-            unknown += 1
-            print(paragraph(name, f"would run, as {why}; no earlier time"))
-    print(f"{minutes:.1f} minutes in all by these times" + (f", without {unknown} that have none" if unknown else ""))
+            found[name], said = _minutes(name, earlier, usual)
+            print(paragraph(name, f"{will}, as {why}; {said}"))
+    known = [minutes for minutes in found.values() if minutes is not None]
+    unknown = len(found) - len(known)
+    print(
+        f"{sum(known):.1f} minutes in all by these times" + (f", without {unknown} that have none" if unknown else "")
+    )
+    return found
+
+
+def _minutes(
+    name: str, earlier: Mapping[Path, Mapping[str, Any]], usual: Mapping[str, float]
+) -> tuple[float | None, str]:
+    """What a notebook is likely to take, and whence that is known."""
+    ended = [(f, books[name]) for f, books in earlier.items() if books.get(name, {}).get("status") == "finished"]
+    if ended:
+        here = next(iter(earlier))
+        folder, entry = max(ended, key=lambda run: (run[0] == here, str(run[1].get("started"))))
+        minutes = entry.get("seconds", 0) / 60
+        return minutes, f"{minutes:.1f} minutes on {str(entry.get('started'))[:10]} in {shown(folder)}"
+    if name in usual:
+        return usual[name], f"about {usual[name]:g} minutes on two CPU cores"
+    return None, "no earlier time"
 
 
 def show_store(run: Run, methods: Iterable[str]) -> None:
@@ -93,3 +128,78 @@ def compare_runs(first: str, second: str) -> int:
         print(f"\n{name}: {first} minus {second}, percentage points [95 % interval over images], on the same images")
         print(compare(*records).to_string())
     return 0
+
+
+def environment_of(device: str) -> dict[str, Any]:
+    """What a result may depend on beyond its parameters."""
+    packages = {one.metadata["Name"]: one.version for one in metadata.distributions() if one.metadata["Name"]}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+        "device": device_name(device),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "code": code_version(),
+        **_git(),
+        "note": "other versions, devices or thread counts may change results by rounding",
+    }
+
+
+def _git() -> dict[str, Any]:
+    """The commit that the workbook is at, and whether tracked files differ from it; None where git cannot tell."""
+
+    def said(*arguments: str) -> str | None:
+        command = ["git", "-C", str(ROOT), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    top = said("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != ROOT:  # a wheel's working folder may be in somebody else's repository
+        return {"commit": None, "uncommitted": None}
+    status = said("status", "--porcelain", "--untracked-files=no")
+    return {"commit": said("rev-parse", "HEAD"), "uncommitted": None if status is None else bool(status)}
+
+
+def report(folder: Path, manifest: Mapping[str, Any], description: str) -> None:
+    """Writes the run's page with what there is; where that cannot be, says so, as nothing else depends on it."""
+    entries = dict(sorted(manifest["notebooks"].items()))
+    last = max(entries.values(), key=lambda entry: str(entry.get("started")), default={})
+    environment = last.get("environment", {})
+    parts = [str(last.get("started", ""))[:10], environment.get("device"), environment.get("cpu")]
+    if commit := environment.get("commit"):
+        parts.append(f"commit {commit[:12]}" + (" and uncommitted changes" if environment.get("uncommitted") else ""))
+    about = {"description": description.strip(), "about": ", ".join(dict.fromkeys(filter(None, parts)))}
+    about |= {"packages": environment.get("packages", {}), "commit": commit}
+    try:
+        write_report(folder, about, [_of_report(name, entry) for name, entry in entries.items()])
+    except Exception as error:
+        print(f"no report could be made: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _of_report(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A notebook's part of it."""
+    parameters, status = entry.get("parameters", {}), str(entry.get("status"))
+    own, title, question = {}, name, ""
+    with contextlib.suppress(SettingsError, OSError):  # a notebook that is gone, or broken by now
+        own, title, question = default_parameters(name), title_of(name), re.sub(r"[*`]", "", question_of(name))
+    changed = [key for key in parameters if key != "output" and (key not in own or own[key] != parameters[key])]
+    took = f" in {entry['seconds'] / 60:.1f} minutes" if "seconds" in entry else ""
+    state = f"{status}{took}" + (f", {str(entry['started'])[:10]}" if "started" in entry else "")
+    about = {"name": name, "title": title, "question": question, "parameters": parameters, "changed": changed}
+    return about | {"state": state, "error": entry.get("error", "")}
+
+
+def show(folder: Path, with_table: bool) -> None:
+    """Prints the answers, the leaderboard, verdicts if there are any, and where the report and the figures are."""
+    for path in sorted(folder.glob("answers/[!.]*.txt")):
+        print("\n" + paragraph(path.stem, answer_of(folder, path.stem)))
+    for name, digits in (("leaderboard", 1), ("verdicts", 2)):
+        path = folder / "tables" / f"{name}.csv"
+        if with_table and path.exists() and len(table := pd.read_csv(path, index_col=0)):
+            print("\n" + table.to_string(float_format=f"%.{digits}f", na_rep="-"))
+    figures = sorted(path for path in folder.glob("figures/*") if path.suffix in (".png", ".html"))
+    print("\nfigures:" if figures else "\nno figures", *(f"\n  {os.path.relpath(p)}" for p in figures), sep="")
+    print(f"report: {os.path.relpath(folder / 'index.html')}; notebooks as HTML: {os.path.relpath(folder / 'html')}/")

@@ -28,6 +28,7 @@ from tgazsr_utils.core.settings import (
 from tgazsr_utils.durable.plugins import PluginSettings
 from tgazsr_utils.measuring.ablations import ABLATIONS
 from tgazsr_utils.paths import resolve
+from tgazsr_utils.strict_yaml import YAML_ERRORS, load_yaml
 
 Item = TypeVar("Item")
 
@@ -359,6 +360,7 @@ _BOOKS = (
 NOTEBOOKS: dict[str, type[WorkbookSettings]] = {book.__doc__: book for book in _BOOKS}  # by the name that each states
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
+TEXT = (str, str | None)  # of parameters that are text, whatever it looks like
 _SHORT = reprlib.Repr()  # of what a message quotes
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 _SHORT.maxlist = _SHORT.maxdict = 20
@@ -406,12 +408,28 @@ def unknown_parameter(name: Any, known: Mapping[str, Any]) -> str:
     return f"unknown parameter {name!r}: {hint}known are {', '.join(sorted(known))}"
 
 
+def yaml_value(name: str, text: str) -> Any:
+    """What a parameter is that was given as text. Raises SettingsError."""
+    try:
+        return load_yaml(text)
+    except YAML_ERRORS as error:
+        raise SettingsError(f"parameter {name} = {text[:200]!r} is not valid YAML: {error}") from None
+
+
 def from_notebook(model: type[AnySettings], namespace: Mapping[str, Any]) -> AnySettings:
     """Settings from what a notebook's parameters cell, and papermill's injected one below it, have set.
 
     ``namespace`` is the notebook's ``globals()``. A plain value whose name is nearly a parameter's is taken for a slip.
+    A list or mapping may be text, as YAML or JSON, since plain papermill's ``-p`` knows no others.
     """
     values = {name: namespace[name] for name in model.model_fields if name in namespace}
+    for name, value in values.items():
+        if (
+            isinstance(value, str)
+            and value.lstrip()[:1] in ("[", "{")
+            and model.model_fields[name].annotation not in TEXT
+        ):
+            values[name] = yaml_value(name, value)
     for name, value in namespace.items():
         plain = value is None or isinstance(value, (bool, int, float, str, list, dict))
         if plain and name not in values and difflib.get_close_matches(name, model.model_fields, cutoff=0.75):

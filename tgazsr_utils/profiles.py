@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import yaml
 from pydantic import create_model
 
 from tgazsr_utils.core.defences import find_defence
@@ -26,14 +25,17 @@ from tgazsr_utils.durable.weights import image_size_of, locate_weights, same_tok
 from tgazsr_utils.effects import without_effect
 from tgazsr_utils.parameters import (
     NOTEBOOKS,
+    TEXT,
     SettingsError,
     WorkbookSettings,
     named_weights,
     unknown_parameter,
     validate,
+    yaml_value,
 )
 from tgazsr_utils.paths import NOTEBOOKS as FOLDER
 from tgazsr_utils.paths import ROOT, resolve
+from tgazsr_utils.strict_yaml import YAML_ERRORS, load_yaml
 
 PROFILES = FOLDER / "profiles"
 _UNNAMED = {"output", "device", "processes"}  # parameters that a folder is not named after
@@ -45,23 +47,10 @@ class Profile(Settings):
     description: str
     notebooks: list[str]
     fetch: bool = False  # what is not there of the image sets that parameters name
+    minutes: dict[str, float] = {}  # by notebook, on two CPU cores: what is told where no earlier run is known
     parameters: dict[str, Any] = {}  # for every notebook that knows the name
     by_notebook: dict[str, dict[str, Any]] = {}
     without_weights: dict[str, Any] = {}  # parameters that take over where weights cannot be had; none: nothing does
-
-
-class _EachNameOnce(yaml.SafeLoader):
-    """YAML in which a name that a mapping has twice is an error, where PyYAML takes the last one."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise yaml.YAMLError(f"the name {twice!r} is there twice")
-        return super().construct_mapping(node, deep)
-
-
-def _load_yaml(text: str) -> Any:
-    return _EachNameOnce(text).get_single_data()
 
 
 def load_profile(name: str) -> Profile:
@@ -70,8 +59,8 @@ def load_profile(name: str) -> Profile:
     if name not in there:
         raise SettingsError(f"profile {name!r} is unknown; there are: {', '.join(there)}")
     try:
-        values = _load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a number or date that is none; of deep nesting
+        values = load_yaml(path.read_text(encoding="utf-8"))
+    except YAML_ERRORS as error:
         raise SettingsError(f"profile {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"profile {path} must hold names and values")
@@ -80,7 +69,7 @@ def load_profile(name: str) -> Profile:
     except SettingsError as error:
         raise SettingsError(f"profile {name!r}: {error}") from None
     there = notebooks_there()
-    for notebook in (*profile.notebooks, *profile.by_notebook):
+    for notebook in (*profile.notebooks, *profile.by_notebook, *profile.minutes):
         if notebook not in there:
             raise SettingsError(f"profile {name!r}: notebook {notebook!r} is unknown; there are: {', '.join(there)}")
     return profile
@@ -373,12 +362,9 @@ def check_effect(given: Mapping[str, Any], parameters: Mapping[str, Mapping[str,
 def given_value(name: str, text: str) -> Any:
     """What ``-p name text`` sets: YAML, but for parameters that are text the text as it is, or None for "null"."""
     kinds = [model.model_fields[name].annotation for model in NOTEBOOKS.values() if name in model.model_fields]
-    if kinds and kinds[0] in (str, str | None):
+    if kinds and kinds[0] in TEXT:
         return None if text in ("null", "None", "") and kinds[0] is not str else text
-    try:
-        return _load_yaml(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SettingsError(f"parameter {name} = {text[:200]!r} is not valid YAML: {error}") from None
+    return yaml_value(name, text)
 
 
 def folder_name(profile: str, changes: Mapping[str, Any]) -> str:

@@ -10,22 +10,20 @@ import contextlib
 import io
 import logging
 import os
-import platform
+import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import papermill
 import torch
+import yaml
 from filelock import FileLock, Timeout
 from IPython.core.interactiveshell import InteractiveShell
-from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
@@ -33,21 +31,29 @@ from tgazsr_utils import profiles
 from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.datasets.__main__ import fetch_missing
+from tgazsr_utils.display import pages
+from tgazsr_utils.display.report import answer_path
 from tgazsr_utils.durable import processes
-from tgazsr_utils.durable.devices import device_name
 from tgazsr_utils.durable.files import write_atomic, write_json
 from tgazsr_utils.durable.fingerprints import code_version
 from tgazsr_utils.durable.runs import Run
 from tgazsr_utils.durable.weights import SHIPPED, find_weights, load_clip
 from tgazsr_utils.listing import SECTIONS, show_list
-from tgazsr_utils.manifests import compare_runs, earlier_runs, load_manifest, show_plan, show_store
+from tgazsr_utils.manifests import (
+    compare_runs,
+    earlier_runs,
+    environment_of,
+    load_manifest,
+    report,
+    show,
+    show_plan,
+    show_store,
+)
 from tgazsr_utils.measuring.challenge import challenge, submit
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, named_weights
 from tgazsr_utils.paths import ROOT, resolve
 from tgazsr_utils.profiles import PROFILES, Profile, cells_digest, default_parameters, parameters_of, shown
 from tgazsr_utils.progress import HEADLESS
-
-_PACKAGES = "torch torchvision open_clip_torch numpy pandas seaborn papermill jupyterlab ipywidgets"
 
 
 class Batch:
@@ -108,18 +114,39 @@ class Batch:
         tempfile.TemporaryFile(dir=self.folder).close()  # raises OSError now rather than after hours
         manifest = load_manifest(self.manifest_path) | {"profile": self.profile_name}
         print(f"results go to {shown(self.folder)}", flush=True)
+        try:
+            if self._all(manifest, environment):
+                return 1
+        finally:
+            report(self.folder, manifest, self.profile.description)
+        show(self.folder, with_table=any(name.startswith("04") for name in self.chosen))
+        return 0
+
+    def _all(self, manifest: dict[str, Any], environment: Mapping[str, Any]) -> bool:
+        """Says what is to run, and runs it, each when its turn comes; did a notebook fail?"""
+        planned = [(name, why) for name, _, why in self.plan(manifest)]
+        minutes = show_plan(planned, earlier_runs(self.folder, self.profile_name), self.profile.minutes, "runs")
+        self.show_store()
+        started, total = time.time(), len(minutes)
         for name, inputs, why in self.plan(manifest):
             if why is None:
-                print(f"{name}: done already with the same inputs (--fresh starts over)", flush=True)
                 continue
+            left = [*minutes.values()]
+            heading = f"{total - len(left) + 1}/{total} · {name} · {_so_far(started, left)}"
+            minutes.pop(name, None)
             if name in manifest["notebooks"]:
                 print(f"{name}: runs again, as {why}", flush=True)
             entry = {"status": "running", "inputs": inputs, "parameters": self.parameters[name]}
             manifest["notebooks"][name] = entry = entry | {"environment": environment}
+            print(f"\n=== [{heading}]", flush=True)
             if self._execute(name, entry, lambda: write_json(self.manifest_path, manifest)):
-                return 1
-        show(self.folder, with_table=any(name.startswith("04") for name in self.chosen))
-        return 0
+                return True
+            report(self.folder, manifest, self.profile.description)
+        return False
+
+    def show_store(self) -> None:
+        methods = [method for name in self.chosen for method in self.parameters[name].get("methods", [])]
+        show_store(Run(self.folder), dict.fromkeys(methods))
 
     def plan(self, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
         """(notebook, its inputs, why it is to run; None: it is done), each when its turn comes."""
@@ -143,14 +170,15 @@ class Batch:
 
     def _execute(self, name: str, entry: dict[str, Any], save: Callable[[], Any]) -> bool:
         """Runs a notebook and keeps in ``entry`` what became of it; did it fail?"""
-        print(f"\n=== {name}", flush=True)
+        answer_path(self.folder, name).unlink(missing_ok=True)
         started, earlier = time.time(), _outputs(self.folder)
         entry["started"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         save()
         failure = None
         try:
             own = default_parameters(name)
-            execute(name, {k: v for k, v in entry["parameters"].items() if k not in own or own[k] != v}, self.folder)
+            changed = {k: v for k, v in entry["parameters"].items() if k not in own or own[k] != v}
+            execute(name, changed, self.folder, self.chosen)
         except PapermillExecutionError as error:
             failure = f"stopped in cell {error.exec_count}: {error.ename}: {error.evalue}"
         except KeyboardInterrupt:
@@ -191,9 +219,21 @@ def dry_run(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any],
     planned = batch.plan(load_manifest(batch.manifest_path))
     plan = [(name, "--fresh starts over" if fresh else why) for name, _, why in planned]
     print(f"{profile_name}: {batch.profile.description.strip()}\nresults would go to {shown(batch.folder)}")
-    show_plan(plan, earlier_runs(batch.folder, profile_name))
-    methods = [method for name in batch.chosen for method in batch.parameters[name].get("methods", [])]
-    show_store(Run(batch.folder), dict.fromkeys(methods))
+    show_plan(plan, earlier_runs(batch.folder, profile_name), batch.profile.minutes)
+    batch.show_store()
+    return 0
+
+
+def export_parameters(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any]) -> int:
+    """Writes the parameters that notebooks would run with as files for plain papermill, and says how it takes them."""
+    batch = batch_of(profile_name, numbers, given, looking=True)
+    for name in batch.chosen:
+        values = batch.parameters[name] | {"output": shown(batch.folder)}
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+        path = batch.folder / "parameters" / f"{name}.yaml"
+        write_atomic(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+        source, target = shown(profiles.file_of(name)), shown(batch.folder / f"{name}.ipynb")
+        print(shlex.join(["papermill", source, target, "-f", shown(path)]))
     return 0
 
 
@@ -288,11 +328,12 @@ def fingerprint(notebook: str, parameters: Mapping[str, Any], before: str) -> st
     return digest(cells_digest(notebook), parameters, *contents, listings, code_version(), before)
 
 
-def execute(notebook: str, parameters: Mapping[str, Any], folder: Path) -> None:
-    """Runs one notebook with papermill into ``folder``, its output echoed live, and exports it to HTML."""
+def execute(notebook: str, parameters: Mapping[str, Any], folder: Path, books: Sequence[str] = ()) -> None:
+    """Runs one notebook with papermill into ``folder``, its output echoed live; as HTML it leads to those beside it."""
     executed = folder / "notebooks" / f"{notebook}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
-    html = folder / "html" / f"{notebook}.html"
+    html, links = folder / "html" / f"{notebook}.html", {"report": "../index.html"}
+    links |= {name: f"{name}.html" for name in books if name != notebook}
     output = {"progress_bar": False, "stdout_file": sys.stdout, "stderr_file": sys.stderr}
     # A socket's whole path has to fit into 107 bytes, or 103 on macOS.
     short = None if len(os.fsencode(tempfile.gettempdir())) < 70 else "/tmp"
@@ -300,24 +341,19 @@ def execute(notebook: str, parameters: Mapping[str, Any], folder: Path) -> None:
         ipc = {} if os.name == "nt" else {"transport": "ipc", "ip": f"{sockets}/kernel"}  # no open port
         manager = Config({"KernelManager": {"shutdown_wait_time": 60.0, **ipc}})
         kernel = {"kernel_name": "python3", "language": "python", "cwd": ROOT, "config": manager}
-        kernel["extra_arguments"] = ["--IPKernelApp.log_level=50"]  # an interrupted one fills the log with its troubles
+        # An interrupted one fills the log with its troubles; colours of a traceback are control characters.
+        kernel["extra_arguments"] = ["--IPKernelApp.log_level=50", "--InteractiveShell.colors=nocolor"]
         source = profiles.file_of(notebook)
         try:
             papermill.execute_notebook(source, executed, dict(parameters), **kernel, **output)
         except BaseException:
             with contextlib.suppress(Exception):  # what went wrong first is what is to be told
-                export_html(executed, html)
+                pages.export(executed, html, links)
             raise
     try:
-        export_html(executed, html)
+        pages.export(executed, html, links)
     except Exception as error:  # the notebook itself is finished
         print(f"no HTML copy of {notebook} could be made: {' '.join(str(error).split())}", file=sys.stderr)
-
-
-def export_html(executed: Path, target: Path) -> None:
-    if executed.exists():
-        html, _ = HTMLExporter().from_filename(str(executed))
-        write_atomic(target, lambda temporary: temporary.write_text(html, encoding="utf-8"))
 
 
 def take_part(batch: Batch, first: bool) -> int:
@@ -337,45 +373,23 @@ def take_part(batch: Batch, first: bool) -> int:
     return 0
 
 
-def environment_of(device: str) -> dict[str, Any]:
-    """What a result may depend on beyond its parameters."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES.split()},
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "code": code_version(),
-        "note": "other versions, devices or thread counts may change results by rounding",
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # no headless run needs JupyterLab
-        return None
+def _so_far(started: float, minutes: Sequence[float | None]) -> str:
+    """How long it has run, and what is left is likely to take."""
+    passed = (time.time() - started) / 60
+    if None in minutes:
+        return f"{passed:.0f} min so far"
+    return f"{passed:.0f} of about {passed + sum(minutes):.0f} min"
 
 
 def _outputs(folder: Path) -> dict[Path, tuple[int, int]]:
     """Files that notebooks write for people to read, and what changes when one is written again."""
-    files = [path for kind in ("html", "tables", "figures", "records") for path in folder.glob(f"{kind}/[!.]*")]
+    kinds = ("html", "tables", "figures", "records", "answers")
+    files = [path for kind in kinds for path in folder.glob(f"{kind}/[!.]*")]
     return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(files)}
 
 
 def _content(path: Path) -> str | None:
     return digest(path) if path.is_file() else None
-
-
-def show(folder: Path, with_table: bool) -> None:
-    """Prints the leaderboard, verdicts if there are any, and where the figures are."""
-    for name, digits in (("leaderboard", 1), ("verdicts", 2)):
-        path = folder / "tables" / f"{name}.csv"
-        if with_table and path.exists() and len(table := pd.read_csv(path, index_col=0)):
-            print("\n" + table.to_string(float_format=f"%.{digits}f", na_rep="-"))
-    figures = sorted(path for path in folder.glob("figures/*") if path.suffix in (".png", ".html"))
-    print("\nfigures:" if figures else "\nno figures", *(f"\n  {os.path.relpath(p)}" for p in figures), sep="")
-    print(f"notebooks as HTML: {os.path.relpath(folder / 'html')}/")
 
 
 def on_runs(verb: str, words: Sequence[str], by: str | None) -> int:
@@ -402,9 +416,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--by", metavar="WHO", help="who submits")
     parser.add_argument("--fresh", action="store_true", help="start over; earlier results are moved aside")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and run nothing")
+    export = "write parameters as files for plain papermill"
+    parser.add_argument("--export-parameters", action="store_true", help=export)
     parser.add_argument("--list", nargs="?", const="all", choices=["all", *SECTIONS], help="say what there is")
-    allowed = "a profile, notebook numbers, -p NAME VALUE, --fresh, --dry-run, --list, --by WHO; --help says more"
-    parser.error = lambda message: parser.exit(2, f"error: {message}; there are {allowed}\n")
+    allowed = "a profile, notebook numbers, -p NAME VALUE, --fresh, --dry-run, --export-parameters, --list, --by WHO"
+    parser.error = lambda message: parser.exit(2, f"error: {message}; there are {allowed}; --help says more\n")
     options = parser.parse_intermixed_args(arguments)
     profile, numbers = options.profile, options.numbers
     if profile.isdigit():
@@ -419,6 +435,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = {name: profiles.given_value(name, text) for name, text in options.p}
         if options.list:
             return show_list(options.list, given.get("plugins"))
+        if options.export_parameters:
+            return export_parameters(profile, numbers, given)
         return (dry_run if options.dry_run else run)(profile, numbers, given, options.fresh)
     except KeyboardInterrupt:  # while image sets are fetched
         error = "interrupted; the same command goes on from here"

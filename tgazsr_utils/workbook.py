@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from tgazsr_utils.core.defences import find_defence
@@ -22,6 +23,7 @@ from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.datasets.descriptions import read_descriptions
 from tgazsr_utils.datasets.loading import choose_datasets, load_dataset
 from tgazsr_utils.display import style
+from tgazsr_utils.display.report import answer_path
 from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.durable.finetuning import TrainResult, finetune
@@ -238,3 +240,10 @@ class Workbook:
             path = self.run.folder / "records" / f"{name}.jsonl"
             write_atomic(path, lambda temporary: Path(temporary).write_text(lines, encoding="utf-8"))
         return what
+
+    def answer(self, sentence: str) -> Markdown:
+        """Keeps the sentence that answers the notebook's question, for the run's report; gives it for display."""
+        path = answer_path(self.run.folder, self.notebook)
+        write_atomic(path, lambda temporary: temporary.write_text(sentence + "\n", encoding="utf-8"))
+        said, _, rest = sentence.partition(":")
+        return Markdown(f"**{said}:**{rest}" if rest else sentence)
