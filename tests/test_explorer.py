@@ -12,12 +12,15 @@ from tgazsr_utils.core.objectives import Step
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.core.training import attacked, trainable
 from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.display import controls, panels
 from tgazsr_utils.display import explorer as ex
-from tgazsr_utils.display import panels
+from tgazsr_utils.display.attack_viewer import NO_OTHER
 from tgazsr_utils.durable.runs import Run
 from tgazsr_utils.durable.weights import SHIPPED, load_clip
-from tgazsr_utils.measuring.attacked_image import attack_image
-from tgazsr_utils.measuring.loss_mixture import TERMS, TGA, TermGradients, cosines, mixture, term_gradients
+from tgazsr_utils.measuring import measure, tried
+from tgazsr_utils.measuring.attacked_image import Question, attack_image, never_read
+from tgazsr_utils.measuring.loss_mixture import TERMS, TGA, TermGradients, cosines, in_words, mixture, term_gradients
+from tgazsr_utils.measuring.measure import evaluate
 from tgazsr_utils.measuring.recorded_sweep import nearest_measured, recorded_sweep
 from tgazsr_utils.parameters import ExplorerNotebook, validate
 from tgazsr_utils.profiles import default_parameters
@@ -30,7 +33,8 @@ def train_set():
 
 
 @pytest.fixture
-def explorer(mini, shapes, train_set, tmp_path):
+def explorer(mini, shapes, train_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(tried, "IMAGES", 8)  # that an outcome is measured on
     settings = validate(
         ExplorerNotebook, default_parameters("05_alpha_beta_explorer") | {"output": str(tmp_path), "warmup_steps": 1}
     )
@@ -64,11 +68,9 @@ def test_the_mixture_is_that_of_the_weighted_loss_itself(explorer, mini, train_s
     assert table.value[list(TERMS)].tolist() == pytest.approx([values[name] for name in TERMS], rel=1e-5)
     assert table.gradient["sum"] == pytest.approx(slope.norm().item(), rel=1e-4)
     assert table.weight.tolist()[:3] == [1, Alpha, Beta] and table.cosine["sum"] == 1
-    assert all(-1 <= c <= 1.0001 for c in cosines(gradients).values())
-    terms = table.drop("sum")
-    assert (terms.cosine * terms.gradient).sum() == pytest.approx(
-        table.gradient["sum"], rel=1e-6
-    )  # parts along the sum
+    between = cosines(gradients).to_numpy()
+    assert (abs(between) <= 1.0001).all() and between.diagonal() == pytest.approx([1, 1, 1])
+    assert table.along.drop("sum").sum() == pytest.approx(table.gradient["sum"], rel=1e-6) == table.along["sum"]
 
 
 def test_a_term_without_a_gradient_has_no_direction():
@@ -79,7 +81,19 @@ def test_a_term_without_a_gradient_has_no_direction():
         and table.gradient["sum"] == pytest.approx(2.5)
         and "–" in panels.mixture_html(gradients, 0.5, 0.5)
     )
-    assert mixture(gradients, 0, 0).cosine["CE"] == 1 and cosines(gradients)["CE, L_AR"] == 0
+    assert mixture(gradients, 0, 0).cosine["CE"] == 1 and cosines(gradients).loc["CE", "L_AR"] == 0
+    assert in_words(gradients, 0, 0.3).endswith("CE alone.")
+
+
+def test_the_mixer_says_what_the_weights_make_of_the_loss_and_of_its_gradient():
+    """Gradients of lengths 3 and 20, at an angle whose cosine is -0.5; the third is zero."""
+    gradients = TermGradients((1.0, 10.0, 0.0), np.array([[9.0, -30.0, 0.0], [-30.0, 400.0, 0.0], [0.0, 0.0, 0.0]]))
+    words = in_words(gradients, 0.1, 0.05)
+    assert words.startswith("Of the loss: CE 50 %, L_AR 50 %, L_AMC 0 %. The gradient of L_AR is 0.7 times that of CE")
+    assert words.endswith("points away from it (cosine -0.50).") and "0.7 times" not in in_words(gradients, 0.2, 0.05)
+    shown = panels.mixture_html(gradients, 0.1, 0.05)
+    assert words in shown and shown.count("-0.50") == 3  # in the sentence, and twice in the matrix
+    assert "The three norms add to 5.00; 2.65 is the norm of the summed gradient" in shown
 
 
 def test_an_attacked_image_and_its_measures(mini, shapes):
@@ -96,7 +110,24 @@ def test_an_attacked_image_and_its_measures(mini, shapes):
     other = attack_image(mini, shapes, image, "something else", 0.0, 1, "cosine")
     assert other.before == other.after and other.label == other.before[0][0] and "energy_clean" not in other.shift
     assert not torch.equal(other.clean_map, seen.clean_map)
-    assert panels.attacked_image_html(seen).count("<img") == 4
+    still = attack_image(mini, shapes, 3, "a cross", 0.0, 1, "reference")
+    shown = panels.attacked_html({"one": seen, "two": still})
+    assert shown.count("<img") == 2 * 7 and shown.count('class="pair"') == 2 * 2
+    assert f"two: the answer stays {still.before[0][0]}" in shown and ("flips" in shown) == seen.flipped
+
+
+def test_an_image_is_asked_any_labels(mini, shapes):
+    """Led away from its class where that is one of them, else from what it is seen as."""
+    name, prompt = shapes.class_names[int(shapes.labels[0])], shapes.prompts[int(shapes.labels[0])]
+    question = Question.of(shapes, ["zebra", name, "red square"])
+    assert question.prompts == ("This is a photo of a zebra", prompt, "This is a photo of a red square")
+    assert Question.of(shapes) == Question(shapes.class_names, shapes.prompts)
+    how = "a cross", 1.0, 1, "reference"
+    seen = attack_image(mini, shapes, 0, *how, question)
+    assert seen.label == name and {label for label, _ in seen.before} == {*question.labels}
+    apart = attack_image(mini, shapes, 0, *how, Question.of(shapes, ["ring", "bar"]))
+    assert apart.label == apart.before[0][0] and sum(p for _, p in apart.before) == pytest.approx(1, abs=1e-4)
+    assert never_read(mini, shapes, ["zebra", "Red hearts", "letter K", "dog on grass"]) == ["zebra", "dog"]
 
 
 def test_the_nearest_point_is_a_measured_one(tmp_path):
@@ -118,6 +149,7 @@ def test_the_nearest_point_is_a_measured_one(tmp_path):
     assert len(own) == 8 and "notebook 03" in where
     svg = panels.sweep_svg(own, 0.1, 0.1)
     assert svg.count("<rect") == 3 * 8 and svg.count("<circle") == 3 and svg.count('stroke-width="3"') == 3
+    assert svg.count(">± ") == 3 * 8 and f">± {own.robust_ci.iloc[0]:.1f}<" in svg  # an interval in each cell
 
 
 def test_a_slider_moves_all_that_depends_on_it_quickly(explorer):
@@ -135,9 +167,17 @@ def test_a_slider_moves_all_that_depends_on_it_quickly(explorer):
     explorer.metric.value = "cos"
     assert explorer.mixer.terms is not terms
     shown = explorer.attack.result.value
-    started = time.perf_counter()
+    started = time.process_time()  # of two models, on a machine that others use too
     explorer.attack.eps.value = 8.0
-    assert time.perf_counter() - started < 1.0 and explorer.attack.result.value != shown
+    assert time.process_time() - started < 1.0 and explorer.attack.result.value != shown
+    assert list(explorer.attack.attacked) == ["original", "tuned"]
+    explorer.attack.play.value = 2
+    assert explorer.attack.eps.value == 2.0
+    explorer.attack.other.value = NO_OTHER
+    assert list(explorer.attack.attacked) == ["original"] and explorer.attack.result.value.count("<h3>") == 1
+    explorer.attack.flip.value = True
+    assert "tga-flip" in explorer.attack.result._dom_classes
+    assert "tga-working" not in explorer.attack.result._dom_classes  # no longer
 
 
 def upload(panel, content):
@@ -158,16 +198,28 @@ def test_an_image_of_ones_own_or_a_file_that_is_none(explorer):
     Image.new("RGBA", (200, 120), (250, 0, 0, 255)).save(file, "PNG")
     upload(panel, file.getvalue())
     assert (
-        panel.own.shape == (3, 56, 56) and "your image" in panel.status.value and panel.attacked.image[0].mean() > 0.9
+        panel.own.shape == (3, 56, 56)
+        and "your image" in panel.status.value
+        and panel.attacked["original"].image[0].mean() > 0.9
     )
-    assert panel.text.value == f"This is a photo of a {panel.attacked.before[0][0]}"  # not of the image before
+    seen_as = panel.attacked["original"].before[0][0]
+    assert panel.text.value == f"This is a photo of a {seen_as}"  # not of the image before
+    panel.labels.value = "red square, dog"  # the prompt follows
+    assert {label for label, _ in panel.attacked["tuned"].before} == {"red square", "dog"}
+    assert panel.text.value == "This is a photo of a red square" and "no caption with “dog”" in panel.status.value
     shown = panel.result.value
     upload(panel, b"not an image")
     assert ">This is not an image I can read: mine.png<" in panel.status.value and panel.result.value == shown
     upload(panel, file.getvalue()[:90])
     assert "This is not an image I can read: mine.png (" in panel.status.value and panel.result.value == shown
+    panel.labels.value = " , "
+    assert "there are no labels" in panel.status.value and panel.result.value == shown
+    assert not panel.back.disabled
+    panel.back.click()
+    assert panel.own is None and panel.back.disabled and "image 0 of shapes" in panel.status.value
+    assert len(panel.question().labels) == 10 and "no caption" not in panel.status.value
     panel.image.value = 5
-    assert panel.own is None and "image 5 of shapes" in panel.status.value
+    assert "image 5 of shapes" in panel.status.value
     panel.text.value = "<script>alert(1)</script>"
     assert "<script" not in panel.result.value and 'class="error"' not in panel.status.value
     panel.text.value = "  "
@@ -184,22 +236,23 @@ def test_an_upload_is_seen_upright_and_as_the_model_sees_it_and_leaves_with_its_
         panel.text.value = "something else"
         upload(panel, file.getvalue())
         assert panel.own[0, :, -20:].mean() > 0.95 and panel.own[0, :, :20].mean() < 0.05
-        assert torch.equal(panel.attacked.image, panel.own)
-        assert panel.result.value.count("model's view, 56 × 56</figcaption>") == 1
-        assert panel.text.value.endswith(panel.attacked.label) and panel.attacked.label == panel.attacked.before[0][0]
+        attacked = panel.attacked["original"]
+        assert torch.equal(attacked.image, panel.own)
+        assert panel.result.value.count("image, 56 × 56</figcaption>") == 2
+        assert panel.text.value.endswith(attacked.label) and attacked.label == attacked.before[0][0]
         panel.text.value = "something else"
         panel.image.value = 7 - panel.image.value
         label = explorer.data.class_names[int(explorer.data.labels[panel.image.value])]
-        assert panel.text.value.endswith(label) and panel.attacked.label == label and panel.upload.value == ()
+        assert panel.text.value.endswith(label) and panel.upload.value == ()
+        assert {seen.label for seen in panel.attacked.values()} == {label}
         assert panel.own is None and "your image" not in panel.status.value
 
 
 def test_panels_leave_their_html_where_there_are_no_widgets(explorer, tmp_path, monkeypatch):
-    widget = "application/vnd.jupyter.widget-view+json"
     for panel in (explorer.mixer, explorer.attack, explorer.surface, explorer.trainer):
-        monkeypatch.delenv(HEADLESS, raising=False)
-        assert {widget, "text/html", "text/plain"} <= set(panel._repr_mimebundle_())
         monkeypatch.setenv(HEADLESS, "1")
+        with pytest.raises(NotImplementedError):  # IPython then takes the bundle
+            panel._ipython_display_()
         bundle = panel._repr_mimebundle_()
         assert set(bundle) == {"text/html", "text/plain"}
         saved = panel.save(tmp_path, "panel")
@@ -207,8 +260,28 @@ def test_panels_leave_their_html_where_there_are_no_widgets(explorer, tmp_path, 
         for text in (bundle["text/html"], saved.read_text(encoding="utf-8")):
             assert panel.result.value in text and panel.status.value in text and "<style>" in text
             assert not re.search(r"(src|href)=.(?!data:)|<script|@import|url\(", text)  # self-contained
-    assert explorer.trainer.result.value.count("<polyline") == 1 and "was trained" in explorer.trainer.status.value
-    assert len(re.findall(r"[\d.]+,[\d.]+", explorer.trainer.result.value)) == len(explorer.models.losses("tuned")) > 50
+    assert explorer.trainer.result.value.count("<polyline") == 4 and "was trained" in explorer.trainer.status.value
+    assert len(explorer.trainer.history) > 50
+
+
+def test_a_saved_notebook_shows_what_was_seen_last(explorer, monkeypatch):
+    """Beside the widgets there is HTML, which is brought up to date with them."""
+    shown = []
+    monkeypatch.setattr(controls, "display", lambda what, **options: shown.append(what) or Display())
+    Display = type("Display", (), {"update": lambda self, what: shown.append(what)})
+    monkeypatch.delenv(HEADLESS, raising=False)
+    explorer.mixer._ipython_display_()
+    assert shown[0] is explorer.mixer.widget and explorer.mixer.html in shown[1].data
+    explorer.Alpha.value = 0.25
+    assert len(shown) == 3 and explorer.mixer.html in shown[2].data and "0.250" in shown[2].data
+
+
+def test_the_loss_and_its_weighted_terms_are_lines():
+    rows = [{"step": step, "loss": 3.0 - step, "CE": 1.0, "L_AR": 10.0, "L_AMC": 20.0} for step in range(2)]
+    svg = panels.curves_svg(rows, (0.1, 0.05), 4)
+    assert svg.count("<polyline") == 4 and all(f"{name}<" in svg for name in ("CE 1.00", "0.1 L_AR 1.00", "loss 2.00"))
+    lines = [re.findall(r"[\d.]+,([\d.]+)", points) for points in re.findall(r'points="([^"]*)"', svg)]
+    assert lines[0] == lines[1] == lines[2] and lines[3][0] == "10.0" and all(len(line) == 2 for line in lines)
 
 
 def test_a_panel_that_failed_is_not_saved(explorer, tmp_path):
@@ -221,20 +294,24 @@ def test_a_panel_that_failed_is_not_saved(explorer, tmp_path):
 
 def test_fine_tuning_runs_once_can_be_cancelled_and_goes_on(explorer):
     trainer = explorer.trainer
+    kept = len(trainer.history)
     trainer.begin()
     first = trainer.thread
     trainer.begin()  # a second click
     assert trainer.thread is first and trainer.start.disabled and not trainer.stop.disabled
-    wait_for(lambda: trainer.losses)
+    wait_for(lambda: 0 < len(trainer.history) < kept)
     trainer.cancel()
     wait_for(lambda: not first.is_alive())
-    assert "was cancelled after step" in trainer.status.value and not trainer.start.disabled and trainer.stop.disabled
-    assert explorer.models.names == ["original", "tuned"]
+    assert "cancelled after step" in trainer.status.value and not trainer.start.disabled and trainer.stop.disabled
+    assert explorer.models.names == ["original", "tuned"] and explorer.surface.tried == []
     done = trainer.bar.value
     assert 0 < done < 3
+    before = list(trainer.history)
+    trainer.history = []
     trainer.begin()
     wait_for(lambda: not trainer.thread.is_alive())
-    assert set(trainer.losses) == set(range(done, 3))  # it went on
+    assert trainer.history[:done] == before and [row["step"] for row in trainer.history] == [0, 1, 2]  # it went on
+    assert trainer.result.value.count("<polyline") == 4
     assert len(explorer.models.names) == 3 and explorer.models.names[2].startswith(
         "TGA-ZSR, Alpha 0.08, Beta 0.05, seed 0 ("
     )
@@ -242,11 +319,45 @@ def test_fine_tuning_runs_once_can_be_cancelled_and_goes_on(explorer):
     assert 'class="error"' not in explorer.attack.status.value + explorer.mixer.status.value
 
 
+def test_fine_tuning_ends_in_an_outcome_that_stays(explorer, mini, train_set, tmp_path, monkeypatch):
+    """Measured as it is elsewhere, compared with the published setting, starred on the map, there the next time."""
+    trainer, surface = explorer.trainer, explorer.surface
+    explorer.Alpha.value = 0.2
+    trainer.begin()
+    wait_for(lambda: not trainer.thread.is_alive())
+    assert trainer.error is None, trainer.error
+    own, published = surface.tried
+    assert own.place == (0.2, 0.05) and published.place == (0.08, 0.05) and trainer.outcome == own
+    assert f"Yours {own}, published setting {published}, in percent; yours minus published" in trainer.result.value
+    attack, held_out = explorer.tried.attack, explorer.tried.data
+    assert attack.test_stepsize == attack.test_eps / 4 and own.robust.n == 8 == len(held_out) == own.clean.n
+    model = explorer.models[next(name for name in explorer.models.names if "Alpha 0.2," in name)]
+    for kind, one in (("robust", attack), ("clean", None)):
+        assert getattr(own, kind).hits == evaluate(model, held_out, one, method="TGA-ZSR").hits
+    robust, clean = own.robust, own.clean
+    assert re.match(rf"{robust.accuracy:.0f} \[\d+, \d+\] robust / {clean.accuracy:.0f} \[\d+, \d+\] clean$", str(own))
+    assert surface.result.value.count("<polygon") == 3 * 2 and "★ yours" in surface.result.value
+    explorer.metric.value = "l1"  # another training, of which nothing is tried
+    assert surface.tried == [] and "<polygon" not in surface.result.value
+
+    models = ex.Models(mini, None, Run(tmp_path / "run"))
+    monkeypatch.setattr(measure, "answer", None)  # what is measured is only read
+    again = ex.Explorer(models, explorer.data, train_set, explorer.training, attack, tmp_path)
+    assert [outcome.place for outcome in again.surface.tried] == [own.place, published.place]
+    again.trainer.begin()
+    wait_for(lambda: not again.trainer.thread.is_alive())
+    assert again.trainer.error is None and f"At the published setting, in percent: {published}" in again.trainer.html
+    explorer.tried.file.write_text("not a record\n")
+    again.surface.read()
+    assert "05_tried.jsonl is damaged" in again.surface.status.value
+
+
 def test_it_opens_without_a_tuned_model(explorer, mini, train_set, tmp_path):
     models = ex.Models(mini, None, Run(tmp_path / "none"))
     attack = AttackSettings(test_eps=1, test_stepsize=1, test_numsteps=1)
     alone = ex.Explorer(models, train_set, train_set, explorer.training, attack, tmp_path)
     assert models.names == ["original"] == list(alone.attack.model.options) and alone.mixer.error is None
+    assert alone.attack.other.value == NO_OTHER and list(alone.attack.attacked) == ["original"]
     assert alone.mixer.terms.values[TERMS.index("L_AMC")] == 0 and "Shown:" not in alone.trainer.status.value
 
 

@@ -31,7 +31,7 @@ from miniatures import write_all
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.datasets import __main__ as datasets_command
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.display.panels import attacked_image_html
+from tgazsr_utils.display.panels import attacked_html
 from tgazsr_utils.durable.files import save_tensors
 from tgazsr_utils.measuring.attacked_image import attack_image
 from tgazsr_utils.paths import ROOT
@@ -167,8 +167,8 @@ def test_what_a_person_passes_is_never_run(smoke, tmp_path, capsys):
 def test_names_from_outside_are_text_in_the_explorers_html(mini, shapes):
     attacked = attack_image(mini, shapes, 0, "a cross", 1.0, 1, "reference")
     evil = "<img src=x onerror=alert(1)>"
-    shown = attacked_image_html(replace(attacked, label=evil, before=[(evil, 0.9)], after=[(evil, 0.8)]))
-    assert evil not in shown and shown.count("&lt;img src=x onerror=alert(1)&gt;") == 3
+    shown = attacked_html({evil: replace(attacked, label=evil, before=[(evil, 0.9)], after=[(evil, 0.8)])})
+    assert evil not in shown and shown.count("&lt;img src=x onerror=alert(1)&gt;") == 7
 
 
 def test_jupyter_listens_on_loopback_and_wants_its_token(tmp_path):

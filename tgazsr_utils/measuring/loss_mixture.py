@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -49,20 +48,38 @@ def term_gradients(
 
 
 def mixture(terms: TermGradients, Alpha: float, Beta: float) -> pd.DataFrame:
-    """A row a term and one for their weighted sum; the norm of each weighted gradient, its cosine with the sum's."""
+    """A row a term and one for their weighted sum: values, the norm of each weighted gradient, its cosine with the
+    sum's, and its part along the sum. Values and parts add up to those of the sum; norms do not.
+    """
     weight = np.array([1.0, Alpha, Beta])
     norm_of_sum = np.sqrt(max(0.0, weight @ terms.products @ weight))
     columns = {"weight": weight, "value": terms.values, "weighted": weight * terms.values}
     table = pd.DataFrame(columns | {"gradient": weight * terms.norms}, TERMS)
     table["cosine"] = _ratio(terms.products @ weight, terms.norms * norm_of_sum)
-    table.loc["sum"] = [np.nan, np.nan, table.weighted.sum(), norm_of_sum, 1.0 if norm_of_sum else np.nan]
+    table["along"] = table.gradient * table.cosine.fillna(0)
+    ends = [norm_of_sum, 1.0 if norm_of_sum else np.nan, norm_of_sum]
+    table.loc["sum"] = [np.nan, np.nan, table.weighted.sum(), *ends]
     return table
 
 
-def cosines(terms: TermGradients) -> dict[str, float]:
-    """Of the gradients of each two terms, such as "CE, L_AR"; NaN where one is zero."""
-    between = _ratio(terms.products, np.outer(terms.norms, terms.norms))
-    return {f"{TERMS[i]}, {TERMS[j]}": float(between[i, j]) for i, j in combinations(range(len(TERMS)), 2)}
+def cosines(terms: TermGradients) -> pd.DataFrame:
+    """Between the gradients of each two terms ``[3,3]``; NaN where one is zero."""
+    return pd.DataFrame(_ratio(terms.products, np.outer(terms.norms, terms.norms)), TERMS, TERMS)
+
+
+def in_words(terms: TermGradients, Alpha: float, Beta: float) -> str:
+    """What the weights make of the loss, and how the attention term that pulls harder does so beside CE."""
+    table, between = mixture(terms, Alpha, Beta), cosines(terms)
+    if not table.gradient[["L_AR", "L_AMC"]].any():
+        return "Neither attention term pulls at the weights here: this is the loss of TeCoA, CE alone."
+    shares = ", ".join(f"{name} {100 * table.weighted[name] / table.weighted['sum']:.0f} %" for name in TERMS)
+    hard = table.gradient[["L_AR", "L_AMC"]].idxmax()
+    cosine = between.loc["CE", hard]
+    ways = (-0.1, "points away from it"), (0.1, "is at right angles to it"), (0.5, "leans its way")
+    way = next((words for limit, words in ways if cosine < limit), "points the same way")
+    times = table.gradient[hard] / table.gradient["CE"]
+    pulls = f"The gradient of {hard} is {times:.1f} times that of CE and {way} (cosine {cosine:+.2f})"
+    return f"Of the loss: {shares}. {pulls}."
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
