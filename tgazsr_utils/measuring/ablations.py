@@ -246,6 +246,6 @@ def table(name: str, done: Sequence[tuple[Variant, list[Record]]]) -> pd.DataFra
 
 
 def by_seed(done: Sequence[tuple[Variant, list[Record]]]) -> pd.DataFrame:
-    """One row a variant and seed: what is varied, seed, robust, clean, average."""
-    parts = [per_seed(records).reset_index().assign(**v.label) for v, records in done]
+    """One row a variant and seed: its method, what is varied, seed, robust, clean, average."""
+    parts = [per_seed(records).reset_index().assign(**{"method": v.method, **v.label}) for v, records in done]
     return pd.concat(parts, ignore_index=True)
