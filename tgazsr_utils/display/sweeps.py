@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from itertools import cycle
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -68,8 +67,8 @@ def alpha_beta(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True, layout="constrained")
     for axis, kind in zip(axes, KINDS):
         pivot = {"index": "Alpha", "columns": "Beta", "dropna": False}
-        flat = table.reset_index().assign(half=table[f"{kind}_ci"].to_numpy() if f"{kind}_ci" in table else np.nan)
-        flat["cell"] = [within(value, half).replace(" ±", "\n±") for value, half in zip(flat[kind], flat.half)]
+        flat = table.reset_index()
+        flat["cell"] = [within(*pair).replace(" ±", "\n±") for pair in zip(flat[kind], flat[f"{kind}_ci"])]
         values, cells = (
             flat.pivot_table(values=name, aggfunc="first", **pivot).sort_index(ascending=False)
             for name in (kind, "cell")
