@@ -50,7 +50,10 @@ def test_a_method_is_drawn_alike_in_every_figure():
     half = {f"{kind}_ci": [1.0, 2.0] for kind in seeds}
     table = pd.DataFrame(seeds | half | {"interval": "images"}, index=pd.Index(["TeCoA", "TGA-ZSR"], name="method"))
     points = sweeps.of_ablation("seeds", table, table.reset_index(), "Is it chance?").axes[0].lines
-    for name, line in (("TGA-ZSR", refinement), *((name, p) for name, p in zip(table.index, points[::3]))):
+    parts = table.set_axis(pd.Index(["CE", "CE + L_AR"], name="loss"))  # what they train tells how they look
+    trained = parts.reset_index().assign(method=table.index)
+    points = [*points[::3], *sweeps.of_ablation("loss_parts", parts, trained, "Which part?").axes[0].lines[::3]]
+    for name, line in (("TGA-ZSR", refinement), *zip([*table.index, *table.index], points, strict=True)):
         assert (line.get_color(), line.get_marker()) == style.LOOKS[name][:2]
     board = table.assign(clean_ci=1.0)
     dots = [c for c in plots.trade_off(board, "title").axes[0].collections if str(c.get_label()).startswith("T")]

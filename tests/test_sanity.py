@@ -257,6 +257,7 @@ def test_tables_and_figures_leave_a_gap_for_it(counted, tmp_path):
 
 def test_a_gap_in_the_grid_of_alpha_and_beta_keeps_its_place():
     values = {"robust": [1.0, np.nan, 3.0, np.nan], "clean": [1.0, 2, 3, 4], "average": [1.0, np.nan, 3.0, np.nan]}
+    values |= {f"{kind}_ci": 4 * [1.0] for kind in values}
     table = pd.DataFrame(
         values, index=pd.MultiIndex.from_tuples([(0, 0), (0, 0.05), (0.08, 0), (0.08, 0.05)], names=["Alpha", "Beta"])
     )

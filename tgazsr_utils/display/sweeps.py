@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from itertools import cycle
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -21,31 +20,30 @@ def ablation(
     """One panel a kind of accuracy, one line a variant: its mean with its 95 % interval, and a small point a seed.
 
     ``table`` and ``seeds``: ablations.table and ablations.by_seed. With two columns to the index, the last one is along
-    the axis and the first one, a method or model, is told by its colour and marker; a row that is no method is one of
-    TGA-ZSR's variants.
+    the axis and the first one, a method or model, is told by its look; with one, a row has that of its method.
     """
     names = list(table.index.names)
     groups = list(dict.fromkeys(table.index.get_level_values(0))) if len(names) > 1 else [None]
     parts = [table if group is None else table.xs(group, level=0) for group in groups]
     longest_first = sorted((part.index.get_level_values(-1) for part in parts), key=len, reverse=True)
     rows = list(dict.fromkeys(row for part in longest_first for row in part))
-    style = looks("TGA-ZSR" if group is None else group for group in groups)
+    trains = dict(zip(seeds[names[-1]], seeds["method"]))
+    style = looks(trains.values() if groups == [None] else groups)
     size = max(7.5, 3.5 * len(kinds) + 2), 0.42 * len(rows) * max(1, 0.45 * len(groups)) + 1.9
     figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
     several = seeds.groupby(names, sort=False).size().max() > 1
     for axis, kind in zip(axes[0], kinds):
-        for g, (group, look) in enumerate(zip(groups, style.values())):
+        for g, group in enumerate(groups):
             means = parts[g]
             single = seeds if group is None else seeds[seeds[names[0]] == group]
             shift = 0.7 * ((g + 0.5) / len(groups) - 0.5)
             y = [rows.index(row) + shift for row in means.index]
             bars = _between_0_and_100(means[kind], means[f"{kind}_ci"])
-            own = looks(means.index) if names == ["method"] else dict.fromkeys(means.index, look)
             for place, (row, mean), left, right in zip(y, means[kind].items(), *bars):
-                drawn = {"fmt": own[row].marker, "color": own[row].color, "ms": 7, "capsize": 3}
-                axis.errorbar(
-                    mean, place, xerr=[[left], [right]], label=group if row == means.index[0] else None, **drawn
-                )
+                look = style[trains[row] if group is None else group]
+                drawn = {"fmt": look.marker, "color": look.color, "ms": 7, "capsize": 3}
+                drawn["label"] = group if row == means.index[0] else None
+                axis.errorbar(mean, place, xerr=[[left], [right]], **drawn)
             if several:
                 y = [rows.index(row) + shift for row in single[names[-1]]]
                 axis.plot(single[kind], y, "o", ms=3, color="black", alpha=0.5, zorder=4)
@@ -69,8 +67,8 @@ def alpha_beta(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True, layout="constrained")
     for axis, kind in zip(axes, KINDS):
         pivot = {"index": "Alpha", "columns": "Beta", "dropna": False}
-        flat = table.reset_index().assign(half=table[f"{kind}_ci"].to_numpy() if f"{kind}_ci" in table else np.nan)
-        flat["cell"] = [within(value, half).replace(" ±", "\n±") for value, half in zip(flat[kind], flat.half)]
+        flat = table.reset_index()
+        flat["cell"] = [within(*pair).replace(" ±", "\n±") for pair in zip(flat[kind], flat[f"{kind}_ci"])]
         values, cells = (
             flat.pivot_table(values=name, aggfunc="first", **pivot).sort_index(ascending=False)
             for name in (kind, "cell")

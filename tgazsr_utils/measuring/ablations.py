@@ -257,6 +257,6 @@ def best_rates(table: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 
 def by_seed(done: Sequence[tuple[Variant, list[Record]]]) -> pd.DataFrame:
-    """One row a variant and seed: what is varied, seed, robust, clean, average."""
-    parts = [per_seed(records).reset_index().assign(**v.label) for v, records in done]
+    """One row a variant and seed: its method, what is varied, seed, robust, clean, average."""
+    parts = [per_seed(records).reset_index().assign(**{"method": v.method, **v.label}) for v, records in done]
     return pd.concat(parts, ignore_index=True)
