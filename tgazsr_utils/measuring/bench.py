@@ -72,6 +72,13 @@ class Bench:
     def _check(self, clip: Clip) -> AttackCheck | None:
         return self.store.checks.get(check_key(clip, self.checked_on, self.checked_with))
 
+    def _check_now(self, clip: Clip) -> None:
+        """Keeps what the check finds, and says how many images each of its attacks leaves right."""
+        check = check_attack(clip, self.checked_on, self.checked_with)
+        self.store.checks.add(check)
+        left = ", ".join(f"{outcome.attack} {outcome.correct}" for outcome in check.outcomes)
+        print(f"check of the attack: of {check.n} images are right, {left}; {check.seconds:.0f} s", flush=True)
+
     def _to_do(self, clip: Clip, wanted: Sequence[Measurement]) -> tuple[set[str], bool]:
         """Keys of what is not measured, and whether the attack is still to be checked; all processes see the same."""
         missing = lambda: {m.key for m in wanted if self.store.get(m.key) is None}
@@ -97,7 +104,7 @@ class Bench:
         missing = [m for m in wanted if m.key in keys]
         jobs: list[Callable[[Any], None]] = []
         if unchecked:
-            jobs.append(lambda bar: self.store.checks.add(check_attack(clip, self.checked_on, self.checked_with)))
+            jobs.append(lambda bar: self._check_now(clip))
         jobs += [lambda bar, m=m, rows=rows: self._answer(m, rows, bar) for m in missing for rows in m.slices]
         own = list(processes.own_part(jobs))
         total = sum(len(m.data) for m in missing)

@@ -1,0 +1,201 @@
+"""A run's plan, its page, its HTML and what it says of where it ran."""
+
+import json
+import re
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image, PngImagePlugin
+from test_commands import add_notebook
+
+from tgazsr_utils import manifests, open_workbook, profiles, runner
+from tgazsr_utils.display import pages, report
+from tgazsr_utils.parameters import SettingsError, validate
+from tgazsr_utils.paths import ROOT
+from tgazsr_utils.profiles import default_parameters, settings_of
+
+OTHER_HOSTS = re.compile(
+    r"<(?:script|link|img|iframe)[^>]+(?:src|href)\s*=\s*[\"']?https?:|@import|import\(|url\([\"']?http"
+)
+EVIL = '"><script>alert(1)</script>'
+
+
+def picture(path, **words):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = PngImagePlugin.PngInfo()
+    for name, text in words.items():
+        info.add_text(name, text)
+    Image.new("RGB", (30, 10)).save(path, pnginfo=info)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What a run leaves that stopped in its second notebook."""
+    run = tmp_path / "run"
+    picture(run / "figures" / "01_flip_roc.png", Title="Does it flip?", Description=f"AUC 0.89 {EVIL}")
+    picture(run / "figures" / "01_plain.png")
+    (run / "figures" / "01_plain.svg").write_text("<svg/>")
+    (run / "html").mkdir()
+    (run / "html" / "01_attention_shift.html").write_text("")
+    (run / "answers").mkdir()
+    (run / "answers" / "01_attention_shift.txt").write_text(f"Yes: by 1.29 {EVIL}.\n")
+    (run / "tables").mkdir()
+    row = {"robust": 51.04, "robust_ci": 6.08, "clean": 81.8, "clean_ci": 5.2, "average": 66.4, "average_ci": 5.0}
+    row |= {"harmonic": 62.9, "interval": "images", "sets": "16", "images": "192", "world": "mini-world"}
+    pd.DataFrame({"A_B": row}).T.rename_axis("method").to_csv(run / "tables" / "leaderboard.csv")
+    return run
+
+
+def manifest():
+    values = {"seed": 7, "output": "x", "Alpha": EVIL}
+    about = {"environment": manifests.environment_of("cpu"), "started": "2026-01-02T03:04:05", "parameters": values}
+    books = {"01_attention_shift": about | {"status": "finished", "seconds": 66.0}}
+    books["04_evaluate_16_datasets"] = about | {"status": "failed", "error": "stopped in cell 3: ValueError: x"}
+    return {"notebooks": books | {"07_gone": {"status": "running"}}, "profile": "mini"}
+
+
+def test_a_run_that_stopped_has_a_page_of_what_is_there(folder, capsys):
+    manifests.report(folder, manifest(), "the mini-world")
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert not capsys.readouterr().err and not OTHER_HOSTS.search(page)
+    assert "alert(1)</script>" not in page and page.count("&lt;script&gt;alert(1)") >= 3
+    assert (
+        'class="answer yes"' in page and 'class="answer failed"' in page and "stopped in cell 3: ValueError: x" in page
+    )
+    assert "does tuning keep it in place?" in page and "finished in 1.1 minutes, 2026-01-02" in page
+    assert re.search(r'<img src="figures/01_flip_roc.png" alt="AUC 0.89 [^"]*">', page) and ">Does it flip?<" in page
+    assert '<a href="figures/01_plain.svg"><img src="figures/01_plain.png" alt="01 plain">' in page
+    linked = set(re.findall(r'(?:src|href)="([^"#]+)"', page))
+    assert "html/01_attention_shift.html" in linked and all((folder / name).exists() for name in linked)
+    assert "robust, % ↑" in page and "51.0\u00a0±\u00a06.1" in page.replace("&nbsp;", "\u00a0")
+    assert "prefers-color-scheme" in page or "light-dark(" in page
+    assert "seed = 7" in page and "@inproceedings{yu2024" in page and "output = " not in page
+
+
+def test_the_leaderboard_is_there_for_papers_and_readmes(folder):
+    manifests.report(folder, manifest(), "")
+    lines = (folder / "tables" / "leaderboard.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("| method | robust, % ↑ | clean, % ↑ |") and lines[1].count("|") == lines[0].count("|")
+    assert lines[2].replace("\u00a0", " ").startswith("| A_B | 51.0 ± 6.1 | 81.8 ± 5.2 | 66.4 ± 5.0 | 62.9 | images |")
+    latex = (folder / "tables" / "leaderboard.tex").read_text(encoding="utf-8")
+    assert latex.isascii() and r"A\_B & 51.0 $\pm$ 6.1 & 81.8" in latex and r"robust, \% $\uparrow$" in latex
+
+
+def test_a_page_that_cannot_be_written_stops_nothing(tmp_path, capsys):
+    (tmp_path / "index.html").mkdir()
+    manifests.report(tmp_path, {"notebooks": {}}, "")
+    assert re.fullmatch("no report could be made: .*index.html.*\n", capsys.readouterr().err)
+
+
+def test_where_a_run_was_made_is_in_its_manifest(monkeypatch):
+    said = manifests.environment_of("cpu")
+    assert said["cpu"] and {"torch", "numpy", "nbconvert", "jinja2"} <= {name.lower() for name in said["packages"]}
+    assert re.fullmatch("[0-9a-f]{40}", said["commit"]) and isinstance(said["uncommitted"], bool)
+    monkeypatch.setattr(manifests, "ROOT", ROOT / "notebooks")  # as of a folder in somebody else's repository
+    assert manifests.environment_of("cpu")["commit"] is None
+
+
+def test_the_citation_is_usable_as_bibtex():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    paper, software = report.bibtex(cited["preferred-citation"]), report.bibtex(cited, note="commit abc")
+    assert (
+        paper.startswith("@inproceedings{yu2024,\n")
+        and "author = {Yu, Lu and Zhang, Haiyang and Xu, Changsheng}" in paper
+    )
+    for field in ("year = {2024}", "url = {https://arxiv.org/abs/2410.21802}", "booktitle = {Advances in Neural"):
+        assert f"  {field}" in paper
+    assert software.startswith("@software{") and "year = {2026}" in software and "note = {commit abc}" in software
+
+
+def test_html_asks_no_other_host_and_formulas_are_pictures(tmp_path):
+    text = "With $x' \\le \\lVert y \\rVert$ and `$a$ $b$`:\n\n$$\\alpha\n+ \\beta$$\n\nand $\\no_such{$, costs 5 $."
+    cells = [nbformat.v4.new_markdown_cell(text), nbformat.v4.new_markdown_cell("```\n$PATH $HOME\n```")]
+    book = nbformat.v4.new_notebook(
+        cells=cells, metadata={"widgets": {"application/vnd.jupyter.widget-state+json": {}}}
+    )
+    nbformat.write(book, tmp_path / "a.ipynb")
+    pages.export(tmp_path / "a.ipynb", tmp_path / "html" / "a.html", {"report": "../index.html", "<b>": "b.html"})
+    html = (tmp_path / "html" / "a.html").read_text(encoding="utf-8")
+    assert not OTHER_HOSTS.search(html) and "MathJax" not in html and "require" not in html.split("</head>")[1]
+    assert html.count('src="data:image/svg+xml;base64,') == 2 and 'alt="\\alpha + \\beta"' in html
+    assert "<code>$a$ $b$</code>" in html and "$\\no_such{$" in html and "$PATH" in html
+    assert '<a href="../index.html">report</a>' in html and "<b>" not in html and "&lt;b&gt;" in html
+
+
+def test_every_formula_of_the_workbook_is_drawn():
+    for name in profiles.NOTEBOOKS:
+        for cell in profiles.cells(name):
+            if cell.kind == "markdown":
+                drawn = pages._CODE_OR_FORMULA.sub(pages._drawn, cell.source)
+                assert "$" not in re.sub(r"`[^`]*`|<img[^>]*>", "", drawn), (name, cell.source)
+
+
+def test_a_run_says_its_plan_and_where_it_is_and_ends_in_a_page_also_when_it_fails(tmp_path, monkeypatch, capfd):
+    own = tmp_path / "notebooks"
+    monkeypatch.setattr(profiles, "FOLDER", own)
+    add_notebook(own, "07_mine", "x = 3", "print('fine')")
+    add_notebook(own, "08_bad", "x = 3", "raise ValueError('not this way')")
+    out = tmp_path / "out"
+    arguments = ["smoke", "07", "08", "-p", "output", str(out)]
+    assert runner.main(arguments) == 1
+    said = capfd.readouterr().out
+    plan, first = (
+        said.index("07_mine               runs, as it has not run here yet; no earlier"),
+        said.index("=== [1/2"),
+    )
+    assert plan < said.index("in all by these times, without 2") < first
+    assert "=== [1/2 · 07_mine · 0 min so far]" in said and "=== [2/2 · 08_bad · " in said
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "ValueError: not this way" in page and 'href="html/07_mine.html"' in page
+    assert (
+        '<a href="../index.html">report</a> <a href="08_bad.html">08_bad</a>'
+        in (out / "html" / "07_mine.html").read_text()
+    )
+    copies = [(out / "notebooks" / f"{name}.ipynb").read_text() for name in ("07_mine", "08_bad")]
+    assert "not this way" in copies[1] and not any("\\u001b" in copy or "\x1b" in copy for copy in copies)
+    manifest = json.loads((out / "manifest.json").read_text())["notebooks"]["08_bad"]
+    assert manifest["status"] == "failed" and manifest["environment"]["cpu"]
+
+
+def test_minutes_are_those_of_earlier_runs_then_of_the_profile(tmp_path, capsys):
+    entry = {"status": "finished", "seconds": 90.0, "started": "2026-01-02T03"}
+    earlier = {tmp_path: {}, tmp_path / "b": {"01": entry}}
+    found = manifests.show_plan([("01", "new"), ("02", "new"), ("03", None)], earlier, {"01": 9, "02": 4}, "runs")
+    said = " ".join(capsys.readouterr().out.split())
+    assert found == {"01": 1.5, "02": 4} and "5.5 minutes in all by these times" in said
+    assert "01 runs, as new; 1.5 minutes on 2026-01-02 in" in said and "about 4 minutes on two CPU cores" in said
+    assert re.fullmatch(r"0 of about 6 min", runner._so_far(runner.time.time(), [1.5, 4]))
+    assert runner._so_far(runner.time.time() - 360, [None, 4]) == "6 min so far"
+
+
+def test_parameters_are_exported_for_plain_papermill(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert runner.main(["--export-parameters", "mini", "02", "04", "-p", "Alpha", "0.1", "-p", "output", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("papermill notebooks/02_train_tga_zsr.ipynb ")
+    assert lines[0].endswith(f"-f {out / 'parameters' / '02_train_tga_zsr.yaml'}")
+    batch = runner.batch_of("mini", ["02", "04"], {"Alpha": 0.1, "output": str(out)})
+    for name in batch.chosen:
+        values = yaml.safe_load((out / "parameters" / f"{name}.yaml").read_text(encoding="utf-8"))
+        assert values == batch.parameters[name] and values["Alpha"] == 0.1
+        validate(settings_of(name), values)
+
+
+def test_lists_and_mappings_may_be_text_as_plain_papermill_gives_them(tmp_path):
+    name, usual = "04_evaluate_16_datasets", {"output": str(tmp_path / "out")}
+    given = {
+        "methods": '["TGA-ZSR"]',
+        "models": "{mine: mini}",
+        "test_eps_list": "[1, '2/255']",
+        "testdata": "[shapes]",
+    }
+    settings = open_workbook(name, default_parameters(name) | usual | given).settings
+    assert settings.methods == ["TGA-ZSR"] and settings.models == {"mine": "mini"} and settings.testdata == ["shapes"]
+    assert settings.test_eps_list == [1, 2]
+    for wrong in ("[TGA-ZSR", "{a: 1, a: 2}"):
+        with pytest.raises(SettingsError, match="parameter methods = .* is not valid YAML"):
+            open_workbook(name, default_parameters(name) | usual | {"methods": wrong})
+    as_it_is = {"prompt": "[a] {}", "methods": ["TGA-ZSR"]}
+    assert open_workbook(name, default_parameters(name) | usual | as_it_is).settings.prompt == "[a] {}"
