@@ -132,7 +132,7 @@ class OutcomeSurface(Panel):
             if self.tried:
                 data, n = self.explorer.data, self.tried[0].robust.n
                 images = f"{len(self.explorer.train)} images of {data.key} and measured on {n} others"
-                words += f" Stars, and the table: tuned here on {images}, {self.tried[0].robust.attack}"
+                words += f" Stars, and the table: tuned here on {images}, {self.tried[0].robust.attack.upper()}"
                 words += "; cells are means over the sets of notebook 03, so compare stars with stars."
             self.result.value = panels.block(shown + panels.tried_html(self.tried, PUBLISHED))
             self.say(words)
@@ -239,7 +239,7 @@ class FineTuner(Panel):
 
     def _measured(self) -> str:
         tried = self.explorer.tried
-        attack = f"{tried.attack.label} at epsilon {tried.attack.test_eps:g}/255, step epsilon/4"
+        attack = f"{tried.attack.label.upper()} at epsilon {tried.attack.test_eps:g}/255, step epsilon/4"
         return f"Measured on {len(tried.data)} held-out images of {tried.data.key}, clean and under {attack}"
 
     def _tell(self, words: str, history: list[Mapping[str, float]], place: tuple[float, float]) -> None:
