@@ -172,6 +172,8 @@ def test_a_slider_moves_all_that_depends_on_it_quickly(explorer):
     assert list(explorer.attack.attacked) == ["original", "tuned"]
     explorer.attack.play.value = 2
     assert explorer.attack.eps.value == 2.0
+    explorer.attack.eps.value = 4.75
+    assert explorer.attack.play.value == 5 and explorer.attack.eps.value == 4.75  # it goes on from there
     explorer.attack.other.value = NO_OTHER
     assert list(explorer.attack.attacked) == ["original"] and explorer.attack.result.value.count("<h3>") == 1
     explorer.attack.flip.value = True
@@ -260,7 +262,7 @@ def test_panels_leave_their_html_where_there_are_no_widgets(explorer, tmp_path, 
             assert panel.result.value in text and panel.status.value in text and "<style>" in text
             assert not re.search(r"(src|href)=.(?!data:)|<script|@import|url\(", text)  # self-contained
     assert explorer.trainer.result.value.count("<polyline") == 4 and "was trained" in explorer.trainer.status.value
-    assert len(explorer.trainer.history) > 50
+    assert len(explorer.trainer.history) > 50 and "8 held-out images of shapes" in explorer.trainer.status.value
 
 
 def test_a_saved_notebook_shows_what_was_seen_last(explorer, monkeypatch):
@@ -358,6 +360,7 @@ def test_it_opens_without_a_tuned_model(explorer, mini, train_set, tmp_path):
     assert models.names == ["original"] == list(alone.attack.model.options) and alone.mixer.error is None
     assert alone.attack.other.value == NO_OTHER and list(alone.attack.attacked) == ["original"]
     assert alone.mixer.terms.values[TERMS.index("L_AMC")] == 0 and "Shown:" not in alone.trainer.status.value
+    assert "held-out" not in alone.trainer.status.value and "8 images of shapes, tuned on too" in alone.measured_on
 
 
 def test_what_goes_wrong_in_the_background_is_said_in_the_panel(explorer, monkeypatch):

@@ -225,7 +225,7 @@ def tried_html(outcomes: Sequence[Outcome], published: tuple[float, float]) -> s
     for outcome in outcomes:
         a, b = outcome.place
         robust, _, clean = str(outcome).partition(" / ")
-        name = "published setting" if outcome.place == published else "★ yours"
+        name = "★ published setting" if outcome.place == published else "★ yours"
         rows.append([name, f"{a:g}", f"{b:g}", robust.removesuffix(" robust"), clean.removesuffix(" clean")])
     return _table(("tried here", "Alpha", "Beta", "robust (%)", "clean (%)"), rows) if rows else ""
 
