@@ -12,7 +12,7 @@ from tgazsr_utils.core.objectives import Step
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.core.training import attacked, trainable
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.display import controls, panels
+from tgazsr_utils.display import attack_viewer, controls, panels
 from tgazsr_utils.display import explorer as ex
 from tgazsr_utils.display.attack_viewer import NO_OTHER
 from tgazsr_utils.durable.runs import Run
@@ -151,7 +151,7 @@ def test_the_nearest_point_is_a_measured_one(tmp_path):
     assert svg.count(">± ") == 3 * 8 and f">± {own.robust_ci.iloc[0]:.1f}<" in svg  # an interval in each cell
 
 
-def test_a_slider_moves_all_that_depends_on_it_quickly(explorer):
+def test_a_slider_moves_all_that_depends_on_it_quickly(explorer, monkeypatch):
     before = explorer.mixer.result.value, explorer.surface.result.value
     terms, times = explorer.mixer.terms, []
     for value in np.linspace(0.01, 0.4, 20):
@@ -165,11 +165,13 @@ def test_a_slider_moves_all_that_depends_on_it_quickly(explorer):
     assert (explorer.mixer.result.value, explorer.surface.result.value) == before
     explorer.metric.value = "cos"
     assert explorer.mixer.terms is not terms
-    shown = explorer.attack.result.value
+    shown, dimmed = explorer.attack.result.value, []
+    attack = lambda *a: dimmed.append("tga-working" in explorer.attack.result._dom_classes) or attack_image(*a)
+    monkeypatch.setattr(attack_viewer, "attack_image", attack)
     started = time.process_time()  # of two models, on a machine that others use too
     explorer.attack.eps.value = 8.0
     assert time.process_time() - started < 1.0 and explorer.attack.result.value != shown
-    assert list(explorer.attack.attacked) == ["original", "tuned"]
+    assert list(explorer.attack.attacked) == ["original", "tuned"] and dimmed == [True, True]
     explorer.attack.play.value = 2
     assert explorer.attack.eps.value == 2.0
     explorer.attack.eps.value = 4.75
