@@ -300,7 +300,10 @@ def kernel(arch: str, device: torch.device) -> dict[str, Any]:
 
 
 def explorer(arch: str, device: torch.device) -> dict[str, Any]:
-    """Of notebook 05 on the mini-CLIP: seconds to redraw mixer and attacked image; what 200 slider moves keep."""
+    """Of notebook 05 on the mini-CLIP: seconds until what a slider moves is redrawn; what 200 moves keep.
+
+    Alpha: mixer and map; epsilon: an image attacked before two models.
+    """
     original = load_clip("mini-clip", "mini", str(device), "auto", compiled=False)
     train, test = (load_dataset("shapes", part, n=64) for part in ("train", "test"))
     settings = validate(ExplorerNotebook, default_parameters("05_alpha_beta_explorer") | {"output": "runs/benchmarks"})

@@ -12,7 +12,7 @@ from tgazsr_utils.core.objectives import Step
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.core.training import attacked, trainable
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.display import controls, panels
+from tgazsr_utils.display import attack_viewer, controls, panels
 from tgazsr_utils.display import explorer as ex
 from tgazsr_utils.display.attack_viewer import NO_OTHER
 from tgazsr_utils.durable.runs import Run
@@ -29,15 +29,14 @@ from tgazsr_utils.progress import HEADLESS
 
 @pytest.fixture(scope="module")
 def train_set():
-    return load_dataset("shapes", "train", n=48)
+    return load_dataset("shapes", "train", n=12)
 
 
 @pytest.fixture
 def explorer(mini, shapes, train_set, tmp_path, monkeypatch):
     monkeypatch.setattr(tried, "IMAGES", 8)  # that an outcome is measured on
-    settings = validate(
-        ExplorerNotebook, default_parameters("05_alpha_beta_explorer") | {"output": str(tmp_path), "warmup_steps": 1}
-    )
+    given = {"output": str(tmp_path), "warmup_steps": 1, "batch_size": 4}
+    settings = validate(ExplorerNotebook, default_parameters("05_alpha_beta_explorer") | given)
     models = ex.Models(mini, SHIPPED["mini-tga-zsr"], Run(tmp_path / "run"))
     training, attack = settings.only(FinetuneSettings), settings.only(AttackSettings)
     return ex.Explorer(models, shapes, train_set, training, attack, tmp_path)
@@ -82,15 +81,15 @@ def test_a_term_without_a_gradient_has_no_direction():
         and "–" in panels.mixture_html(gradients, 0.5, 0.5)
     )
     assert mixture(gradients, 0, 0).cosine["CE"] == 1 and cosines(gradients).loc["CE", "L_AR"] == 0
-    assert in_words(gradients, 0, 0.3).endswith("CE alone.")
+    assert in_words(mixture(gradients, 0, 0.3), cosines(gradients)).endswith("CE alone.")
 
 
 def test_the_mixer_says_what_the_weights_make_of_the_loss_and_of_its_gradient():
     """Gradients of lengths 3 and 20, at an angle whose cosine is -0.5; the third is zero."""
     gradients = TermGradients((1.0, 10.0, 0.0), np.array([[9.0, -30.0, 0.0], [-30.0, 400.0, 0.0], [0.0, 0.0, 0.0]]))
-    words = in_words(gradients, 0.1, 0.05)
+    words, more = (in_words(mixture(gradients, a, 0.05), cosines(gradients)) for a in (0.1, 0.2))
     assert words.startswith("Of the loss: CE 50 %, L_AR 50 %, L_AMC 0 %. The gradient of L_AR is 0.7 times that of CE")
-    assert words.endswith("points away from it (cosine -0.50).") and "0.7 times" not in in_words(gradients, 0.2, 0.05)
+    assert words.endswith("points away from it (cosine -0.50).") and "1.3 times" in more
     shown = panels.mixture_html(gradients, 0.1, 0.05)
     assert words in shown and shown.count("-0.50") == 3  # in the sentence, and twice in the matrix
     assert "The three norms add to 5.00; 2.65 is the norm of the summed gradient" in shown
@@ -152,7 +151,7 @@ def test_the_nearest_point_is_a_measured_one(tmp_path):
     assert svg.count(">± ") == 3 * 8 and f">± {own.robust_ci.iloc[0]:.1f}<" in svg  # an interval in each cell
 
 
-def test_a_slider_moves_all_that_depends_on_it_quickly(explorer):
+def test_a_slider_moves_all_that_depends_on_it_quickly(explorer, monkeypatch):
     before = explorer.mixer.result.value, explorer.surface.result.value
     terms, times = explorer.mixer.terms, []
     for value in np.linspace(0.01, 0.4, 20):
@@ -166,13 +165,17 @@ def test_a_slider_moves_all_that_depends_on_it_quickly(explorer):
     assert (explorer.mixer.result.value, explorer.surface.result.value) == before
     explorer.metric.value = "cos"
     assert explorer.mixer.terms is not terms
-    shown = explorer.attack.result.value
+    shown, dimmed = explorer.attack.result.value, []
+    attack = lambda *a: dimmed.append("tga-working" in explorer.attack.result._dom_classes) or attack_image(*a)
+    monkeypatch.setattr(attack_viewer, "attack_image", attack)
     started = time.process_time()  # of two models, on a machine that others use too
     explorer.attack.eps.value = 8.0
     assert time.process_time() - started < 1.0 and explorer.attack.result.value != shown
-    assert list(explorer.attack.attacked) == ["original", "tuned"]
+    assert list(explorer.attack.attacked) == ["original", "tuned"] and dimmed == [True, True]
     explorer.attack.play.value = 2
     assert explorer.attack.eps.value == 2.0
+    explorer.attack.eps.value = 4.75
+    assert explorer.attack.play.value == 5 and explorer.attack.eps.value == 4.75  # it goes on from there
     explorer.attack.other.value = NO_OTHER
     assert list(explorer.attack.attacked) == ["original"] and explorer.attack.result.value.count("<h3>") == 1
     explorer.attack.flip.value = True
@@ -261,7 +264,7 @@ def test_panels_leave_their_html_where_there_are_no_widgets(explorer, tmp_path, 
             assert panel.result.value in text and panel.status.value in text and "<style>" in text
             assert not re.search(r"(src|href)=.(?!data:)|<script|@import|url\(", text)  # self-contained
     assert explorer.trainer.result.value.count("<polyline") == 4 and "was trained" in explorer.trainer.status.value
-    assert len(explorer.trainer.history) > 50
+    assert len(explorer.trainer.history) > 50 and "8 held-out images of shapes" in explorer.trainer.status.value
 
 
 def test_a_saved_notebook_shows_what_was_seen_last(explorer, monkeypatch):
@@ -359,6 +362,7 @@ def test_it_opens_without_a_tuned_model(explorer, mini, train_set, tmp_path):
     assert models.names == ["original"] == list(alone.attack.model.options) and alone.mixer.error is None
     assert alone.attack.other.value == NO_OTHER and list(alone.attack.attacked) == ["original"]
     assert alone.mixer.terms.values[TERMS.index("L_AMC")] == 0 and "Shown:" not in alone.trainer.status.value
+    assert "held-out" not in alone.trainer.status.value and "8 images of shapes, tuned on too" in alone.measured_on
 
 
 def test_what_goes_wrong_in_the_background_is_said_in_the_panel(explorer, monkeypatch):

@@ -65,8 +65,13 @@ class AttackViewer(Panel):
         on_change([self.upload], self._take)
         on_change([self.labels], self._ask_again)
         on_change([self.text, self.model, self.other, self.eps, self.steps, explorer.variant], self.redraw)
-        on_change([self.play], lambda: setattr(self.eps, "value", float(self.play.value)))
+        on_change([self.play], self._played)
+        on_change([self.eps], lambda: setattr(self.play, "value", round(self.eps.value)))  # where playing goes on
         self.flip.observe(lambda change: self._flip(change["new"]), "value")
+
+    def _played(self) -> None:
+        if self.play.value != round(self.eps.value):
+            self.eps.value = float(self.play.value)
 
     def _flip(self, to_clean: bool) -> None:
         (self.result.add_class if to_clean else self.result.remove_class)("tga-flip")

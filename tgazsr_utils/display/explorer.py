@@ -130,9 +130,8 @@ class OutcomeSurface(Panel):
                 words = f"Sliders at ({a:g}, {b:g}), the ring; {nearest}. Nothing between is measured."
                 shown = panels.says(self._in_words(near)) + panels.sweep_svg(self.sweep, a, b, self.tried)
             if self.tried:
-                data, n = self.explorer.data, self.tried[0].robust.n
-                images = f"{len(self.explorer.train)} images of {data.key} and measured on {n} others"
-                words += f" Stars, and the table: tuned here on {images}, {self.tried[0].robust.attack}"
+                images = f"{len(self.explorer.train)} images and measured on {self.explorer.measured_on}"
+                words += f" Stars, and the table: tuned here on {images}, {self.tried[0].robust.attack.upper()}"
                 words += "; cells are means over the sets of notebook 03, so compare stars with stars."
             self.result.value = panels.block(shown + panels.tried_html(self.tried, PUBLISHED))
             self.say(words)
@@ -180,8 +179,8 @@ class FineTuner(Panel):
         self._draw(len(self.history))
         shown = "Shown: how the tuned model was trained. " if self.history else ""
         images = f"{len(explorer.train)} images of {explorer.train.key}, {explorer.training.epochs} epoch(s)"
-        measured = f"measures it on {len(explorer.tried.data)} held-out ones"
-        self.say(f"{shown}The button tunes on {images}, and {measured}; the model then joins the choices above")
+        measured = f"measures the model on {explorer.measured_on}"
+        self.say(f"{shown}The button tunes on {images}, and {measured}; it then joins the choices above")
 
     def begin(self) -> None:
         """Starts a run, unless one is under way."""
@@ -239,8 +238,8 @@ class FineTuner(Panel):
 
     def _measured(self) -> str:
         tried = self.explorer.tried
-        attack = f"{tried.attack.label} at epsilon {tried.attack.test_eps:g}/255, step epsilon/4"
-        return f"Measured on {len(tried.data)} held-out images of {tried.data.key}, clean and under {attack}"
+        attack = f"{tried.attack.label.upper()} at epsilon {tried.attack.test_eps:g}/255, step epsilon/4"
+        return f"Measured on {self.explorer.measured_on}, clean and under {attack}"
 
     def _tell(self, words: str, history: list[Mapping[str, float]], place: tuple[float, float]) -> None:
         """The outcome as the panel's sentence, above the curve of the run that led to it."""

@@ -46,7 +46,7 @@ STYLE = """<style>
 .tga .bar { display: inline-block; width: 72px; height: 10px; text-align: left; background: #8883; }
 .tga .bar i { display: block; height: 10px; background: var(--jp-brand-color1, #1976d2); }
 .tga .row { display: flex; flex-flow: row wrap; gap: 6px 22px; align-items: flex-start; margin-bottom: 6px; }
-.tga .pictures { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 8px; flex: 1 1 640px; }
+.tga .pictures { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 8px; width: 100%; }
 .tga figure { margin: 0; position: relative; }
 .tga figure img { display: block; width: 100%; height: auto; }
 .tga figcaption { text-align: center; font-size: 12px; }
@@ -56,7 +56,7 @@ STYLE = """<style>
 .tga-flip .tga .pair:hover .one { display: block; }
 .tga-flip .tga .pair:hover .other { display: none; }
 .tga svg { max-width: 100%; height: auto; }
-.tga .says { font-size: 14px; max-width: 100ch; }
+.tga .says { font-size: 14px; max-width: 125ch; }
 .tga .error { color: var(--jp-error-color1, #d32f2f); white-space: pre-wrap; }
 .tga .quiet { opacity: 0.75; }
 .tga-working { opacity: 0.4; transition: opacity 0.15s; }
@@ -89,7 +89,7 @@ def says(text: str) -> str:
 
 def mixture_html(terms: TermGradients, Alpha: float, Beta: float) -> str:
     """The table of ``loss_mixture.mixture`` with what it says, and the cosines between gradients as a matrix."""
-    table = mixture(terms, Alpha, Beta)
+    table, between = mixture(terms, Alpha, Beta), cosines(terms)
     total = max(table.weighted["sum"], 1e-12)
     norms = table.gradient[list(TERMS)]
     longest = max(norms.max(), table.gradient["sum"], 1e-12)
@@ -112,8 +112,8 @@ def mixture_html(terms: TermGradients, Alpha: float, Beta: float) -> str:
     norm = f"The three norms add to {norms.sum():.2f}; {table.gradient['sum']:.2f} is the norm of the summed gradient"
     apart = "shorter, as they do not all point its way: only their parts along the sum add up to it."
     note = f'<p class="quiet">{norm}, {apart}</p>'
-    parts = _table((*heads, "cosine<br>with it"), rows, last="sum") + _matrix(cosines(terms))
-    return block(says(in_words(terms, Alpha, Beta)) + f'<div class="row">{parts}</div>{note}')
+    parts = _table((*heads, "cosine<br>with it"), rows, last="sum") + _matrix(between)
+    return block(says(in_words(table, between)) + f'<div class="row">{parts}</div>{note}')
 
 
 def _matrix(between: pd.DataFrame) -> str:
@@ -211,10 +211,10 @@ def sweep_svg(sweep: pd.DataFrame, Alpha: float, Beta: float, tried: Sequence[Ou
 
 
 def _star(x: float, y: float, words: str) -> str:
-    """In the upper part of a cell, above its number."""
+    """Beside a cell's numbers, up and to the right of the place."""
     angles = np.pi * (np.arange(10) / 5 - 0.5)
     radii = np.where(np.arange(10) % 2, 3.4, 8.0)
-    points = " ".join(f"{x + r * np.cos(a):.1f},{y - 19 + r * np.sin(a):.1f}" for r, a in zip(radii, angles))
+    points = " ".join(f"{x + 21 + r * np.cos(a):.1f},{y - 18 + r * np.sin(a):.1f}" for r, a in zip(radii, angles))
     shape = f'<polygon points="{points}" fill="#fff" stroke="#111" stroke-width="1.3">'
     return f"{shape}<title>{html.escape(words)}</title></polygon>"
 
@@ -225,7 +225,7 @@ def tried_html(outcomes: Sequence[Outcome], published: tuple[float, float]) -> s
     for outcome in outcomes:
         a, b = outcome.place
         robust, _, clean = str(outcome).partition(" / ")
-        name = "published setting" if outcome.place == published else "★ yours"
+        name = "★ published setting" if outcome.place == published else "★ yours"
         rows.append([name, f"{a:g}", f"{b:g}", robust.removesuffix(" robust"), clean.removesuffix(" clean")])
     return _table(("tried here", "Alpha", "Beta", "robust (%)", "clean (%)"), rows) if rows else ""
 
@@ -239,7 +239,8 @@ def _heat_map(sweep: pd.DataFrame, kind: str, nearest: int) -> str:
     alphas, betas = np.unique(sweep.Alpha), np.unique(sweep.Beta)
     low, high = sweep[kind].min(), sweep[kind].max()
     viridis, drawn = matplotlib.colormaps["viridis"], []
-    for point, alpha, beta, value in zip(sweep.index, sweep.Alpha, sweep.Beta, sweep[kind]):
+    halves = sweep[f"{kind}_ci"]
+    for point, alpha, beta, value, half in zip(sweep.index, sweep.Alpha, sweep.Beta, sweep[kind], halves):
         x, y = _cell_centre(np.searchsorted(betas, beta), len(alphas) - 1 - np.searchsorted(alphas, alpha))
         share = (value - low) / (high - low) if high > low else 0.5
         missing = np.isnan(value)
@@ -248,7 +249,6 @@ def _heat_map(sweep: pd.DataFrame, kind: str, nearest: int) -> str:
         place = f'x="{x - CELL / 2 + 2:g}" y="{y - CELL / 2 + 2:g}" width="{CELL - 4}" height="{CELL - 4}"'
         ink = "#111" if missing or share > 0.6 else "#fff"
         drawn.append(f'<rect {place} fill="{colour}" {edge}/>')
-        half = sweep.get(f"{kind}_ci", sweep[kind] * np.nan)[point]
         drawn.append(_text(x, y + 4, _number(value, ".1f"), size=13, fill=ink))
         drawn.append(_text(x, y + 19, "" if np.isnan(half) else f"± {half:.1f}", size=10, fill=ink))
     return "".join(drawn)

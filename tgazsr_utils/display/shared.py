@@ -10,6 +10,7 @@ from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import PRESET
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.display.controls import control, weight_slider
+from tgazsr_utils.durable.fingerprints import fingerprint
 from tgazsr_utils.durable.runs import Run
 from tgazsr_utils.durable.weights import load_alike, read_metadata
 from tgazsr_utils.measuring.loss_mixture import TGA
@@ -81,6 +82,12 @@ class Shared:
         self.tried = Tried(models.run, data, attack.model_copy(update=like_the_panel))
         self.model_choices: list[widgets.Dropdown] = []
         self.on_outcome: list[Callable[[], None]] = []
+
+    @property
+    def measured_on(self) -> str:
+        """Such as "100 held-out images"; a folder without a split of its own may leave none to hold out."""
+        n, of = len(self.tried.data), f"images of {self.data.key}"
+        return f"{n} {of}, tuned on too" if fingerprint(self.data) == fingerprint(self.train) else f"{n} held-out {of}"
 
     def finetuning(self) -> FinetuneSettings:
         """The settings of training with what the widgets say."""

@@ -67,9 +67,8 @@ def cosines(terms: TermGradients) -> pd.DataFrame:
     return pd.DataFrame(_ratio(terms.products, np.outer(terms.norms, terms.norms)), TERMS, TERMS)
 
 
-def in_words(terms: TermGradients, Alpha: float, Beta: float) -> str:
-    """What the weights make of the loss, and how the attention term that pulls harder does so beside CE."""
-    table, between = mixture(terms, Alpha, Beta), cosines(terms)
+def in_words(table: pd.DataFrame, between: pd.DataFrame) -> str:
+    """What a ``mixture`` makes of the loss, and how the attention term that pulls harder does so beside CE."""
     if not table.gradient[["L_AR", "L_AMC"]].any():
         return "Neither attention term pulls at the weights here: this is the loss of TeCoA, CE alone."
     shares = ", ".join(f"{name} {100 * table.weighted[name] / table.weighted['sum']:.0f} %" for name in TERMS)
