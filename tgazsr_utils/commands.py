@@ -5,6 +5,7 @@
        ./run_all.sh challenge [FILE...]
        ./run_all.sh --test [--long] [pytest arguments...]
        ./run_all.sh --lab [JupyterLab's arguments...]
+       ./run_all.sh --demo [FILE.html]
 
 Where the workbook is installed (a wheel, Windows) python -m tgazsr_utils takes the place of ./run_all.sh. In any order:
   profile           mini (default), or another file of notebooks/profiles
@@ -18,6 +19,7 @@ Where the workbook is installed (a wheel, Windows) python -m tgazsr_utils takes 
   challenge         check such files (default: those of data/challenge) and show them side by side
   --test            run the tests; --long: with every count that the documents state
   --lab             open the workbook in JupyterLab
+  --demo            write one page in which the mini-CLIP runs in the browser (runs/demo/index.html; docs/demo.md)
   --help            show this
 
 Results go to runs/<profile>/, or with other parameters to a folder named after them; models and records to runs/store,
@@ -42,19 +44,19 @@ from tgazsr_utils.paths import NOTEBOOKS, ROOT
 def main(arguments: Sequence[str] | None = None) -> int:
     """All verbs; but for those that need no PyTorch they are the runner's."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    asked = [verb for verb in ("--test", "--lab") if verb in given]
+    asked = [verb for verb in ("--test", "--lab", "--demo") if verb in given]
     if {"--help", "-h"} & {*given}:
         print(__doc__, end="")
         return 0
-    if len(asked) == 2:
-        print("error: --test and --lab are two calls", file=sys.stderr)
+    if len(asked) > 1:
+        print(f"error: {' and '.join(asked[:2])} are two calls", file=sys.stderr)
         return 2
     if not asked:
         from tgazsr_utils import runner  # slow to import
 
         return runner.main(given)
     rest = [argument for argument in given if argument != asked[0]]
-    return _test(rest) if asked[0] == "--test" else _lab(rest)
+    return {"--test": _test, "--lab": _lab, "--demo": _demo}[asked[0]](rest)
 
 
 def _test(arguments: list[str]) -> int:
@@ -74,6 +76,12 @@ def _lab(arguments: list[str]) -> int:
     # Containers and rented machines run as root; it stays on this machine, behind its token.
     root = ["--ServerApp.allow_root=True"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     return _become("jupyterlab", ["--ServerApp.ip=127.0.0.1", *root, *arguments, str(NOTEBOOKS)])
+
+
+def _demo(arguments: list[str]) -> int:
+    from tgazsr_utils.display.demo import main  # slow to import
+
+    return main(arguments)
 
 
 def _become(module: str, arguments: list[str]) -> int:
