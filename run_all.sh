@@ -78,6 +78,7 @@ for argument in "$@"; do
         ;;
     --locked) locked=yes ;;
     --test) extra="[test]" modules="papermill pytest" rest+=("$argument") ;;
+    --demo) extra="[demo]" modules="papermill onnx onnxscript" rest+=("$argument") ;;
     *) rest+=("$argument") ;;
     esac
 done

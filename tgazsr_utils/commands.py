@@ -5,6 +5,7 @@
        ./run_all.sh challenge [FILE...]
        ./run_all.sh --test [--long] [pytest arguments...]
        ./run_all.sh --lab [JupyterLab's arguments...]
+       ./run_all.sh --demo [FILE.html]
 
 Where the workbook is installed (a wheel, Windows) python -m tgazsr_utils takes the place of ./run_all.sh. In any order:
   profile           mini (default), or another file of notebooks/profiles
@@ -19,6 +20,7 @@ Where the workbook is installed (a wheel, Windows) python -m tgazsr_utils takes 
   challenge         check such files (default: those of data/challenge) and show them side by side
   --test            run the tests; --long: with every count that the documents state
   --lab             open the workbook in JupyterLab, at a page of what there is and what came out last
+  --demo            write one page in which the mini-CLIP runs in the browser (runs/demo/index.html; docs/demo.md)
   --help            show this
 
 Results go to runs/<profile>/, or with other parameters to a folder named after them; models and records to runs/store,
@@ -45,12 +47,12 @@ from tgazsr_utils.paths import NOTEBOOKS, ROOT
 def main(arguments: Sequence[str] | None = None) -> int:
     """All verbs; but for those that need no PyTorch they are the runner's."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    asked = [verb for verb in ("--test", "--lab") if verb in given]
+    asked = [verb for verb in ("--test", "--lab", "--demo") if verb in given]
     if {"--help", "-h"} & {*given}:
         print(__doc__, end="")
         return 0
-    if len(asked) == 2:
-        print("error: --test and --lab are two calls", file=sys.stderr)
+    if len(asked) > 1:
+        print(f"error: {' and '.join(asked[:2])} are two calls", file=sys.stderr)
         return 2
     clean_notebook.install(ROOT)
     if not asked:
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return runner.main(given)
     rest = [argument for argument in given if argument != asked[0]]
-    return _test(rest) if asked[0] == "--test" else _lab(rest)
+    return {"--test": _test, "--lab": _lab, "--demo": _demo}[asked[0]](rest)
 
 
 def _test(arguments: list[str]) -> int:
@@ -95,6 +97,12 @@ def _start() -> list[str]:
         f"--LabApp.app_settings_dir={settings}",
         "--LabApp.news_url=None",
     ]
+
+
+def _demo(arguments: list[str]) -> int:
+    from tgazsr_utils.display.demo import main  # slow to import
+
+    return main(arguments)
 
 
 def _become(module: str, arguments: list[str]) -> int:
