@@ -131,7 +131,7 @@ def test_a_damaged_record_is_named(mini, sets, tmp_path):
 @pytest.mark.parametrize("correct", [0, 30])
 def test_accuracy_bars_take_all_and_nothing(records, correct):
     frame = results.to_frame([change(r, correct=correct) for r in records if r.dataset == "shapes"])
-    assert plots.accuracy_bars(frame, "title").axes[0].get_ylim() == (0, 100)
+    assert plots.accuracy_bars(frame, "title").axes[0].get_xlim() == (0, 100)
 
 
 def change(record, **changes):

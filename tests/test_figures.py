@@ -12,6 +12,7 @@ from PIL import Image
 from tgazsr_utils import AttackSettings, attention_under_attack, load_dataset
 from tgazsr_utils.core.objectives import OBJECTIVES
 from tgazsr_utils.display import plots, strips, style, sweeps
+from tgazsr_utils.measuring.published import published
 
 ATTACK = AttackSettings(test_eps=4.0, test_stepsize=2.0, test_numsteps=2)
 BUILT_IN = {name for name, found in OBJECTIVES.items() if found.terms.__module__.startswith("tgazsr_utils.core")}
@@ -25,6 +26,8 @@ def attacked(mini):
 def test_every_method_has_a_look_of_its_own_that_shows_on_white():
     assert BUILT_IN | {"CLIP"} <= style.LOOKS.keys()
     assert len({(look.color, look.marker) for look in style.LOOKS.values()}) == len(style.LOOKS)
+    table = [style.LOOKS[name].marker for name in published().index if name != "UCAT"]
+    assert len({*table}) == len(table) > 8
     for color in {look.color for look in style.LOOKS.values()} | {*style._FREE_COLORS}:
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
         assert 1.05 / (np.dot(linear, [0.2126, 0.7152, 0.0722]) + 0.05) > 3  # WCAG's ratio for graphics

@@ -230,7 +230,7 @@ class Workbook:
             work()
 
     def save(self, what: Figure | pd.DataFrame | Sequence[Record], name: str) -> Any:
-        """Keeps a figure, a table or records in the run's folder, for people; gives it back for display."""
+        """Keeps a figure, a table or records in the run's folder, for people; gives back what a notebook shows."""
         if isinstance(what, Figure):
             return style.save(what, self.run.folder, name)
         if isinstance(what, pd.DataFrame):

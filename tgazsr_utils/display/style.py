@@ -32,22 +32,22 @@ class Look(NamedTuple):
     line: str = "-"
 
 
-# Families share a colour; a marker or a dash tells apart what print in grey or an eye does not.
+# Families share a colour; each row of the published table has a marker of its own, for print in grey.
 LOOKS = {
     "CLIP": Look("#000000", "o", ":"),
     "TGA-ZSR": Look("#D55E00", "D"),
     "Comp-TGA": Look("#D55E00", "X", "--"),
     "TeCoA": Look("#0072B2", "s", "--"),
     "FARE": Look("#117733", "^", "-."),
-    "FARE-RobustVLM": Look("#117733", "v", "--"),
-    "Sim-CLIP": Look("#117733", "<", ":"),
+    "FARE-RobustVLM": Look("#117733", "H", "--"),
+    "Sim-CLIP": Look("#117733", "d", ":"),
     "PMG-AFT": Look("#CF6FA3", "P", "-."),
-    "PMG-AFT-scaled": Look("#CF6FA3", "X", ":"),
+    "PMG-AFT-scaled": Look("#CF6FA3", "p", ":"),
     "FT-Clean": Look("#332288", "v", ":"),
-    "FT-Adv.": Look("#332288", "^", "--"),
+    "FT-Adv.": Look("#332288", "<", "--"),
     "Vision-based": Look("#882255", ">", "-."),
-    "Vision-based-grad": Look("#882255", "<", "--"),
-    "UCAT": Look("#2A8C8C", "s", "-."),
+    "Vision-based-grad": Look("#882255", "h", "--"),
+    "UCAT": Look("#2A8C8C", "8", "-."),
     "AGFT": Look("#2A8C8C", "P", "--"),
     "SAFT": Look("#8C6D6D", "D", ":"),
     "AdvFLYP": Look("#8C6D6D", "o", "--"),
@@ -68,10 +68,12 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     """
     names = dict.fromkeys(names)
     found = {name: LOOKS[_ALIASES.get(name, name)] for name in names if _ALIASES.get(name, name) in LOOKS}
+    taken = {look[:2] for look in LOOKS.values()}
     for number, name in enumerate(sorted(names.keys() - found.keys())):
         family = LOOKS.get(re.split(r", | w=", name)[0])
         color = family.color if family else _FREE_COLORS[number % len(_FREE_COLORS)]
-        found[name] = Look(color, _FREE_MARKERS[number % len(_FREE_MARKERS)], (":", "--", "-.")[number % 3])
+        free = [marker for marker in _FREE_MARKERS if (color, marker) not in taken] or _FREE_MARKERS
+        found[name] = Look(color, free[number % len(free)], (":", "--", "-.")[number % 3])
     return {name: found[name] for name in names}
 
 
