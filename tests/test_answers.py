@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from test_holding import record
 
-from tgazsr_utils import open_workbook
+from tgazsr_utils import open_workbook, workbook
 from tgazsr_utils.measuring import answers
 from tgazsr_utils.measuring.holding import ALL
 from tgazsr_utils.measuring.tables import leaderboard
@@ -122,11 +122,14 @@ def test_robustness_is_real_or_not(lost, said):
     assert answers.holds(table.assign(robust=np.nan)).startswith("Undecided: robust accuracy of TGA-ZSR is not")
 
 
-def test_the_run_keeps_the_sentence_and_headings_say_where_better_is(tmp_path):
+def test_the_run_keeps_the_sentence_and_headings_say_where_better_is(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(workbook, "display", lambda one: shown.append(one.data))
     values = default_parameters("01_attention_shift") | {"output": str(tmp_path / "out")}
     book = open_workbook("01_attention_shift", values)
-    assert book.answer("Yes: it does.").data == "**Yes:** it does."
+    book.answer("Yes: it does.")
+    assert shown == ["**Yes:** it does."]
     kept = tmp_path / "out" / "answers" / "01_attention_shift.txt"
     assert kept.read_text(encoding="utf-8") == "Yes: it does.\n"
-    shown = answers.headed(pd.DataFrame({"robust": [1], "l2": [2], "mine": [3]}))
-    assert [*shown] == ["robust, % ↑", "attention moved (l2) ↓", "mine"]
+    table = answers.headed(pd.DataFrame({"robust": [1], "l2": [2], "mine": [3]}))
+    assert [*table] == ["robust, % ↑", "attention moved (l2) ↓", "mine"]
