@@ -110,6 +110,7 @@ def test_another_seed_tells_the_same_or_not(of_seeds, said):
 def test_differences_of_seeds_are_of_those_that_both_have():
     records = measured(0, TeCoA=(10, 40), TGA_ZSR=(20, 40)) + measured(1, TeCoA=(10, 40), TGA_ZSR=(5, 40))
     found = answers.of_seeds(records + measured(2, TeCoA=(1, 40)), "TGA-ZSR", "TeCoA")
+    assert answers.of_seeds(records, "TeCoA", "TeCoA") == {}
     assert {seed: round(of[0], 1) for seed, of in found.items()} == {0: 25.0, 1: -12.5}
 
 

@@ -134,6 +134,8 @@ def ablations(parts: pd.DataFrame | None, of_seeds: Mapping[int, Interval], meth
 
 def of_seeds(records: Sequence[Record], method: str, other: str) -> dict[int, Interval]:
     """Seed -> paired difference of two methods in robust accuracy, of the seeds that both have."""
+    if method == other:
+        return {}
     part = lambda seed: [r for r in records if r.seed == seed]
     both = sorted({r.seed for r in records if r.method == method} & {r.seed for r in records if r.method == other})
     return {seed: _gain(part(seed), "robust", method, other) for seed in both}
