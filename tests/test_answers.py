@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from test_holding import record
 
-from tgazsr_utils import open_workbook
+from tgazsr_utils import open_workbook, workbook
 from tgazsr_utils.measuring import answers
 from tgazsr_utils.measuring.holding import ALL
 from tgazsr_utils.measuring.tables import leaderboard
@@ -58,6 +58,8 @@ def test_what_is_not_there_is_said_and_decides_nothing():
         frame, {"original": (0.6, 0.4, 0.8)}
     )
     assert "moves more where answers stay" in answers.attention_shift(frame, {"original": (0.2, 0.1, 0.3)})
+    few = answers.attention_shift(frame, {"original": (1.0, 1.0, 1.0)})
+    assert "is not shown to tell which answers flip, AUC 1.00" in few
     assert "answers are all alike" in answers.attention_shift(frame, {"original": NO_AREA})
     untrusted = [r for r in measured(CLIP=(2, 38), TGA_ZSR=(20, 36)) if r.attack == "none" or r.method == "CLIP"]
     table = leaderboard(untrusted)
@@ -108,6 +110,7 @@ def test_another_seed_tells_the_same_or_not(of_seeds, said):
 def test_differences_of_seeds_are_of_those_that_both_have():
     records = measured(0, TeCoA=(10, 40), TGA_ZSR=(20, 40)) + measured(1, TeCoA=(10, 40), TGA_ZSR=(5, 40))
     found = answers.of_seeds(records + measured(2, TeCoA=(1, 40)), "TGA-ZSR", "TeCoA")
+    assert answers.of_seeds(records, "TeCoA", "TeCoA") == {}
     assert {seed: round(of[0], 1) for seed, of in found.items()} == {0: 25.0, 1: -12.5}
 
 
@@ -117,16 +120,20 @@ def test_robustness_is_real_or_not(lost, said):
     rows |= {("TGA-ZSR", "pgd"): (40.0, *NO_AREA), ("TGA-ZSR", ALL): (40.0 + lost[0], *lost)}
     ends = ["robust", "robust_minus_first", "robust_minus_first_low", "robust_minus_first_high"]
     table = pd.DataFrame(rows, ends).T
-    sentence = answers.holds(table)
+    sentence = answers.holds(table, 1600)
+    assert said != "Yes" or answers.holds(table, 16).startswith("Undecided: ")  # so few images show nothing
     assert sentence.startswith(f"{said}: TGA-ZSR is right on 40.0 % of images under pgd and on {40 + lost[0]:.1f} %")
-    assert answers.holds(table.assign(robust=np.nan)).startswith("Undecided: robust accuracy of TGA-ZSR is not")
+    assert answers.holds(table.assign(robust=np.nan), 16).startswith("Undecided: robust accuracy of TGA-ZSR is not")
 
 
-def test_the_run_keeps_the_sentence_and_headings_say_where_better_is(tmp_path):
+def test_the_run_keeps_the_sentence_and_headings_say_where_better_is(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(workbook, "display", lambda one: shown.append(one.data))
     values = default_parameters("01_attention_shift") | {"output": str(tmp_path / "out")}
     book = open_workbook("01_attention_shift", values)
-    assert book.answer("Yes: it does.").data == "**Yes:** it does."
+    book.answer("Yes: it does.")
+    assert shown == ["**Yes:** it does."]
     kept = tmp_path / "out" / "answers" / "01_attention_shift.txt"
     assert kept.read_text(encoding="utf-8") == "Yes: it does.\n"
-    shown = answers.headed(pd.DataFrame({"robust": [1], "l2": [2], "mine": [3]}))
-    assert [*shown] == ["robust, % ↑", "attention moved (l2) ↓", "mine"]
+    table = answers.headed(pd.DataFrame({"robust": [1], "l2": [2], "mine": [3]}))
+    assert [*table] == ["robust, % ↑", "attention moved (l2) ↓", "mine"]

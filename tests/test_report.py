@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -12,6 +14,7 @@ from test_commands import add_notebook
 
 from tgazsr_utils import manifests, open_workbook, profiles, runner
 from tgazsr_utils.display import pages, report
+from tgazsr_utils.measuring import bench
 from tgazsr_utils.parameters import SettingsError, validate
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.profiles import default_parameters, settings_of
@@ -199,3 +202,38 @@ def test_lists_and_mappings_may_be_text_as_plain_papermill_gives_them(tmp_path):
             open_workbook(name, default_parameters(name) | usual | {"methods": wrong})
     as_it_is = {"prompt": "[a] {}", "methods": ["TGA-ZSR"]}
     assert open_workbook(name, default_parameters(name) | usual | as_it_is).settings.prompt == "[a] {}"
+
+
+def test_the_check_of_the_attack_says_what_each_attack_leaves(monkeypatch, capsys):
+    outcomes = [SimpleNamespace(attack=name, correct=count) for name, count in (("clean", 8), ("PGD-10", 1))]
+    check, kept = SimpleNamespace(n=8, seconds=1.2, outcomes=outcomes), []
+    monkeypatch.setattr(bench, "check_attack", lambda *_: check)
+    bench.Bench(SimpleNamespace(checks=SimpleNamespace(add=kept.append)))._check_now(None)
+    assert kept == [check]
+    assert capsys.readouterr().out == "check of the attack: of 8 images are right, clean 8, PGD-10 1; 1 s\n"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_in_a_browser(folder, scheme):
+    """It asks for nothing but files, is as wide as the window, follows the theme, and its button copies."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (the test extra brings it)")
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium or Chrome is installed")
+    manifests.report(folder, manifest(), "the mini-world")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = started.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((folder / "index.html").as_uri())
+        page.get_by_role("button", name="Copy").click()
+        page.get_by_text("copied", exact=True).wait_for()
+        link = page.locator("a").first.evaluate("element => getComputedStyle(element).color")
+        assert page.evaluate("document.documentElement.scrollWidth") == 1280
+        assert all(size > 0 for size in page.evaluate("[...document.images].map(one => one.naturalWidth)"))
+        started.close()
+    assert all(url.startswith("file:") for url in asked) and link == LINKS[scheme]
+
+
+LINKS = {"light": "rgb(11, 87, 208)", "dark": "rgb(138, 180, 248)"}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from IPython.display import Markdown
+from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
 from tgazsr_utils.core.defences import find_defence
@@ -241,9 +241,9 @@ class Workbook:
             write_atomic(path, lambda temporary: Path(temporary).write_text(lines, encoding="utf-8"))
         return what
 
-    def answer(self, sentence: str) -> Markdown:
-        """Keeps the sentence that answers the notebook's question, for the run's report; gives it for display."""
+    def answer(self, sentence: str) -> None:
+        """Shows the sentence that answers the notebook's question, and keeps it for the run's report."""
         path = answer_path(self.run.folder, self.notebook)
         write_atomic(path, lambda temporary: temporary.write_text(sentence + "\n", encoding="utf-8"))
         said, _, rest = sentence.partition(":")
-        return Markdown(f"**{said}:**{rest}" if rest else sentence)
+        display(Markdown(f"**{said}:**{rest}" if rest else sentence))
