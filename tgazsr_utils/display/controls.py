@@ -19,7 +19,7 @@ BELOW_SLIDER = "2px 2px 8px 92px"  # margin that puts a widget under the track o
 # The figure as it was when a notebook was saved: there where the widgets beside it are not. Sliders' handles get names.
 STILL = """<style>
 .jp-OutputArea:has(.widget-box) .tga-still { display: none; }
-.jp-OutputArea-child:has(+ * .tga-still):has(> .jp-OutputArea-output.jupyter-widgets) { display: none; }
+.jp-OutputArea-child:has(+ * .tga-still):not(:has(.widget-box)) { display: none; }
 </style><script>
 if (!window.tgaNames) {
   window.tgaNames = () => {
