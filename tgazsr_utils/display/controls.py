@@ -29,6 +29,9 @@ if (!window.tgaNames) {
       for (const [name, value] of [["aria-label", label && label.innerText], ["aria-valuenow", exact]])
         if (value && handle.getAttribute(name) !== value) handle.setAttribute(name, value);
     }
+    for (const play of document.querySelectorAll(".widget-play"))
+      play.querySelectorAll("button").forEach((button, i) =>
+        button.setAttribute("aria-label", ["play or pause epsilon", "stop", "repeat"][i]));
   };
   new MutationObserver(window.tgaNames).observe(
     document.body, {childList: true, subtree: true, attributes: true, attributeFilter: ["aria-valuetext"]});
