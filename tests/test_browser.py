@@ -168,6 +168,9 @@ def attack_by_keyboard(page, shot):
     page.get_by_role("button", name="flip to clean").click()
     page.locator(".pair:has-text('image, clean')").first.wait_for()
     page.get_by_role("button", name="flip to clean").click()
+    page.get_by_role("button", name="play or pause epsilon").click()
+    page.locator("text=/at epsilon 5\\/255/").first.wait_for()
+    page.get_by_role("button", name="play or pause epsilon").click()
     prompt = page.get_by_label("prompt")
     prompt.fill("a red <b>thing</b> & more"), prompt.press("Enter")
     prompt.fill(""), prompt.press("Enter")
@@ -231,7 +234,7 @@ def opened_again_it_shows_what_was_seen(page, shot):
     page.reload()
     page.locator(".tga-still").nth(3).wait_for()
     page.locator("text=Error displaying widget").nth(3).wait_for(state="attached")
-    assert page.locator("text=Error displaying widget").filter(visible=True).count() == 0
+    assert page.locator("text=/Error displaying widget|Loading widget/").filter(visible=True).count() == 0
     assert page.locator(".tga-still .says:has-text('At the published setting')").is_visible()
     assert page.locator(".tga-still svg polygon:visible").count() == 3
     shot(page.locator(".tga-still").nth(2), "opened_again")

@@ -362,6 +362,7 @@ def test_it_opens_without_a_tuned_model(explorer, mini, train_set, tmp_path):
     assert models.names == ["original"] == list(alone.attack.model.options) and alone.mixer.error is None
     assert alone.attack.other.value == NO_OTHER and list(alone.attack.attacked) == ["original"]
     assert alone.mixer.terms.values[TERMS.index("L_AMC")] == 0 and "Shown:" not in alone.trainer.status.value
+    assert "<svg" not in alone.trainer.result.value  # nothing was trained
     assert "held-out" not in alone.trainer.status.value and "8 images of shapes, tuned on too" in alone.measured_on
 
 

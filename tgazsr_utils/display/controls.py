@@ -19,7 +19,7 @@ BELOW_SLIDER = "2px 2px 8px 92px"  # margin that puts a widget under the track o
 # The figure as it was when a notebook was saved: there where the widgets beside it are not. Sliders' handles get names.
 STILL = """<style>
 .jp-OutputArea:has(.widget-box) .tga-still { display: none; }
-.jp-OutputArea-child:has(+ * .tga-still):has(> .jp-OutputArea-output.jupyter-widgets) { display: none; }
+.jp-OutputArea-child:has(+ * .tga-still):not(:has(.widget-box)) { display: none; }
 </style><script>
 if (!window.tgaNames) {
   window.tgaNames = () => {
@@ -29,6 +29,9 @@ if (!window.tgaNames) {
       for (const [name, value] of [["aria-label", label && label.innerText], ["aria-valuenow", exact]])
         if (value && handle.getAttribute(name) !== value) handle.setAttribute(name, value);
     }
+    for (const play of document.querySelectorAll(".widget-play"))
+      play.querySelectorAll("button").forEach((button, i) =>
+        button.setAttribute("aria-label", ["play or pause epsilon", "stop", "repeat"][i]));
   };
   new MutationObserver(window.tgaNames).observe(
     document.body, {childList: true, subtree: true, attributes: true, attributeFilter: ["aria-valuetext"]});

@@ -262,7 +262,7 @@ class FineTuner(Panel):
             raise KeyboardInterrupt
 
     def _draw(self, total: int) -> None:
-        curves = panels.curves_svg(self.history, self.place, total)
+        curves = panels.curves_svg(self.history, self.place, total) if total else ""
         self.result.value = panels.block((panels.says(self.words) if self.words else "") + curves)
 
 
