@@ -204,6 +204,8 @@ def own_drawing_and_image(page, clips, prompts, folder):
     )
     sentence.filter(has_text="Attacking your picture").wait_for()
     assert page.evaluate("[...demo.own.pixels]") != before
+    page.locator("#pad").focus(), page.keyboard.press("ArrowLeft"), page.keyboard.press(" ")
+    assert page.locator("#tip").is_visible() and page.locator("#tip").evaluate("tip => tip.style.background") != "none"
     broken, own = folder / "broken.png", folder / "own.png"
     broken.write_bytes(b"no image"), Image.new("RGB", (120, 80), (30, 60, 200)).save(own)
     page.locator("#file").set_input_files(broken)

@@ -235,7 +235,7 @@ function show() {
     id(`${name}-map`).ariaLabel = `${name} image with ${about}, strongest in ${where}`;
     bars(id(`${name}-bars`), task, reading, rows[0], now, image.label);
   }
-  id("attacked-note").textContent = eps ? `no value moved by more than ${EPSILONS[eps]} of 255` : "the image";
+  id("attacked-note").textContent = eps ? `at most ${number(EPSILONS[eps])} off` : "the image";
   id("head-attacked").textContent = eps ? `Attacked, epsilon ${number(EPSILONS[eps])}` : "Attacked: not yet";
   const waits = image === own && !own.attacked;
   document.querySelector(".stage").ariaBusy = String(waits && eps > 0);
@@ -444,9 +444,13 @@ function wireOwn() {
     const by = { ArrowLeft: [-7, 0], ArrowRight: [7, 0], ArrowUp: [0, -7], ArrowDown: [0, 7] }[event.key];
     if (!by && event.key !== " ") return;
     event.preventDefault();
-    if (!by) return (down = !down) ? dot(...at) : undefined;
-    const to = at.map((x, i) => Math.min(pad.width, Math.max(0, x + by[i])));
-    down ? line(...to) : (at = to);
+    if (!by) (down = !down) && dot(...at);
+    else {
+      const to = at.map((x, i) => Math.min(pad.width, Math.max(0, x + by[i])));
+      down ? line(...to) : (at = to);
+    }
+    const [left, top] = at.map((x) => `${(100 * x) / pad.width}%`);
+    Object.assign(id("tip").style, { left, top, background: down ? PENS[pen] : "none" });
   });
   const swatch = (colours) => Object.keys(colours).map((name) => [name, "", name]);
   radios(id("colours"), swatch(PENS), (name) => (pen = name));
