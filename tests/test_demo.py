@@ -155,7 +155,6 @@ def agrees(clip, prompts, pixels, label, rows):
     return logits.argmax(1)
 
 
-@pytest.mark.long  # to export the models takes 40 s alone
 def test_in_a_browser_numbers_are_the_packages_and_a_person_can_use_it(path, page, clips, content, tmp_path):
     assert path.stat().st_size < 30e6
     numbers_are_the_packages(page, clips, content)
