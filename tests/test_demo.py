@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from tgazsr_utils import load_clip, pgd, text_guided_attention
+from tgazsr_utils.commands import main
 from tgazsr_utils.display import demo
 from tgazsr_utils.measuring.attention_shift import attention_shift
 
@@ -38,7 +39,7 @@ def content(clips):
 
 def test_what_is_missing_and_what_is_meant_otherwise_is_one_line(monkeypatch, capsys):
     def said(*arguments):
-        assert demo.main(arguments) == 2
+        assert main(["--demo", *arguments]) == 2
         (line,) = (
             capsys.readouterr()
             .err.replace("exporting both models and attacking their images (some minutes)\n", "")
@@ -98,8 +99,8 @@ def test_images_are_right_when_clean_and_perturbations_those_of_pgd(clips, conte
     assert (kept - exact).abs().max() <= 1.001 * eps / 127 and (kept - clean).abs().max() <= 1.00001 * eps
 
 
-@pytest.fixture(scope="module")
-def path(clips, content, tmp_path_factory):
+@pytest.fixture
+def path(clips, content, tmp_path):
     """A page of these."""
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name, reason="the page needs the demo extra")
@@ -109,7 +110,7 @@ def path(clips, content, tmp_path_factory):
     blobs = demo.fetch_runtime() | {"pixels": images.numpy().tobytes()}
     for (name, perturbations), file in zip(found.items(), demo.exported(list(clips.values()))):
         blobs |= {f"model-{name}": file, f"attacks-{name}": perturbations.numpy().tobytes()}
-    written = tmp_path_factory.mktemp("demo") / "index.html"
+    written = tmp_path / "index.html"
     written.write_text(demo._page(facts, blobs), encoding="utf-8")
     return written
 
@@ -154,9 +155,16 @@ def agrees(clip, prompts, pixels, label, rows):
     return logits.argmax(1)
 
 
-def test_the_browsers_numbers_are_the_packages(path, page, clips, content):
-    facts, images, labels, found = content
+def test_in_a_browser_numbers_are_the_packages_and_a_person_can_use_it(path, page, clips, content, tmp_path):
     assert path.stat().st_size < 30e6
+    numbers_are_the_packages(page, clips, content)
+    by_keyboard(page)
+    own_drawing_and_image(page, clips, content[0]["tasks"]["shapes"]["prompts"], tmp_path)
+    assert page.problems == []
+
+
+def numbers_are_the_packages(page, clips, content):
+    facts, images, labels, found = content
     eps = torch.tensor(EPSILONS)[:, None, None, None] / 255
     for n in (0, 3, 7):
         shown, clean = facts["images"][n], images[n][None] / 255
@@ -170,19 +178,19 @@ def test_the_browsers_numbers_are_the_packages(path, page, clips, content):
     (slope,) = torch.autograd.grad(loss, one)
     there = torch.tensor(page.evaluate(GRADIENT, [n, model])).view_as(slope)
     assert (there - slope).abs().max() < 1e-3 * slope.abs().max()
-    assert page.problems == []
 
 
-def test_a_person_can_use_it(page, clips, content, tmp_path):
-    facts, sentence = content[0], page.locator("#sentence")
-    slider, prompts = page.get_by_label(re.compile("^Attack: epsilon")), facts["tasks"]["shapes"]["prompts"]
-    slider.focus(), page.keyboard.press("ArrowRight")
-    sentence.filter(has_text="At epsilon 8/255").wait_for()
+def by_keyboard(page):
+    page.get_by_label(re.compile("^Attack: epsilon")).focus(), page.keyboard.press("ArrowRight")
+    page.locator("#sentence", has_text="At epsilon 8/255").wait_for()
     page.locator("#models input").first.focus(), page.keyboard.press("ArrowRight")
     assert page.locator("#models input:checked").input_value() == "tuned"
     page.get_by_label("Attention of the text").select_option(label="heart")
     assert "This is a photo of a heart" in page.locator("#clean-map").get_attribute("aria-label")
 
+
+def own_drawing_and_image(page, clips, prompts, folder):
+    sentence = page.locator("#sentence")
     page.get_by_text("Draw, or your image").click()
     sentence.filter(has_text="At epsilon 8/255").wait_for()
     before = page.evaluate("[...demo.own.pixels]")
@@ -195,7 +203,9 @@ def test_a_person_can_use_it(page, clips, content, tmp_path):
     )
     sentence.filter(has_text="Attacking your picture").wait_for()
     assert page.evaluate("[...demo.own.pixels]") != before
-    broken, own = tmp_path / "broken.png", tmp_path / "own.png"
+    page.locator("#pad").focus(), page.keyboard.press("ArrowLeft"), page.keyboard.press(" ")
+    assert page.locator("#tip").is_visible() and page.locator("#tip").evaluate("tip => tip.style.background") != "none"
+    broken, own = folder / "broken.png", folder / "own.png"
     broken.write_bytes(b"no image"), Image.new("RGB", (120, 80), (30, 60, 200)).save(own)
     page.locator("#file").set_input_files(broken)
     page.get_by_text("broken.png is not an image").wait_for()
@@ -210,4 +220,3 @@ def test_a_person_can_use_it(page, clips, content, tmp_path):
         answers = agrees(clip, prompts, pixels, seen, read["rows"])
         reach = (pixels - pixels[:1]).abs().amax((1, 2, 3)) * 255
         assert answers[0] == seen and torch.allclose(reach, torch.tensor([0.0, *EPSILONS]), atol=1e-3)
-    assert page.problems == []

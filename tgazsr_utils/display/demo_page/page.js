@@ -30,10 +30,13 @@ async function load() {
   const script = new Blob([await unpack("runtime")], { type: "text/javascript" });
   ort = await import(URL.createObjectURL(script));
   Object.assign(ort.env.wasm, { numThreads: 1, wasmBinary: (await unpack("wasm")).buffer });
-  for (const name in NAMES) sessions[name] = await ort.InferenceSession.create(await unpack(`model-${name}`));
+  const errorsOnly = { logSeverityLevel: 3 }; // not what the runtime would have liked to optimise
+  for (const name in NAMES) sessions[name] = await ort.InferenceSession.create(await unpack(`model-${name}`), errorsOnly);
+  started();
 }
 
-let last = Promise.resolve(); // one run at a time: a session takes no second one while it computes
+let started;
+let last = new Promise((done) => (started = done)); // runs wait for the models, and for one another
 
 /** Tokens of pixels [B,3,H,W] in [0,1] and the gradient of the cross-entropy that leads away from class `label`. */
 function encode(model, pixels, task, label = 0) {
@@ -41,12 +44,11 @@ function encode(model, pixels, task, label = 0) {
   const wanted = new Float32Array(count * classes);
   for (let row = 0; row < count; row++) wanted[row * classes + label] = 1;
   const tensor = (data, ...shape) => new ort.Tensor("float32", data, shape);
-  const feeds = {
+  last = last.catch(() => {}).then(() => sessions[model].run({
     pixels: tensor(pixels, count, 3, side, side),
     text: tensor(task.text, classes, task.text.length / classes),
     labels: tensor(wanted, count, classes),
-  };
-  last = last.catch(() => {}).then(() => sessions[model].run(feeds));
+  }));
   return last.then(({ pooled, patches, gradient }) => (
     { count, pixels, pooled: pooled.data, patches: patches.data, gradient: gradient.data, width: pooled.dims[1] }));
 }
@@ -70,6 +72,8 @@ async function attack(model, image, task, label, stale) {
     const { gradient } = await encode(model, current, task, label);
     if (stale()) return null;
     move((at) => Math.sign(gradient[at]), 1 / 4);
+    own.done = `${NAMES[model]} model, step ${step + 1} of ${facts.steps}`;
+    if (state.image === own && state.eps) id("sentence").textContent = attacking();
     await pause();
   }
   return current;
@@ -143,7 +147,7 @@ let soon;
 async function ownChanged() {
   const version = ++own.version, stale = () => version !== own.version, task = tasks[own.task];
   clearTimeout(soon);
-  own.attacked = false;
+  own.attacked = false, own.done = "";
   own.pixels = fromCanvas(small.getContext("2d").getImageData(0, 0, side, side).data);
   for (const model in NAMES) {
     const tokens = await encode(model, own.pixels, task);
@@ -231,6 +235,7 @@ function show() {
     id(`${name}-map`).ariaLabel = `${name} image with ${about}, strongest in ${where}`;
     bars(id(`${name}-bars`), task, reading, rows[0], now, image.label);
   }
+  id("attacked-note").textContent = eps ? `at most ${number(EPSILONS[eps])} off` : "the image";
   id("head-attacked").textContent = eps ? `Attacked, epsilon ${number(EPSILONS[eps])}` : "Attacked: not yet";
   const waits = image === own && !own.attacked;
   document.querySelector(".stage").ariaBusy = String(waits && eps > 0);
@@ -255,9 +260,11 @@ function bars(table, task, reading, clean, attacked, label) {
   }));
 }
 
+const attacking = () => `Attacking your picture at every epsilon: ${own.done || "first gradient"}…`;
+
 function say(seen, eps, waits) {
   const parts = [];
-  if (waits && eps) parts.push("Attacking your picture, on both models, at every epsilon…");
+  if (waits && eps) parts.push(attacking());
   else if (!eps) {
     const [a, b] = Object.values(seen).map(({ task, rows }) => task.classes[rows[0].best]);
     if (a === b) parts.push("Nobody attacks yet, and both models say ", word(a), ".");
@@ -437,9 +444,13 @@ function wireOwn() {
     const by = { ArrowLeft: [-7, 0], ArrowRight: [7, 0], ArrowUp: [0, -7], ArrowDown: [0, 7] }[event.key];
     if (!by && event.key !== " ") return;
     event.preventDefault();
-    if (!by) return (down = !down) ? dot(...at) : undefined;
-    const to = at.map((x, i) => Math.min(pad.width, Math.max(0, x + by[i])));
-    down ? line(...to) : (at = to);
+    if (!by) (down = !down) && dot(...at);
+    else {
+      const to = at.map((x, i) => Math.min(pad.width, Math.max(0, x + by[i])));
+      down ? line(...to) : (at = to);
+    }
+    const [left, top] = at.map((x) => `${(100 * x) / pad.width}%`);
+    Object.assign(id("tip").style, { left, top, background: down ? PENS[pen] : "none" });
   });
   const swatch = (colours) => Object.keys(colours).map((name) => [name, "", name]);
   radios(id("colours"), swatch(PENS), (name) => (pen = name));
@@ -482,11 +493,10 @@ document.documentElement.style.setProperty("--now", "var(--original)");
 try {
   await readImages();
   wire();
-  setEps(0);
+  setEps(EPSILONS.indexOf(facts.start));
   paint(id("clean"), images[0].pixels);
   await load();
-  setEps(EPSILONS.indexOf(facts.start));
-  await pick(images[0]);
+  await pick(state.image ?? images[0]);
   globalThis.demo = { state, images, own, readings, encode, tasks, EPSILONS }; // for tests, and for the curious
   for (const image of images) await compute(image).then(() => pause(20));
   whole();
