@@ -127,6 +127,10 @@ def compare_runs(first: str, second: str) -> int:
         records = [[Record.model_validate_json(line) for line in part] for part in lines]
         print(f"\n{name}: {first} minus {second}, percentage points [95 % interval over images], on the same images")
         print(compare(*records).to_string())
+        methods = [{record.method for record in part} for part in records]
+        for folder, only in ((first, methods[0] - methods[1]), (second, methods[1] - methods[0])):
+            if only:
+                print(f"only in {folder}: {', '.join(sorted(only))}")
     return 0
 
 

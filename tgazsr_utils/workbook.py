@@ -18,7 +18,7 @@ from tgazsr_utils.core.defences import find_defence
 from tgazsr_utils.core.frontier import interpolated
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
-from tgazsr_utils.core.objectives import Objective, find_objective
+from tgazsr_utils.core.objectives import PRESET, Objective, find_objective
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.datasets.descriptions import read_descriptions
 from tgazsr_utils.datasets.loading import choose_datasets, load_dataset
@@ -201,10 +201,20 @@ class Workbook:
         """The original model fine-tuned by a method; the latest of this run then."""
         name = method if isinstance(method, str) else method.name
         settings = self.settings.finetuning(name, **({} if seed is None else {"seed": seed}))
+        self._say_what_is_not_its_own(find_objective(name) if isinstance(method, str) else method, settings)
         options = {"number_of_processes": self.settings.processes}
         tuned = finetune(self.original, self.train, method, settings, self.run.stored_models, **options)
         self.run.show(tuned.weights)
         return tuned
+
+    def _say_what_is_not_its_own(self, method: Objective, settings: FinetuneSettings) -> None:
+        """Of a method that somebody has added: what it was registered with, and is trained otherwise here."""
+        if method.terms.__module__.startswith("tgazsr_utils."):
+            return
+        for name in method.preset.keys() - self.settings.overrides.get(method.name, {}).keys():
+            own, here = method.preset[name], getattr(settings, name)
+            if own != PRESET.get(name) and here not in (None, own):
+                print(f"{method.name}: {name} is {here} here, not its own {own} (-p {name} null: each method's own)")
 
     def tuned(self, method: str, seed: int) -> Iterator[tuple[str, Clip]]:
         """What notebook 04 measures of a method, by name: the tuned model, then those on the way to it."""

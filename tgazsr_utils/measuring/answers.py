@@ -146,10 +146,12 @@ def evaluation(records: Sequence[Record], table: pd.DataFrame, methods: Sequence
 
     ``table``: the leaderboard, best average first.
     """
-    if methods:  # given weights may be tuned on anything
-        table = table[[name == UNTUNED or name.split(" w=")[0] in methods for name in table.index]]
+    counted = [not methods or name == UNTUNED or name.split(" w=")[0] in methods for name in table.index]
+    given = [name for name, counts in zip(table.index, counted) if not counts]
+    table = table[counted]
     ranked = table.average.dropna().index.tolist()
     best = f"the best average has {ranked[0]}, {_half(table.loc[ranked[0]])}" if ranked else "no average is counted"
+    apart = f" (without {' and '.join(given)}: given weights may be tuned on anything)" if given else ""
     method, elsewhere = subject(methods), [r for r in records if r.dataset != tuned_on]
     if method is None:
         return f"Undecided: nothing was tuned here; of {len(table)} models {best}."
@@ -163,7 +165,7 @@ def evaluation(records: Sequence[Record], table: pd.DataFrame, methods: Sequence
         best += f", and {method} is number {place} with {_half(table.loc[method])}"
     said = f"{verdict(more)}: on {sets} {plural} that it was not tuned on, {method} is right on "
     said += f"{right[method, 'robust']:.1f} % under attack where the untuned model is on "
-    return said + f"{right[UNTUNED, 'robust']:.1f} % ({_points(more)}); of {len(table)} models {best}."
+    return said + f"{right[UNTUNED, 'robust']:.1f} % ({_points(more)}); of {len(table)} models {best}{apart}."
 
 
 def holds(table: pd.DataFrame, images: int) -> str:
@@ -193,7 +195,8 @@ def _gain(records: Sequence[Record], kind: str, method: str, other: str) -> Inte
 
 def _against(records: Sequence[Record], method: str, other: str) -> str:
     more = _gain(records, "robust", method, other)
-    chance = "which may be chance" if verdict(more) == "Undecided" else "beyond chance"
+    chance = f"which may be chance: what {method} adds to it is not shown to do it"
+    chance = chance if verdict(more) == "Undecided" else "beyond chance"
     return f"compared with {other} that is {_points(more)} under attack, {chance}"
 
 

@@ -81,7 +81,8 @@ def answer(done: Done) -> str:
             continue
         flattered[model] = attacked(_combined(np.greater, first, together))
         before, after = (per_seed(records).robust.mean() for records in (first, together))
-        change = "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*paired_difference(attacked(together), attacked(first)))
+        more, low, high = paired_difference(attacked(together), attacked(first))
+        change = f"{more:+.1f} points" + (f" [{low:+.1f}, {high:+.1f}]" if low < high else "")
         lines.append(f"{model}: {before:.1f} % withstands {name}, {after:.1f} % {ALL}: {change}.")
     others = [model for model in flattered if model not in (UNTUNED, BASELINE) and BASELINE in flattered]
     for model in others:
