@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from torch import Tensor
 
-from tgazsr_utils.core.attention import resize
+from tgazsr_utils.display.pictures import coloured, pixels
 from tgazsr_utils.measuring.attacked_image import AttackedImage
 from tgazsr_utils.measuring.loss_mixture import TERMS, TermGradients, cosines, in_words, mixture
 from tgazsr_utils.measuring.recorded_sweep import KINDS, grid_position, nearest_measured
@@ -161,7 +161,7 @@ def _model_row(name: str, shown: AttackedImage) -> str:
     factor = amplification(shown.image, shown.adversarial)
     image, clean, noise, after = attention_pictures(*sides, factor).values()
     size = f"{shown.image.shape[1]} × {shown.image.shape[2]}"
-    attacked = _pixels(shown.adversarial)
+    attacked = pixels(shown.adversarial)
     pictures = [_figure((image, f"image, {size}")), _figure((attacked, "image, attacked"), (image, "image, clean"))]
     pictures += [_figure((noise, f"perturbation × {factor}")), _figure((clean, "attention, clean"))]
     pictures += [_figure((after, "attention, attacked"), (clean, "attention, clean"))]
@@ -184,10 +184,10 @@ def attention_pictures(
 ) -> dict[str, np.ndarray]:
     """Caption -> picture ``[H,W,3]`` in [0,1] of images ``[3,H,W]`` and maps ``[h,w]``; ``factor``: amplification."""
     return {
-        "image": _pixels(image),
-        "attention, clean": _with_attention(image, clean_map),
-        f"perturbation × {factor}": _pixels((0.5 + factor * (adversarial - image)).clamp(0, 1)),
-        "attention, attacked": _with_attention(adversarial, attacked_map),
+        "image": pixels(image),
+        "attention, clean": coloured(image, clean_map),
+        f"perturbation × {factor}": pixels((0.5 + factor * (adversarial - image)).clamp(0, 1)),
+        "attention, attacked": coloured(adversarial, attacked_map),
     }
 
 
@@ -312,16 +312,6 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], last: str = "") 
     lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
     lines[-1] = lines[-1].replace("<tr>", f'<tr class="{last}">', 1)
     return f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{''.join(lines)}</table>"
-
-
-def _pixels(image: Tensor) -> np.ndarray:
-    return image.permute(1, 2, 0).cpu().numpy()
-
-
-def _with_attention(image: Tensor, attention: Tensor) -> np.ndarray:
-    heat = resize(attention[None], tuple(image.shape[1:]))[0].cpu().numpy()
-    grey = image.mean(0).cpu().numpy()[..., None]
-    return 0.35 * grey + 0.65 * matplotlib.colormaps["viridis"](heat)[..., :3]
 
 
 def _figure(*pictures: tuple[np.ndarray, str]) -> str:

@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -11,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from tgazsr_utils.core.attention import resize
+from tgazsr_utils.display.pictures import coloured, pixels
 from tgazsr_utils.display.style import headed, looks
 from tgazsr_utils.measuring.attention_shift import AttentionUnderAttack
 
@@ -45,8 +43,8 @@ def attention_strips(
     first, told = next(iter(attacked.values())), []
     for strip, row in zip(axes, rows):
         label = class_names[first.frame.label[row]]
-        _show(strip[0], _pixels(first.images[row]), f"a {label}")
-        _show(strip[1], _pixels(first.adversarial[row]), "looks the same")
+        _show(strip[0], pixels(first.images[row]), f"a {label}")
+        _show(strip[1], pixels(first.adversarial[row]), "looks the same")
         for number, (name, result) in enumerate(attacked.items()):
             told.append(f"{label}, {name}: {_maps_of(strip[3 + 4 * number :], name, result, row, most, class_names)}")
     _heads(axes[0], attacked)
@@ -67,9 +65,9 @@ def _maps_of(
     before, after = result.clean_maps[row], result.attacked_maps[row]
     answers = [_answer(seen, side, class_names) for side in ("clean", "attacked")]
     shift = f"shift {seen.l2:.2f}"
-    _show(strip[0], _coloured(image, before, "viridis", 0.75), answers[0])
-    _show(strip[1], _coloured(result.adversarial[row], after, "viridis", 0.75), answers[1])
-    _show(strip[2], _coloured(image, (after - before) / (2 * most) + 0.5, "RdBu_r", 0.88), shift)
+    _show(strip[0], coloured(image, before, "viridis", 0.75), answers[0])
+    _show(strip[1], coloured(result.adversarial[row], after, "viridis", 0.75), answers[1])
+    _show(strip[2], coloured(image, (after - before) / (2 * most) + 0.5, "RdBu_r", 0.88), shift)
     for axis in strip[:3]:
         axis.spines[:].set(color=looks([name])[name].color, linewidth=1.5)
     strip[2].xaxis.label.set_fontweight("bold")
@@ -95,14 +93,3 @@ def _show(axis: Axes, picture: np.ndarray, below: str) -> None:
     axis.imshow(picture, interpolation="none")  # pixels as they are, in the vector file too
     axis.set(xticks=[], yticks=[])
     axis.set_xlabel(below, fontsize=10, labelpad=3)
-
-
-def _pixels(image: Tensor) -> np.ndarray:
-    return image.permute(1, 2, 0).float().numpy()
-
-
-def _coloured(image: Tensor, values: Tensor, colours: str, opacity: float) -> np.ndarray:
-    """``values`` ``[h,w]`` in [0,1] over a grey image ``[3,H,W]``."""
-    heat = resize(values[None].float(), tuple(image.shape[1:]))[0].numpy()
-    grey = image.float().mean(0).numpy()[..., None]
-    return (1 - opacity) * grey + opacity * matplotlib.colormaps[colours](heat)[..., :3]
