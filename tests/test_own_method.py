@@ -40,7 +40,7 @@ def test_a_cell_of_ten_lines_brings_a_method_into_the_leaderboard(tmp_path, monk
         return sorted((out / "models").glob("Anchored_seed0_*.safetensors"))
 
     models = with_cell(cell)
-    assert "Anchored: lr is 0.0007 here, not its own 0.0001 (-p lr null: each" in capfd.readouterr().out
+    assert "Anchored: lr is 0.0007 here, not its own 0.0003 (-p lr null: each" in capfd.readouterr().out
     table = pd.read_csv(out / "tables" / "leaderboard.csv", index_col="method")
     assert set(table.index) == {"CLIP", "TeCoA", "Anchored"} and set(table.sets) == {"2 of 16"}
     records = [json.loads(path.read_text()) for path in tmp_path.glob("store/records/*.json")]
