@@ -148,7 +148,7 @@ def test_a_run_says_its_plan_and_where_it_is_and_ends_in_a_page_also_when_it_fai
         said.index("07_mine               runs, as it has not run here yet; no earlier"),
         said.index("=== [1/2"),
     )
-    assert plan < said.index("in all by these times, without 2") < first
+    assert plan < said.index("no earlier time") < first
     assert "=== [1/2 · 07_mine · 0 min so far]" in said and "=== [2/2 · 08_bad · " in said
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "ValueError: not this way" in page and 'href="html/07_mine.html"' in page
@@ -165,10 +165,15 @@ def test_a_run_says_its_plan_and_where_it_is_and_ends_in_a_page_also_when_it_fai
 def test_minutes_are_those_of_earlier_runs_then_of_the_profile(tmp_path, capsys):
     entry = {"status": "finished", "seconds": 90.0, "started": "2026-01-02T03"}
     earlier = {tmp_path: {}, tmp_path / "b": {"01": entry}}
-    found = manifests.show_plan([("01", "new"), ("02", "new"), ("03", None)], earlier, {"01": 9, "02": 4}, "runs")
+    plan, wanted = [("01", "new"), ("02", "new"), ("03", None)], {name: {"seed": 1} for name in ("01", "02", "03")}
+    found = manifests.show_plan(plan, wanted, earlier, {"01": 9, "02": 4}, "runs")
     said = " ".join(capsys.readouterr().out.split())
-    assert found == {"01": 1.5, "02": 4} and "5.5 minutes in all by these times" in said
+    assert found == {"01": 1.5, "02": 4} and "5.5 minutes in all" in said and ", with other seed" in said
     assert "01 runs, as new; 1.5 minutes on 2026-01-02 in" in said and "about 4 minutes on two CPU cores" in said
+    earlier[tmp_path / "c"] = {"01": {**entry, "seconds": 60.0, "parameters": {"seed": 1, "output": "c"}}}
+    assert manifests.show_plan(plan, wanted, earlier, {"01": 9}, "runs") == {"01": 1.0, "02": None}
+    said = " ".join(capsys.readouterr().out.split())
+    assert "with other" not in said and "1.0 minutes in all, but one of these has no time yet" in said
     assert re.fullmatch(r"0 of about 6 min", runner._so_far(runner.time.time(), [1.5, 4]))
     assert runner._so_far(runner.time.time() - 360, [None, 4]) == "6 min so far"
 

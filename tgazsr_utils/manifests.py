@@ -58,42 +58,51 @@ def earlier_runs(folder: Path, profile: str) -> dict[Path, dict[str, Any]]:
 
 def show_plan(
     plan: Sequence[tuple[str, str | None]],
+    parameters: Mapping[str, Mapping[str, Any]],
     earlier: Mapping[Path, Mapping[str, Any]],
     usual: Mapping[str, float],
     will: str = "would run",
 ) -> dict[str, float | None]:
     """Prints why each notebook would run, and how long it took: in this folder (the first), or last in others.
 
-    ``usual``: the profile's minutes. Gives the minutes of each that would run.
+    ``usual``: the profile's minutes. Gives the minutes of each that would run. A run with these ``parameters`` goes
+    before one with others, of which it is said what they were.
     """
     found: dict[str, float | None] = {}
     for name, why in plan:
         if why is None:
             print(paragraph(name, "done already"))
         else:
-            found[name], said = _minutes(name, earlier, usual)
+            found[name], said = _minutes(name, parameters[name], earlier, usual)
             print(paragraph(name, f"{will}, as {why}; {said}"))
     known = [minutes for minutes in found.values() if minutes is not None]
-    unknown = len(found) - len(known)
-    print(
-        f"{sum(known):.1f} minutes in all by these times" + (f", without {unknown} that have none" if unknown else "")
-    )
+    without = f"{len(found) - len(known)} of these have" if len(found) - len(known) > 1 else "one of these has"
+    if known:
+        print(f"{sum(known):.1f} minutes in all" + ("" if len(known) == len(found) else f", but {without} no time yet"))
     return found
 
 
 def _minutes(
-    name: str, earlier: Mapping[Path, Mapping[str, Any]], usual: Mapping[str, float]
+    name: str, parameters: Mapping[str, Any], earlier: Mapping[Path, Mapping[str, Any]], usual: Mapping[str, float]
 ) -> tuple[float | None, str]:
     """What a notebook is likely to take, and whence that is known."""
     ended = [(f, books[name]) for f, books in earlier.items() if books.get(name, {}).get("status") == "finished"]
     if ended:
-        here = next(iter(earlier))
-        folder, entry = max(ended, key=lambda run: (run[0] == here, str(run[1].get("started"))))
-        minutes = entry.get("seconds", 0) / 60
-        return minutes, f"{minutes:.1f} minutes on {str(entry.get('started'))[:10]} in {shown(folder)}"
+        here, wanted = next(iter(earlier)), {**parameters, "output": None}
+        other = lambda entry: sorted(key for key, value in wanted.items() if _of(entry).get(key) != value)
+        best = lambda run: (not other(run[1]), run[0] == here, str(run[1].get("started")))
+        folder, entry = max(ended, key=best)
+        minutes, changed = entry.get("seconds", 0) / 60, other(entry)
+        said = f"{minutes:.1f} minutes on {str(entry.get('started'))[:10]} in {shown(folder)}"
+        return minutes, said + (f", with other {', '.join(changed)}" if changed else "")
     if name in usual:
-        return usual[name], f"about {usual[name]:g} minutes on two CPU cores"
+        return usual[name], f"about {usual[name]:g} minute{'' if usual[name] == 1 else 's'} on two CPU cores"
     return None, "no earlier time"
+
+
+def _of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's parameters, wherever it went."""
+    return entry.get("parameters", {}) | {"output": None}
 
 
 def show_store(run: Run, methods: Iterable[str]) -> None:
@@ -115,7 +124,7 @@ def compare_runs(first: str, second: str) -> int:
             raise SettingsError(f"{folder} is not the folder of a run (it has no manifest.json)")
     entries = [load_manifest(folder / "manifest.json")["notebooks"] for folder in folders]
     for notebook in sorted(set(entries[0]) & set(entries[1])):
-        a, b = (entry[notebook].get("parameters", {}) | {"output": None} for entry in entries)
+        a, b = (_of(entry[notebook]) for entry in entries)
         for name in sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key)):
             print(f"{notebook}: {name} is {a.get(name)!r} in {first}, {b.get(name)!r} in {second}")
     kept = [{path.stem: path for path in folder.glob("records/*.jsonl")} for folder in folders]

@@ -404,8 +404,8 @@ def named_weights(values: Mapping[str, Any]) -> list[tuple[str, str, str | None]
 
 def unknown_parameter(name: Any, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"unknown parameter {name!r}: {hint}known are {', '.join(sorted(known))}"
+    hint = f"did you mean {close[0]}? --list parameters shows all" if close else f"known are {', '.join(sorted(known))}"
+    return f"unknown parameter {name!r}: {hint}"
 
 
 def yaml_value(name: str, text: str) -> Any:

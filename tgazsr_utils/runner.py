@@ -125,7 +125,9 @@ class Batch:
     def _all(self, manifest: dict[str, Any], environment: Mapping[str, Any]) -> bool:
         """Says what is to run, and runs it, each when its turn comes; did a notebook fail?"""
         planned = [(name, why) for name, _, why in self.plan(manifest)]
-        minutes = show_plan(planned, earlier_runs(self.folder, self.profile_name), self.profile.minutes, "runs")
+        minutes = show_plan(
+            planned, self.parameters, earlier_runs(self.folder, self.profile_name), self.profile.minutes, "runs"
+        )
         self.show_store()
         started, total = time.time(), len(minutes)
         for name, inputs, why in self.plan(manifest):
@@ -219,7 +221,7 @@ def dry_run(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any],
     planned = batch.plan(load_manifest(batch.manifest_path))
     plan = [(name, "--fresh starts over" if fresh else why) for name, _, why in planned]
     print(f"{profile_name}: {batch.profile.description.strip()}\nresults would go to {shown(batch.folder)}")
-    show_plan(plan, earlier_runs(batch.folder, profile_name), batch.profile.minutes)
+    show_plan(plan, batch.parameters, earlier_runs(batch.folder, profile_name), batch.profile.minutes)
     batch.show_store()
     return 0
 

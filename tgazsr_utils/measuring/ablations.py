@@ -188,7 +188,10 @@ class Sweep:
         """An ablation's variants, each with its records; without learning rates at which training diverges."""
         done = []
         for number, v in enumerate(variants, start=1):
-            print(f"{name} {number}/{len(variants)}: {', '.join(map(str, v.label.values()))}", flush=True)
+            label = ", ".join(
+                str(value) if isinstance(value, str) else f"{key} {value}" for key, value in v.label.items()
+            )
+            print(f"{name} {number}/{len(variants)}: {label}", flush=True)
             try:
                 done.append((v, self.records_of(v)))
             except FloatingPointError as error:

@@ -87,7 +87,11 @@ def answer(done: Done) -> str:
     others = [model for model in flattered if model not in (UNTUNED, BASELINE) and BASELINE in flattered]
     for model in others:
         more, low, high = paired_difference(flattered[model], flattered[BASELINE])
-        verdict = "flatters" if low > 0 else "does not flatter" if high < 0 else "is not shown to flatter"
-        by = f"by {more:+.1f} points [{low:+.1f}, {high:+.1f}]"
-        lines.append(f"The published attack {verdict} {model} more than {BASELINE}: {by}.")
+        by = f"{more:+.1f} points [{low:+.1f}, {high:+.1f}]"
+        if low <= 0 <= high:
+            lines.append(f"Whether the published attack flatters {model} more than {BASELINE} is undecided: {by}.")
+        else:
+            lines.append(
+                f"The published attack flatters {model} {'more' if low > 0 else 'less'} than {BASELINE}: {by}."
+            )
     return "\n".join(lines)

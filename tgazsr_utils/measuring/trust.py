@@ -6,10 +6,11 @@ A model may withstand gradient attacks only because its gradients are of no use 
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -67,8 +68,8 @@ def check_attack(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -
     whatever their number. Raises ValueError if none of the images can be read.
     """
     started = time.perf_counter()
-    with progress(sets, desc="check of the attack", unit="set", leave=False) as bar:
-        batches = [batch for data in bar for batch in _attacked(clip, data, attack)]
+    with progress(total=sum(map(len, sets)), desc="check of the attack", unit="image", leave=False) as bar:
+        batches = [batch for data in sets for batch in _attacked(clip, data, attack, bar)]
     if not batches:
         raise ValueError(f"no image to check the attack with can be read, of {', '.join(data.key for data in sets)}")
     right, loss = (pd.concat([batch[i] for batch in batches], ignore_index=True) for i in (0, 1))
@@ -150,11 +151,16 @@ def _chance_of_falling(rise: pd.Series) -> float:
 
 
 @torch.no_grad()  # but for the gradients of the pixels
-def _attacked(clip: Clip, data: ImageSet, attack: AttackSettings) -> Iterator[tuple[pd.DataFrame, pd.DataFrame, int]]:
+def _attacked(
+    clip: Clip, data: ImageSet, attack: AttackSettings, bar: Any
+) -> Iterator[tuple[pd.DataFrame, pd.DataFrame, int]]:
     """Of each batch: which images are right and their cross-entropy, a column an attack; how many lack a gradient."""
     reader, text = clip.without_autocast(), clip.encode_text(data.prompts)
     for batch in data.batches(batch_that_fits(clip), clip.device):
-        images = _attacks(clip, data.key, batch, text, attack)
+        images = {}
+        for name, made in _attacks(clip, data.key, batch, text, attack).items():
+            bar.set_postfix(set=data.key, attack=name)
+            images[name] = made()
         logits = {name: reader.logits(pixels, text) for name, pixels in images.items()}
         right = {name: (classes_of(values) == batch.labels).cpu().numpy() for name, values in logits.items()}
         cross_entropy = partial(F.cross_entropy, target=batch.labels, reduction="none")
@@ -163,22 +169,24 @@ def _attacked(clip: Clip, data: ImageSet, attack: AttackSettings) -> Iterator[tu
             pixels = images["noise"].requires_grad_(True)
             (slope,) = torch.autograd.grad(summed_cross_entropy(clip.logits(pixels, text), batch.labels), pixels)
         length = slope.flatten(1).abs().amax(1)
+        bar.update(len(batch.labels))
         yield pd.DataFrame(right), pd.DataFrame(loss), int(((length == 0) | ~length.isfinite()).sum())
 
 
-def _attacks(clip: Clip, key: str, batch: Batch, text: Tensor, attack: AttackSettings) -> dict[str, Tensor]:
-    """The batch's images under each attack of a check, by name."""
+def _attacks(
+    clip: Clip, key: str, batch: Batch, text: Tensor, attack: AttackSettings
+) -> dict[str, Callable[[], Tensor]]:
+    """What makes the batch's images under each attack of a check, by name."""
     x, y, eps = batch.images, batch.labels, attack.test_eps / 255
     noise = Noise.named(batch.rows.to(clip.device), "sanity", key)
-    run = lambda eps, steps: pgd(clip, x, y, text, eps, eps / 4, steps, norm=attack.norm, generator=noise)
-    images = {"clean": x, "noise": run(eps, 0)}
+    run = lambda eps, steps: partial(pgd, clip, x, y, text, eps, eps / 4, steps, norm=attack.norm, generator=noise)
+    made: dict[str, Callable[[], Tensor]] = {"clean": lambda: x, "noise": run(eps, 0)}
     if not ATTACKS[attack.attack].keeps_first:
-        images[MEASURED] = run_attack(clip, x, y, text, attack, "last", noise)
-    images |= {f"PGD-{steps}": run(eps, steps) for steps in STEPS}
-    images["Square"] = square(
-        clip.without_autocast(), x, y, text, eps, None, QUERIES, norm=attack.norm, generator=noise
-    )
-    return images | {name: run(large / 255, LARGE_STEPS) for name, large in zip(LARGE, large_eps(attack))}
+        made[MEASURED] = partial(run_attack, clip, x, y, text, attack, "last", noise)
+    made |= {f"PGD-{steps}": run(eps, steps) for steps in STEPS}
+    reader = clip.without_autocast()
+    made["Square"] = partial(square, reader, x, y, text, eps, None, QUERIES, norm=attack.norm, generator=noise)
+    return made | {name: run(large / 255, LARGE_STEPS) for name, large in zip(LARGE, large_eps(attack))}
 
 
 def table(found: Mapping[tuple[str, int], AttackCheck]) -> pd.DataFrame:
