@@ -124,10 +124,8 @@ class Batch:
 
     def _all(self, manifest: dict[str, Any], environment: Mapping[str, Any]) -> bool:
         """Says what is to run, and runs it, each when its turn comes; did a notebook fail?"""
-        planned = [(name, why) for name, _, why in self.plan(manifest)]
-        minutes = show_plan(
-            planned, self.parameters, earlier_runs(self.folder, self.profile_name), self.profile.minutes, "runs"
-        )
+        earlier, usual = earlier_runs(self.folder, self.profile_name), self.profile.minutes
+        minutes = show_plan([(n, why) for n, _, why in self.plan(manifest)], self.parameters, earlier, usual, "runs")
         self.show_store()
         started, total = time.time(), len(minutes)
         for name, inputs, why in self.plan(manifest):
@@ -218,8 +216,8 @@ def batch_of(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any]
 def dry_run(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any], fresh: bool) -> int:
     """Says what ``run`` would do; does and writes nothing."""
     batch = batch_of(profile_name, numbers, given, looking=True)
-    planned = batch.plan(load_manifest(batch.manifest_path))
-    plan = [(name, "--fresh starts over" if fresh else why) for name, _, why in planned]
+    planned, again = batch.plan(load_manifest(batch.manifest_path)), "--fresh starts over"
+    plan = [(name, again if fresh else why) for name, _, why in planned]
     print(f"{profile_name}: {batch.profile.description.strip()}\nresults would go to {shown(batch.folder)}")
     show_plan(plan, batch.parameters, earlier_runs(batch.folder, profile_name), batch.profile.minutes)
     batch.show_store()
