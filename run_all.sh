@@ -36,7 +36,7 @@ install_torch() {
     elif ! { [[ $(uname) == Linux ]] && "${pip[@]}" install --quiet uv &&
         # which looks at the driver; where PyTorch's own index cannot be reached this ends within seconds
         .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --torch-backend auto "${pinned[@]}"; } 2>/dev/null; then
-        echo "taking the package index's own build of PyTorch, which may be that for CUDA (several GB)" >&2
+        echo "  PyTorch's own index is out of reach: the package index's build, perhaps that for CUDA (several GB)" >&2
         "${pip[@]}" install --quiet "${pinned[@]}"
     fi
 }
@@ -53,7 +53,9 @@ set_up() { # $1: what to install beyond the workbook itself, "" or "[test]"
         python=$(find_python)
         "$python" -m venv .venv
     fi
+    echo "  PyTorch ..." >&2
     install_torch
+    echo "  the other packages ..." >&2
     .venv/bin/python -m pip install --quiet ${locked:+--constraint requirements.lock} --editable ".$1"
     printf '%s\n%s\n' "$wanted" "$1" >"$stamp"
 }
