@@ -277,6 +277,7 @@ LEFT = {  # by launchers, hosts of notebooks and odd machines
     "JUPYTER_RUNTIME_DIR": "/dev/null/runtime",
     "IPYTHONDIR": "/dev/null/ipython",
     "LC_ALL": "C",
+    "PYTHONIOENCODING": "ascii",
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     "CUDA_VISIBLE_DEVICES": "",
     "LOCAL_RANK": "3",

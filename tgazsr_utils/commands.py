@@ -34,6 +34,7 @@ one for the CPU 0.2. TORCH_INDEX=URL takes it from that package index instead.
 """
 
 import importlib.util
+import io
 import os
 import runpy
 import sys
@@ -47,6 +48,9 @@ from tgazsr_utils.paths import NOTEBOOKS, ROOT
 def main(arguments: Sequence[str] | None = None) -> int:
     """All verbs; but for those that need no PyTorch they are the runner's."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks an arrow shows "?" in its place
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     asked = [verb for verb in ("--test", "--lab", "--demo") if verb in given]
     if {"--help", "-h"} & {*given}:
         print(__doc__, end="")

@@ -23,8 +23,9 @@ from tgazsr_utils.durable.fingerprints import code_version
 from tgazsr_utils.durable.runs import Run
 from tgazsr_utils.listing import WIDTH, paragraph, question_of, title_of
 from tgazsr_utils.machine import cpu_name
+from tgazsr_utils.measuring.answers import headed
 from tgazsr_utils.measuring.records import Record
-from tgazsr_utils.measuring.tables import compare
+from tgazsr_utils.measuring.tables import compare, readable
 from tgazsr_utils.parameters import SettingsError
 from tgazsr_utils.paths import ROOT, resolve
 from tgazsr_utils.profiles import default_parameters, shown
@@ -209,10 +210,11 @@ def show(folder: Path, with_table: bool) -> None:
     """Prints the answers, the leaderboard, verdicts if there are any, and where the report and the figures are."""
     for path in sorted(folder.glob("answers/[!.]*.txt")):
         print("\n" + paragraph(path.stem, answer_of(folder, path.stem)))
-    for name, digits in (("leaderboard", 1), ("verdicts", 2)):
-        path = folder / "tables" / f"{name}.csv"
-        if with_table and path.exists() and len(table := pd.read_csv(path, index_col=0)):
-            print("\n" + table.to_string(float_format=f"%.{digits}f", na_rep="-"))
+    board, verdicts = (folder / "tables" / f"{name}.csv" for name in ("leaderboard", "verdicts"))
+    if with_table and board.exists():
+        print("\n" + headed(readable(pd.read_csv(board, index_col="method"))).to_string())
+    if with_table and verdicts.exists() and len(table := pd.read_csv(verdicts, index_col=0)):
+        print("\n" + table.to_string(float_format="%.2f", na_rep="-"))
     figures = sorted(path for path in folder.glob("figures/*") if path.suffix in (".png", ".html"))
     print("\nfigures:" if figures else "\nno figures", *(f"\n  {os.path.relpath(p)}" for p in figures), sep="")
     print(f"report: {os.path.relpath(folder / 'index.html')}; notebooks as HTML: {os.path.relpath(folder / 'html')}/")
