@@ -125,3 +125,25 @@ def test_cells_over_alpha_and_beta_have_their_intervals():
     figure = sweeps.of_ablation("alpha_beta", table, table.reset_index(), "How much?", "small")
     assert {text.get_text() for text in figure.axes[0].texts} == {"44.0\n± 1.5", "50.0"}
     assert "Alpha 0, Beta 0: robust 44.0 ± 1.5 %" in figure.get_label()
+
+
+def test_whiskers_of_the_trade_off_end_within_its_axes_and_no_accuracy_beyond_100():
+    kinds = {"robust": [2.0, 45.0], "clean": [97.0, 88.0], "average": [49.5, 66.5]}
+    half = {"robust_ci": [9.0, 30.0], "clean_ci": [10.0, np.nan], "average_ci": [5.0, 9.0]}
+    axis = plots.trade_off(pd.DataFrame(kinds | half, ["A", "B"]), "title").axes[0]
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    whiskers = [line for bars in axis.containers for line in bars.lines[2]]
+    ends = np.concatenate([segment for line in whiskers for segment in line.get_segments()])
+    assert len(whiskers) == 4 and left < ends[:, 0].min() and ends[:, 0].max() == 100 < right
+    assert bottom < ends[:, 1].min() == 0 and ends[:, 1].max() == 75 < top
+
+
+def test_the_heatmap_marks_the_set_that_was_tuned_on():
+    rows = [("A", key, kind, 50.0, 0) for key in ("shapes", "letters") for kind in ("robust", "clean")]
+    frame = pd.DataFrame(rows, columns=["method", "dataset", "kind", "accuracy", "seed"])
+    names = lambda figure: [label.get_text() for label in figure.axes[1].get_xticklabels()]
+    figure = plots.accuracy_heatmap(frame, "How accurate?", "small", "shapes")
+    assert names(figure) == ["★ shapes", "letters", "MEAN"]
+    assert figure.get_label().startswith("How accurate? small; ★ shapes: the set that is tuned on. mean")
+    figure = plots.accuracy_heatmap(frame, "How accurate?", "small", "elsewhere")
+    assert names(figure) == ["shapes", "letters", "MEAN"] and "★" not in figure.get_label()

@@ -221,10 +221,10 @@ def accuracy_bars(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
     return headed(figure, title, caption, "; ".join(numbers))
 
 
-def accuracy_heatmap(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
+def accuracy_heatmap(frame: pd.DataFrame, title: str, caption: str = "", tuned_on: str | None = None) -> Figure:
     """Accuracy by method and set, robust above clean, mean over seeds; blank where not all seeds are counted.
 
-    ``frame``: tables.to_frame.
+    ``frame``: tables.to_frame; ``tuned_on``: the set, if it is among them, whose name has a star.
     """
     methods, sets = list(dict.fromkeys(frame.method)), list(dict.fromkeys(frame.dataset))
     counted = frame.groupby(["method", "kind"]).seed.transform("nunique")
@@ -240,7 +240,11 @@ def accuracy_heatmap(frame: pd.DataFrame, title: str, caption: str = "") -> Figu
         sns.heatmap(table, cmap="viridis", vmin=0, vmax=100, ax=axis, **cells)
         axis.axvline(len(sets), color="white", lw=4)
         axis.set(title=f"{kind} accuracy (%)", xlabel="", ylabel="")
+        starred = [f"★ {name}" if name == tuned_on else name for name in table]
+        axis.set_xticks(axis.get_xticks(), starred)
         _names_upright(axis)
+    if tuned_on in sets:
+        caption = "; ".join(part for part in (caption, f"★ {tuned_on}: the set that is tuned on") if part)
     figure.colorbar(axes[0].collections[0], ax=axes, label="top-1 accuracy (%)", aspect=40, shrink=0.8)
     numbers = [f"{m}: robust {or_dash(means['robust'][m])} %, clean {or_dash(means['clean'][m])} %" for m in methods]
     return headed(figure, title, caption, f"mean over sets, {'; '.join(numbers)}")
@@ -265,8 +269,9 @@ def trade_off(
     every = pd.concat([table, *published.values()])
     largest = every.average.max()
     area = lambda average: 60 if np.isnan(average) else 260 * max(average, 0) / largest  # square points
-    for (method, row), look in zip(table.iterrows(), looks(table.index).values()):
-        bars = {"xerr": row.clean_ci, "yerr": row.robust_ci, "capsize": 3, "alpha": 0.7}
+    reach = {kind: np.array(between_0_and_100(table[kind], table[f"{kind}_ci"])) for kind in ("clean", "robust")}
+    for n, ((method, row), look) in enumerate(zip(table.iterrows(), looks(table.index).values())):
+        bars = {"xerr": reach["clean"][:, [n]], "yerr": reach["robust"][:, [n]], "capsize": 3, "alpha": 0.7}
         axis.errorbar(row.clean, row.robust, **bars, fmt="none", color=look.color)
         style = {"color": look.color, "marker": look.marker, "label": f"{method}: {or_dash(row.average)}", "zorder": 3}
         axis.scatter(row.clean, row.robust, area(row.average), **style)
@@ -274,9 +279,10 @@ def trade_off(
             for there in theirs[theirs.index == method].itertuples():
                 axis.scatter(there.clean, there.robust, area(there.average), marker=look.marker, **PUBLISHED[source])
                 axis.plot([row.clean, there.clean], [row.robust, there.robust], color="grey", lw=0.7, zorder=0)
-    top = min(100, every.robust.max() + 6) if every.robust.notna().any() else 100
-    bottom = max(0, every.robust.min() - 6) if every.robust.notna().any() else 0
-    axis.set(xlim=(max(0, every.clean.min() - 6), min(100, every.clean.max() + 6)), ylim=(bottom, top))
+    for kind, limit in (("clean", axis.set_xlim), ("robust", axis.set_ylim)):
+        ends = pd.concat([every[kind], table[kind] - reach[kind][0], table[kind] + reach[kind][1]])
+        if ends.notna().any():
+            limit(max(-2, ends.min() - 3), min(102, ends.max() + 3))  # so that whiskers end, and markers fit, within
     axis.set(xlabel="clean accuracy (%)", ylabel="robust accuracy (%)")
     _equal_averages(axis)
     for source in published:
@@ -286,6 +292,11 @@ def trade_off(
         if isinstance(handle, PathCollection):
             handle.set_sizes([60])  # areas of the largest would push the lines of the legend apart
     return headed(figure, title, caption, of_each(table))
+
+
+def between_0_and_100(mean: pd.Series, half: pd.Series) -> list[pd.Series]:
+    """How far error bars reach to either side of ``mean``, in percent."""
+    return [half.fillna(0).clip(upper=room) for room in (mean, 100 - mean)]
 
 
 def sources(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
@@ -310,6 +321,7 @@ def sources(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
             if not np.isnan(gap):
                 axis.annotate(signed(gap), (end, line), (8, 0), textcoords="offset points", va="center", fontsize=8)
         axis.set(title=kind if kind == "clean" else f"under {kind}", xlabel="top-1 accuracy (%)", xmargin=0.25)
+        axis.set_xlim(left=0)
         axis.grid(visible=False, axis="y")
         both = there.dropna(subset=["UCAT", "paper"])
         numbers += [f"{kind}, {name}: paper {row.paper:.1f}, UCAT {row.UCAT:.1f}" for name, row in both.iterrows()]

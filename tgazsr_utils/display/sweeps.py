@@ -9,7 +9,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tgazsr_utils.display.plots import MARKERS, STYLES
+from tgazsr_utils.display.plots import MARKERS, STYLES, between_0_and_100
 from tgazsr_utils.display.style import headed, looks, of_each, within
 from tgazsr_utils.measuring.recorded_sweep import KINDS
 
@@ -38,7 +38,7 @@ def ablation(
             single = seeds if group is None else seeds[seeds[names[0]] == group]
             shift = 0.7 * ((g + 0.5) / len(groups) - 0.5)
             y = [rows.index(row) + shift for row in means.index]
-            bars = _between_0_and_100(means[kind], means[f"{kind}_ci"])
+            bars = between_0_and_100(means[kind], means[f"{kind}_ci"])
             for place, (row, mean), left, right in zip(y, means[kind].items(), *bars):
                 look = style[trains[row] if group is None else group]
                 drawn = {"fmt": look.marker, "color": look.color, "ms": 7, "capsize": 3}
@@ -52,11 +52,6 @@ def ablation(
     if groups != [None]:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     return headed(figure, title, caption, of_each(table))
-
-
-def _between_0_and_100(mean: pd.Series, half: pd.Series) -> list[pd.Series]:
-    """How far error bars reach to either side of ``mean``, in percent."""
-    return [half.fillna(0).clip(upper=room) for room in (mean, 100 - mean)]
 
 
 def alpha_beta(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
@@ -105,7 +100,7 @@ def budgets(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
                 label, (color, marker, style) = value, looks([value])[value]
             else:
                 label, color = legend.format(value), next(shades)
-            bars = {"yerr": _between_0_and_100(line.robust, line.robust_ci), "capsize": 3}
+            bars = {"yerr": between_0_and_100(line.robust, line.robust_ci), "capsize": 3}
             axis.errorbar(line[x], line.robust, fmt=marker, ls=style, color=color, label=label, **bars)
             values = [f"{within(r.robust, r.robust_ci)} at {r[x]:g}" for _, r in line.iterrows()]
             numbers.append(f"{label}, by {name}: {', '.join(values)}")
