@@ -124,6 +124,7 @@ def test_differences_of_seeds_are_of_those_that_both_have():
         ((-2.0, -4.0, -1.0), (-0.04, -2.0, 2.0), "Yes"),
         ((-0.0, -0.5, 0.5), (0.2, -0.3, 0.7), "No"),
         ((-2.0, -4.0, 1.0), (0.0, -2.0, 2.0), "Undecided"),
+        ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), "Undecided"),  # of images so few that none changes
         (NO_AREA, (9.0, 8.0, 10.0), "Yes"),
         (NO_AREA, NO_AREA, "Undecided"),
     ],

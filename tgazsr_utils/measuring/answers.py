@@ -197,7 +197,8 @@ def _by_the_terms(sweep: pd.DataFrame) -> tuple[str, str]:
     if not gains:
         return "Undecided", f"{place} are not compared with neither term"
     beyond = any(verdict(gain) != "Undecided" for gain in gains.values())
-    spared = all(low > -SPARED and high < SPARED for _, low, high in gains.values())
+    # An interval without a width is of too few images to show that nothing changes.
+    spared = all(-SPARED < low < high < SPARED for _, low, high in gains.values())
     each = " and ".join(f"{kind} accuracy by {_points(gain)}" for kind, gain in gains.items())
     return "Yes" if beyond else "No" if spared else "Undecided", f"{place} change {each}, compared with neither term"
 
