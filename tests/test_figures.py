@@ -147,3 +147,48 @@ def test_the_heatmap_marks_the_set_that_was_tuned_on():
     assert figure.get_label().startswith("How accurate? small; ★ shapes: the set that is tuned on. mean")
     figure = plots.accuracy_heatmap(frame, "How accurate?", "small", "elsewhere")
     assert names(figure) == ["shapes", "letters", "MEAN"] and "★" not in figure.get_label()
+
+
+def of_two_rates(intervals):
+    index = pd.MultiIndex.from_product([["TeCoA", "TGA-ZSR"], [1e-3, 1e-4]], names=["method", "lr"])
+    values = {kind: [40.0, 41.0, 42.0, 43.0] for kind in ("robust", "clean", "average")}
+    return pd.DataFrame(values | {f"{kind}_ci": [9.0] * 4 for kind in values} | {"interval": intervals}, index=index)
+
+
+def test_two_seeds_are_dots_without_an_interval():
+    table = of_two_rates("2 seeds").xs(1e-3, level="lr")
+    seeds = pd.concat([table.reset_index().assign(robust=value) for value in (30.0, 50.0)])
+    of = lambda frame: sweeps.of_ablation("seeds", frame, seeds, "How much is chance?", "mean over 2 sets")
+    two, three = of(table), of(table.assign(interval="3 seeds"))
+    widths = [[np.ptp(bars.lines[2][0].get_segments()[0][:, 0]) for bars in f.axes[0].containers] for f in (two, three)]
+    assert widths == [[0, 0], [18, 18]]
+    told = "means of two seeds, which are dots: too few for an interval"
+    assert told in two.get_label() and "95 %" not in two.get_label() and "±" not in two.get_label()
+    assert "95 % intervals over 3 seeds" in three.get_label() and told not in three.get_label()
+    dots = [line for line in two.axes[0].lines if line.get_color() == "black"]
+    assert sorted(np.concatenate([line.get_xdata() for line in dots])) == [30, 30, 50, 50]
+
+
+def test_learning_rates_are_curves_on_a_scale_that_can_be_read():
+    figure = sweeps.of_ablation("learning_rate", of_two_rates("images"), None, "Which learning rate? One grid for all.")
+    figure.draw_without_rendering()
+    axis = figure.axes[0]
+    assert [bars.lines[0].get_xdata().tolist() for bars in axis.containers] == 2 * [[1e-4, 1e-3]]
+    assert {"0.001", "0.0001"} <= {label.get_text() for label in axis.get_xticklabels()}
+    assert figure.get_label().startswith("Which learning rate? 95 % intervals over images. One grid for all. TeCoA at")
+
+
+def test_budgets_rise_in_shades_of_the_methods_colour_and_stand_beside_each_other():
+    trained = pd.Series([3.5, 7.0, 1.75, "CLIP"], dtype=object)
+    rows = [(a, 2, b, 10, 40.0, 5.0) for a in trained for b in (3.5, 7.0)] + [(3.5, 5, 3.5, 10, 40.0, 5.0)]
+    columns = ["train_eps", "train_numsteps", "test_eps", "test_numsteps"]
+    table = pd.DataFrame(rows, columns=[*columns, "robust", "robust_ci"]).set_index(columns)
+    axis = sweeps.budgets(table, "How?").axes[0]
+    lines = [bars.lines[0] for bars in axis.containers]
+    assert [bars.get_label() for bars in axis.containers] == [f"trained at {e:g}/255" for e in (1.75, 3.5, 7)] + [
+        "CLIP"
+    ]
+    assert [to_rgb(lines[n].get_color()) for n in (1, 3)] == [to_rgb(style.LOOKS[n].color) for n in ("TGA-ZSR", "CLIP")]
+    darker = [sum(to_rgb(line.get_color())) for line in lines[:3]]
+    assert darker == sorted(darker, reverse=True) and len({line.get_marker() for line in lines[:3]}) == 3
+    assert len({line.get_xdata()[0] for line in lines}) == 4
