@@ -12,6 +12,7 @@ from PIL import Image
 from tgazsr_utils import AttackSettings, attention_under_attack, load_dataset
 from tgazsr_utils.core.objectives import OBJECTIVES
 from tgazsr_utils.display import plots, strips, style, sweeps
+from tgazsr_utils.durable.weights import SHIPPED, read_metadata
 from tgazsr_utils.measuring.published import published
 
 ATTACK = AttackSettings(test_eps=4.0, test_stepsize=2.0, test_numsteps=2)
@@ -99,6 +100,15 @@ def test_a_strip_tells_answers_and_shifts_of_each_model(attacked):
         assert f"original: {answers[0]} becomes {answers[1]}, shift {seen.l2:.2f}" in figure.get_label()
     none = type(attacked)(**vars(attacked) | {"frame": attacked.frame.assign(flipped=False)})
     assert none.typical_flips(50)[0] and "all images: none flips" in none.typical_flips(50)[1]
+
+
+def test_captions_say_which_model_is_the_tuned_one(tmp_path):
+    shipped = strips.tuned_in_words("mini-tga-zsr", SHIPPED["mini-tga-zsr"])
+    assert shipped == "tuned: mini-tga-zsr (ships), TGA-ZSR, 2 epochs of 200 steps with 64 images each"
+    settings = read_metadata(SHIPPED["mini-tga-zsr"])["settings"]
+    assert settings["epochs"] * 12_800 == 2 * 200 * 64  # which data/README.md says it was tuned on
+    assert strips.tuned_in_words("some/where.pt", tmp_path / "some" / "where.pt") == "tuned: where.pt"
+    assert strips.tuned_in_words("openai", "openai") == "tuned: openai"
 
 
 def test_a_kept_figure_carries_its_words_in_both_files_and_in_the_notebook(attacked, tmp_path):

@@ -46,6 +46,7 @@ def pretraining_curve(history: pd.DataFrame, title: str, caption: str = "") -> F
     axis.plot(history.step, history.loss, alpha=0.3, lw=0.8, label="each step")
     axis.plot(history.step, smooth, label="mean of 50")
     axis.set(xlabel="step", ylabel="contrastive loss (nats)")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend()
     return headed(figure, title, caption, _from_to("contrastive loss", smooth))
 
@@ -89,7 +90,8 @@ def shift_against_eps(frame: pd.DataFrame, title: str, caption: str = "") -> Fig
     style |= {"markers": {name: look.marker for name, look in drawn.items()}, "dashes": False, "err_style": "bars"}
     for axis, (column, label) in zip(axes, _SHIFT_LABELS.items()):
         sns.lineplot(frame, x="eps_255", y=column, hue="model", style="model", ax=axis, ms=8, **style)
-        axis.set(xlabel="epsilon (1/255)", ylabel=label, xticks=sorted(frame.eps_255.unique()))
+        axis.set(xlabel="epsilon (1/255)", ylabel="", xticks=sorted(frame.eps_255.unique()))
+        axis.set_title(label, fontsize=11)
         handles, labels = axis.get_legend_handles_labels()
         axis.get_legend().remove()
     figure.legend(handles, labels, loc="outside right center")
@@ -119,7 +121,7 @@ def _areas(flipped: np.ndarray, score: np.ndarray) -> np.ndarray:
 
 def flip_roc(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """ROC of "attention moved by more than t" as a sign that the prediction flipped, among images right when clean."""
-    figure, axis = plt.subplots(figsize=(5.8, 5.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.2, 4.6), layout="constrained")
     labels = []
     for name, part in frame[frame.clean_correct].groupby("model", sort=False):
         look, (auc, low, high) = looks([name])[name], auc_interval(part.flipped.to_numpy(), part.l2.to_numpy())
@@ -132,7 +134,7 @@ def flip_roc(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
         axis.plot(*curve, look.line, color=look.color, lw=2, label=labels[-1])
     axis.plot([0, 1], [0, 1], color="grey", lw=1, label="chance")
     axis.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
-    axis.legend(title="shift predicts the flip", loc="lower right", fontsize=9)
+    figure.legend(title="shift predicts the flip", loc="outside right center", fontsize=9)
     return headed(figure, title, caption, "; ".join(labels))
 
 
@@ -189,7 +191,8 @@ def loss_terms(histories: dict[str, pd.DataFrame], title: str, caption: str = ""
                 (lines[method],) = axis.plot(history.step, smooth[name], line, color=color, label=method, **marks)
                 numbers.append(_from_to(f"{method}: {labels[name]}", smooth[name]))
     for axis, name in zip(axes, names):
-        axis.set(xlabel="step", ylabel=labels[name])
+        axis.set(xlabel="step")
+        axis.set_title(labels[name], fontsize=11)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for axis in axes[len(names) :]:
         axis.set_visible(False)
@@ -211,7 +214,7 @@ def accuracy_bars(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
         axis.barh(place, part.accuracy, 0.36, edgecolor=colors, **fill)
         axis.errorbar(part.accuracy, place, xerr=error, fmt="none", ecolor="black", capsize=3)
     axis.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.5, -0.5))
-    axis.set(xlabel="top-1 accuracy (%)", xlim=(0, 100))
+    axis.set(xlabel="top-1 accuracy (%)", xlim=(0, 102))  # so that whiskers end within
     axis.grid(visible=False, axis="y")
     figure.legend(handles=_CLEAN_AND_ATTACKED, loc="outside right center")
     numbers = [
