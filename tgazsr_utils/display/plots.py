@@ -121,7 +121,7 @@ def _areas(flipped: np.ndarray, score: np.ndarray) -> np.ndarray:
 
 def flip_roc(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """ROC of "attention moved by more than t" as a sign that the prediction flipped, among images right when clean."""
-    figure, axis = plt.subplots(figsize=(8.2, 4.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     labels = []
     for name, part in frame[frame.clean_correct].groupby("model", sort=False):
         look, (auc, low, high) = looks([name])[name], auc_interval(part.flipped.to_numpy(), part.l2.to_numpy())
@@ -212,9 +212,9 @@ def accuracy_bars(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
         fill = {"color": colors, "alpha": 0.6} if kind == "clean" else {"color": "white", "hatch": "///"}
         place = np.arange(len(methods)) + shift
         axis.barh(place, part.accuracy, 0.36, edgecolor=colors, **fill)
-        axis.errorbar(part.accuracy, place, xerr=error, fmt="none", ecolor="black", capsize=3)
+        axis.errorbar(part.accuracy, place, xerr=error, fmt="none", ecolor="black", capsize=3, clip_on=False)
     axis.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.5, -0.5))
-    axis.set(xlabel="top-1 accuracy (%)", xlim=(0, 102))  # so that whiskers end within
+    axis.set(xlabel="top-1 accuracy (%)", xlim=(0, 100))
     axis.grid(visible=False, axis="y")
     figure.legend(handles=_CLEAN_AND_ATTACKED, loc="outside right center")
     numbers = [
