@@ -25,7 +25,7 @@ _PANEL = re.compile(
 # What explains the numbers, for those who read the page where the workbook is.
 _EXPLAINED = {
     "README": "README.md",
-    "the same over three seeds, and what was found": "data/reference/mini/README.md",
+    "the mini-world over three seeds, and what was found": "data/reference/mini/README.md",
     "what can be relied on": "docs/reliability.md",
 }
 _LATEX = {"\u00a0±\u00a0": r" $\pm$ ", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "−": "$-$"}
