@@ -8,6 +8,7 @@ from test_holding import record
 from tgazsr_utils import open_workbook, workbook
 from tgazsr_utils.measuring import answers
 from tgazsr_utils.measuring.holding import ALL
+from tgazsr_utils.measuring.loss_mixture import TermGradients, cosines, mixture
 from tgazsr_utils.measuring.tables import leaderboard
 from tgazsr_utils.profiles import default_parameters
 
@@ -115,6 +116,40 @@ def test_differences_of_seeds_are_of_those_that_both_have():
     found = answers.of_seeds(records + measured(2, TeCoA=(1, 40)), "TGA-ZSR", "TeCoA")
     assert answers.of_seeds(records, "TeCoA", "TeCoA") == {}
     assert {seed: round(of[0], 1) for seed, of in found.items()} == {0: 25.0, 1: -12.5}
+
+
+@pytest.mark.parametrize(
+    "robust, clean, said",
+    [
+        ((-2.0, -4.0, -1.0), (-0.04, -2.0, 2.0), "Yes"),
+        ((-0.0, -0.5, 0.5), (0.2, -0.3, 0.7), "No"),
+        ((-2.0, -4.0, 1.0), (0.0, -2.0, 2.0), "Undecided"),
+        ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), "Undecided"),  # of images so few that none changes
+        (NO_AREA, (9.0, 8.0, 10.0), "Yes"),
+        (NO_AREA, NO_AREA, "Undecided"),
+    ],
+)
+def test_the_attention_terms_change_what_comes_out_or_not(robust, clean, said):
+    """Of places (0.08, 0.05), (0, 0) and (0.08, 0), each by how much it differs from the first."""
+    better = (0.5, -1.0, 2.0), (1.5, 1.0, 2.0)
+    rows = [(0.08, 0.05, 64.0, *NO_AREA, *NO_AREA), (0, 0, 60.0, *robust, *clean), (0.08, 0, 65.0, *sum(better, ()))]
+    ends = [f"{kind}_minus_first{end}" for kind in ("robust", "clean") for end in ("", "_low", "_high")]
+    sweep = pd.DataFrame(rows, columns=["Alpha", "Beta", "average", *ends])
+    products = np.array([[9.0, -30.0, 0.0], [-30.0, 400.0, 0.0], [0.0, 0.0, 0.0]])
+    terms = TermGradients((1.0, 10.0, 0.0), products)
+    mixed = mixture(terms, 0.1, 0.05), cosines(terms)
+    sentence = answers.explorer(*mixed, sweep, "kept", {"original": 1.286, "tuned": 0.4})
+    assert sentence.startswith(f"{said}: Alpha 0.08 and Beta 0.05 ") and "-0.0 " not in sentence
+    if said == "Yes" and robust is not NO_AREA:
+        gains = "robust accuracy by +2.0 points [+1.0, +4.0] and clean accuracy by +0.0 points [-2.0, +2.0]"
+        assert f"change {gains}, compared with neither term; of 3 places measured (0.08, 0) has" in sentence
+    assert "+0.5 points [-1.0, +2.0], clean +1.5 points [+1.0, +2.0], beyond chance in clean accuracy (k" in sentence
+    assert " At Alpha 0.1 and Beta 0.05, of the loss: CE 50 %, L_AR 50 %, L_AMC 0 %. The gradient of L_AR " in sentence
+    assert sentence.endswith(" attention by 1.29 (original), 0.40 (tuned).")
+    alone = answers.explorer(*mixed, sweep[:1], "kept", {})
+    assert alone.startswith("Undecided: ") and "of 1 places measured none has a better average" in alone
+    none = answers.explorer(*mixed, None, "no sweep is recorded", {})
+    assert none.startswith("Undecided: no sweep is recorded. At Alpha 0.1 ") and "image shown" not in none
 
 
 @pytest.mark.parametrize("lost, said", [((0.0, 0.0, 0.0), "Yes"), ((-9, -15, -3), "No"), ((-3, -8, 2), "Undecided")])

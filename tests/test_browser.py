@@ -127,9 +127,10 @@ def test_a_person_can_use_the_explorer(page, shot, tmp_path):
 
 def mix_by_mouse(page, shot):
     row = lambda name: page.locator(f".tga tr:has(td:text-is('{name}'))").first.inner_text().split("\t")
-    handle, before = page.locator(".noUi-handle").first, row("weighted sum")
+    handle = page.locator(".noUi-handle").first
     handle.scroll_into_view_if_needed()
-    box = handle.bounding_box()
+    page.wait_for_function("document.querySelector('.tga .sum').innerText.includes('\\t')")  # laid out once in view
+    box, before = handle.bounding_box(), row("weighted sum")
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x, y), page.mouse.down(), page.mouse.move(x + 60, y, steps=10), page.mouse.up()
     page.wait_for_function("was => document.querySelector('.tga .sum td:nth-child(4)').innerText != was", arg=before[3])

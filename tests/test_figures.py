@@ -12,6 +12,7 @@ from PIL import Image
 from tgazsr_utils import AttackSettings, attention_under_attack, load_dataset
 from tgazsr_utils.core.objectives import OBJECTIVES
 from tgazsr_utils.display import plots, strips, style, sweeps
+from tgazsr_utils.durable.weights import SHIPPED, read_metadata
 from tgazsr_utils.measuring.published import published
 
 ATTACK = AttackSettings(test_eps=4.0, test_stepsize=2.0, test_numsteps=2)
@@ -101,6 +102,15 @@ def test_a_strip_tells_answers_and_shifts_of_each_model(attacked):
     assert none.typical_flips(50)[0] and "all images: none flips" in none.typical_flips(50)[1]
 
 
+def test_captions_say_which_model_is_the_tuned_one(tmp_path):
+    shipped = strips.tuned_in_words("mini-tga-zsr", SHIPPED["mini-tga-zsr"])
+    assert shipped == "tuned: mini-tga-zsr (ships), TGA-ZSR, 2 epochs of 200 steps with 64 images each"
+    settings = read_metadata(SHIPPED["mini-tga-zsr"])["settings"]
+    assert settings["epochs"] * 12_800 == 2 * 200 * 64  # which data/README.md says it was tuned on
+    assert strips.tuned_in_words("some/where.pt", tmp_path / "some" / "where.pt") == "tuned: where.pt"
+    assert strips.tuned_in_words("openai", "openai") == "tuned: openai"
+
+
 def test_a_kept_figure_carries_its_words_in_both_files_and_in_the_notebook(attacked, tmp_path):
     frame = attacked.frame.assign(model="original <1> & $x$")
     picture = style.save(plots.flip_roc(frame, "Does it tell?", "PGD-2; 95 % intervals"), tmp_path, "roc")
@@ -125,3 +135,70 @@ def test_cells_over_alpha_and_beta_have_their_intervals():
     figure = sweeps.of_ablation("alpha_beta", table, table.reset_index(), "How much?", "small")
     assert {text.get_text() for text in figure.axes[0].texts} == {"44.0\n± 1.5", "50.0"}
     assert "Alpha 0, Beta 0: robust 44.0 ± 1.5 %" in figure.get_label()
+
+
+def test_whiskers_of_the_trade_off_end_within_its_axes_and_no_accuracy_beyond_100():
+    kinds = {"robust": [2.0, 45.0], "clean": [97.0, 88.0], "average": [49.5, 66.5]}
+    half = {"robust_ci": [9.0, 30.0], "clean_ci": [10.0, np.nan], "average_ci": [5.0, 9.0]}
+    axis = plots.trade_off(pd.DataFrame(kinds | half, ["A", "B"]), "title").axes[0]
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    whiskers = [line for bars in axis.containers for line in bars.lines[2]]
+    ends = np.concatenate([segment for line in whiskers for segment in line.get_segments()])
+    assert len(whiskers) == 4 and left < ends[:, 0].min() and ends[:, 0].max() == 100 < right
+    assert bottom < ends[:, 1].min() == 0 and ends[:, 1].max() == 75 < top
+
+
+def test_the_heatmap_marks_the_set_that_was_tuned_on():
+    rows = [("A", key, kind, 50.0, 0) for key in ("shapes", "letters") for kind in ("robust", "clean")]
+    frame = pd.DataFrame(rows, columns=["method", "dataset", "kind", "accuracy", "seed"])
+    names = lambda figure: [label.get_text() for label in figure.axes[1].get_xticklabels()]
+    figure = plots.accuracy_heatmap(frame, "How accurate?", "small", "shapes")
+    assert names(figure) == ["★ shapes", "letters", "MEAN"]
+    assert figure.get_label().startswith("How accurate? small; ★ shapes: the set that is tuned on. mean")
+    figure = plots.accuracy_heatmap(frame, "How accurate?", "small", "elsewhere")
+    assert names(figure) == ["shapes", "letters", "MEAN"] and "★" not in figure.get_label()
+
+
+def of_two_rates(intervals):
+    index = pd.MultiIndex.from_product([["TeCoA", "TGA-ZSR"], [1e-3, 1e-4]], names=["method", "lr"])
+    values = {kind: [40.0, 41.0, 42.0, 43.0] for kind in ("robust", "clean", "average")}
+    return pd.DataFrame(values | {f"{kind}_ci": [9.0] * 4 for kind in values} | {"interval": intervals}, index=index)
+
+
+def test_two_seeds_are_dots_without_an_interval():
+    table = of_two_rates("2 seeds").xs(1e-3, level="lr")
+    seeds = pd.concat([table.reset_index().assign(robust=value) for value in (30.0, 50.0)])
+    of = lambda frame: sweeps.of_ablation("seeds", frame, seeds, "How much is chance?", "mean over 2 sets")
+    two, three = of(table), of(table.assign(interval="3 seeds"))
+    widths = [[np.ptp(bars.lines[2][0].get_segments()[0][:, 0]) for bars in f.axes[0].containers] for f in (two, three)]
+    assert widths == [[0, 0], [18, 18]]
+    told = "means of two seeds, which are dots: too few for an interval"
+    assert told in two.get_label() and "95 %" not in two.get_label() and "±" not in two.get_label()
+    assert "95 % intervals over 3 seeds" in three.get_label() and told not in three.get_label()
+    dots = [line for line in two.axes[0].lines if line.get_color() == "black"]
+    assert sorted(np.concatenate([line.get_xdata() for line in dots])) == [30, 30, 50, 50]
+
+
+def test_learning_rates_are_curves_on_a_scale_that_can_be_read():
+    figure = sweeps.of_ablation("learning_rate", of_two_rates("images"), None, "Which learning rate? One grid for all.")
+    figure.draw_without_rendering()
+    axis = figure.axes[0]
+    assert [bars.lines[0].get_xdata().tolist() for bars in axis.containers] == 2 * [[1e-4, 1e-3]]
+    assert {"0.001", "0.0001"} <= {label.get_text() for label in axis.get_xticklabels()}
+    assert figure.get_label().startswith("Which learning rate? 95 % intervals over images. One grid for all. TeCoA at")
+
+
+def test_budgets_rise_in_shades_of_the_methods_colour_and_stand_beside_each_other():
+    trained = pd.Series([3.5, 7.0, 1.75, "CLIP"], dtype=object)
+    rows = [(a, 2, b, 10, 40.0, 5.0) for a in trained for b in (3.5, 7.0)] + [(3.5, 5, 3.5, 10, 40.0, 5.0)]
+    columns = ["train_eps", "train_numsteps", "test_eps", "test_numsteps"]
+    table = pd.DataFrame(rows, columns=[*columns, "robust", "robust_ci"]).set_index(columns)
+    axis = sweeps.budgets(table, "How?").axes[0]
+    lines = [bars.lines[0] for bars in axis.containers]
+    assert [bars.get_label() for bars in axis.containers] == [f"trained at {e:g}/255" for e in (1.75, 3.5, 7)] + [
+        "CLIP"
+    ]
+    assert [to_rgb(lines[n].get_color()) for n in (1, 3)] == [to_rgb(style.LOOKS[n].color) for n in ("TGA-ZSR", "CLIP")]
+    darker = [sum(to_rgb(line.get_color())) for line in lines[:3]]
+    assert darker == sorted(darker, reverse=True) and len({line.get_marker() for line in lines[:3]}) == 3
+    assert len({line.get_xdata()[0] for line in lines}) == 4

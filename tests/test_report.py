@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 from test_commands import add_notebook
 
 from tgazsr_utils import manifests, open_workbook, profiles, runner
-from tgazsr_utils.display import pages, report
+from tgazsr_utils.display import pages, panels, report
 from tgazsr_utils.measuring import bench
 from tgazsr_utils.parameters import SettingsError, validate
 from tgazsr_utils.paths import ROOT
@@ -68,13 +68,44 @@ def test_a_run_that_stopped_has_a_page_of_what_is_there(folder, capsys):
         'class="answer yes"' in page and 'class="answer failed"' in page and "stopped in cell 3: ValueError: x" in page
     )
     assert "does tuning keep it in place?" in page and "finished in 1.1 minutes, 2026-01-02" in page
-    assert re.search(r'<img src="figures/01_flip_roc.png" alt="AUC 0.89 [^"]*">', page) and ">Does it flip?<" in page
-    assert '<a href="figures/01_plain.svg"><img src="figures/01_plain.png" alt="01 plain">' in page
+    assert re.search(r'<img src="figures/01_flip_roc.png" alt="AUC 0.89 [^"]*" width="30">', page)
+    assert "Does it flip?" not in page  # which the image says itself
+    assert '<a href="figures/01_plain.svg"><img src="figures/01_plain.png" alt="01 plain" width="30">' in page
+    assert '<a href="figures/01_plain.svg">svg</a> · <a href="figures/01_plain.png">png</a>' in page
     linked = set(re.findall(r'(?:src|href)="([^"#]+)"', page))
     assert "html/01_attention_shift.html" in linked and all((folder / name).exists() for name in linked)
     assert "robust, % ↑" in page and "51.0\u00a0±\u00a06.1" in page.replace("&nbsp;", "\u00a0")
     assert "prefers-color-scheme" in page or "light-dark(" in page
     assert "seed = 7" in page and "@inproceedings{yu2024" in page and "output = " not in page
+
+
+def test_panels_of_the_explorer_are_on_the_page_and_other_pages_are_linked(folder):
+    pages_of = {"05_a": panels.document("<b>the panel</b>", "Mixed <1>"), "05_b": "<p>of another kind</p>"}
+    pages_of["05_c"] = panels.document("<b>has a script</b><script>alert(2)</script>", "Not safe")
+    for name, text in pages_of.items():
+        (folder / "figures" / f"{name}.html").write_text(text, encoding="utf-8")
+    picture(folder / "figures" / "06_last.png")
+    manifests.report(folder, manifest(), "")
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    places = [
+        page.index(words) for words in ("01 plain", "Mixed &lt;1&gt;", "<b>the panel</b>", "05 b", "05 c", "06 last")
+    ]
+    assert places == sorted(places) and page.count("<style>") == 2 and ".tga svg" in page
+    assert all(f'<a href="figures/{name}.html">html</a>' in page for name in pages_of)
+    assert "of another kind" not in page and "has a script" not in page
+
+
+def test_a_page_within_the_workbook_links_to_what_explains_it(folder, monkeypatch):
+    manifests.report(folder, manifest(), "")
+    assert "To understand it" not in (folder / "index.html").read_text(encoding="utf-8")
+    monkeypatch.setattr(report, "ROOT", folder.parent.resolve())  # as if the workbook were there
+    for name in report._EXPLAINED.values():
+        (folder.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.parent / name).write_text("")
+        assert (ROOT / name).exists()
+    manifests.report(folder, manifest(), "")
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert all(f'<a href="../{name}">{words}</a>' in page for words, name in report._EXPLAINED.items())
 
 
 def test_the_leaderboard_is_there_for_papers_and_readmes(folder):

@@ -127,7 +127,7 @@ class OutcomeSurface(Panel):
                 near = nearest_measured(self.sweep, a, b)
                 found = ", ".join(f"{kind} {near[kind]:.1f} ± {near[f'{kind}_ci']:.1f}" for kind in KINDS)
                 nearest = f"nearest measured, outlined: ({near.Alpha:g}, {near.Beta:g}): {found} ({self.source})"
-                words = f"Sliders at ({a:g}, {b:g}), the ring; {nearest}. Nothing between is measured."
+                words = f"The ring is at Alpha {a:g}, Beta {b:g}; {nearest}. Nothing between is measured."
                 shown = panels.says(self._in_words(near)) + panels.sweep_svg(self.sweep, a, b, self.tried)
             if self.tried:
                 images = f"{len(self.explorer.train)} images and measured on {self.explorer.measured_on}"
@@ -141,9 +141,9 @@ class OutcomeSurface(Panel):
         behind = best.average - near["average"]
         place = f"({near['Alpha']:g}, {near['Beta']:g})"
         if near["Alpha"] == best.Alpha and near["Beta"] == best.Beta:
-            return f"The sliders are nearest to {place}, which has the best average of those measured."
+            return f"The ring is nearest to {place}, which has the best average of those measured."
         sure = "within" if behind < near["average_ci"] else "beyond"
-        words = f"The sliders are nearest to {place}: {behind:.1f} points of average below the best"
+        words = f"The ring is nearest to {place}: {behind:.1f} points of average below the best"
         return f"{words}, ({best.Alpha:g}, {best.Beta:g}), {sure} its own interval."
 
 
@@ -177,10 +177,10 @@ class FineTuner(Panel):
         self.history, settings = about.get("history", []), about.get("settings", {})
         self.place = tuple(settings.get(name) or 0.0 for name in ("Alpha", "Beta"))
         self._draw(len(self.history))
-        shown = "Shown: how the tuned model was trained. " if self.history else ""
+        a, b = self.place
+        shown = f"Shown: how the tuned model was trained, Alpha {a:g}, Beta {b:g}. " if self.history else ""
         images = f"{len(explorer.train)} images of {explorer.train.key}, {explorer.training.epochs} epoch(s)"
-        measured = f"measures the model on {explorer.measured_on}"
-        self.say(f"{shown}The button tunes on {images}, and {measured}; it then joins the choices above")
+        self.say(f"{shown}Fine-tuning here takes {images}, and ends in a measurement on {explorer.measured_on}")
 
     def begin(self) -> None:
         """Starts a run, unless one is under way."""
@@ -211,7 +211,7 @@ class FineTuner(Panel):
                     published = self._tried(settings.model_copy(update=at))
                     words = f"Yours {own}, published setting {published}, in percent; {verdict(own, published)}."
                     self._tell(words, *shown)
-                self.say(f"{self._measured()}; the model is among the choices above, its star on the map")
+                self.say(f"{self._measured()}; the model is among those to choose from, its star on the map")
         except KeyboardInterrupt:
             done = f"after step {self.bar.value} of {self.bar.max}"
             self.say(f"cancelled {done}; the same button goes on from there")

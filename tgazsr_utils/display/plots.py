@@ -46,6 +46,7 @@ def pretraining_curve(history: pd.DataFrame, title: str, caption: str = "") -> F
     axis.plot(history.step, history.loss, alpha=0.3, lw=0.8, label="each step")
     axis.plot(history.step, smooth, label="mean of 50")
     axis.set(xlabel="step", ylabel="contrastive loss (nats)")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend()
     return headed(figure, title, caption, _from_to("contrastive loss", smooth))
 
@@ -89,7 +90,8 @@ def shift_against_eps(frame: pd.DataFrame, title: str, caption: str = "") -> Fig
     style |= {"markers": {name: look.marker for name, look in drawn.items()}, "dashes": False, "err_style": "bars"}
     for axis, (column, label) in zip(axes, _SHIFT_LABELS.items()):
         sns.lineplot(frame, x="eps_255", y=column, hue="model", style="model", ax=axis, ms=8, **style)
-        axis.set(xlabel="epsilon (1/255)", ylabel=label, xticks=sorted(frame.eps_255.unique()))
+        axis.set(xlabel="epsilon (1/255)", ylabel="", xticks=sorted(frame.eps_255.unique()))
+        axis.set_title(label, fontsize=11)
         handles, labels = axis.get_legend_handles_labels()
         axis.get_legend().remove()
     figure.legend(handles, labels, loc="outside right center")
@@ -119,7 +121,7 @@ def _areas(flipped: np.ndarray, score: np.ndarray) -> np.ndarray:
 
 def flip_roc(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """ROC of "attention moved by more than t" as a sign that the prediction flipped, among images right when clean."""
-    figure, axis = plt.subplots(figsize=(5.8, 5.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     labels = []
     for name, part in frame[frame.clean_correct].groupby("model", sort=False):
         look, (auc, low, high) = looks([name])[name], auc_interval(part.flipped.to_numpy(), part.l2.to_numpy())
@@ -132,7 +134,7 @@ def flip_roc(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
         axis.plot(*curve, look.line, color=look.color, lw=2, label=labels[-1])
     axis.plot([0, 1], [0, 1], color="grey", lw=1, label="chance")
     axis.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
-    axis.legend(title="shift predicts the flip", loc="lower right", fontsize=9)
+    figure.legend(title="shift predicts the flip", loc="outside right center", fontsize=9)
     return headed(figure, title, caption, "; ".join(labels))
 
 
@@ -189,7 +191,8 @@ def loss_terms(histories: dict[str, pd.DataFrame], title: str, caption: str = ""
                 (lines[method],) = axis.plot(history.step, smooth[name], line, color=color, label=method, **marks)
                 numbers.append(_from_to(f"{method}: {labels[name]}", smooth[name]))
     for axis, name in zip(axes, names):
-        axis.set(xlabel="step", ylabel=labels[name])
+        axis.set(xlabel="step")
+        axis.set_title(labels[name], fontsize=11)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for axis in axes[len(names) :]:
         axis.set_visible(False)
@@ -209,7 +212,7 @@ def accuracy_bars(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
         fill = {"color": colors, "alpha": 0.6} if kind == "clean" else {"color": "white", "hatch": "///"}
         place = np.arange(len(methods)) + shift
         axis.barh(place, part.accuracy, 0.36, edgecolor=colors, **fill)
-        axis.errorbar(part.accuracy, place, xerr=error, fmt="none", ecolor="black", capsize=3)
+        axis.errorbar(part.accuracy, place, xerr=error, fmt="none", ecolor="black", capsize=3, clip_on=False)
     axis.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.5, -0.5))
     axis.set(xlabel="top-1 accuracy (%)", xlim=(0, 100))
     axis.grid(visible=False, axis="y")
@@ -221,10 +224,10 @@ def accuracy_bars(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
     return headed(figure, title, caption, "; ".join(numbers))
 
 
-def accuracy_heatmap(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
+def accuracy_heatmap(frame: pd.DataFrame, title: str, caption: str = "", tuned_on: str | None = None) -> Figure:
     """Accuracy by method and set, robust above clean, mean over seeds; blank where not all seeds are counted.
 
-    ``frame``: tables.to_frame.
+    ``frame``: tables.to_frame; ``tuned_on``: the set, if it is among them, whose name has a star.
     """
     methods, sets = list(dict.fromkeys(frame.method)), list(dict.fromkeys(frame.dataset))
     counted = frame.groupby(["method", "kind"]).seed.transform("nunique")
@@ -240,7 +243,11 @@ def accuracy_heatmap(frame: pd.DataFrame, title: str, caption: str = "") -> Figu
         sns.heatmap(table, cmap="viridis", vmin=0, vmax=100, ax=axis, **cells)
         axis.axvline(len(sets), color="white", lw=4)
         axis.set(title=f"{kind} accuracy (%)", xlabel="", ylabel="")
+        starred = [f"★ {name}" if name == tuned_on else name for name in table]
+        axis.set_xticks(axis.get_xticks(), starred)
         _names_upright(axis)
+    if tuned_on in sets:
+        caption = "; ".join(part for part in (caption, f"★ {tuned_on}: the set that is tuned on") if part)
     figure.colorbar(axes[0].collections[0], ax=axes, label="top-1 accuracy (%)", aspect=40, shrink=0.8)
     numbers = [f"{m}: robust {or_dash(means['robust'][m])} %, clean {or_dash(means['clean'][m])} %" for m in methods]
     return headed(figure, title, caption, f"mean over sets, {'; '.join(numbers)}")
@@ -265,8 +272,9 @@ def trade_off(
     every = pd.concat([table, *published.values()])
     largest = every.average.max()
     area = lambda average: 60 if np.isnan(average) else 260 * max(average, 0) / largest  # square points
-    for (method, row), look in zip(table.iterrows(), looks(table.index).values()):
-        bars = {"xerr": row.clean_ci, "yerr": row.robust_ci, "capsize": 3, "alpha": 0.7}
+    reach = {kind: np.array(between_0_and_100(table[kind], table[f"{kind}_ci"])) for kind in ("clean", "robust")}
+    for n, ((method, row), look) in enumerate(zip(table.iterrows(), looks(table.index).values())):
+        bars = {"xerr": reach["clean"][:, [n]], "yerr": reach["robust"][:, [n]], "capsize": 3, "alpha": 0.7}
         axis.errorbar(row.clean, row.robust, **bars, fmt="none", color=look.color)
         style = {"color": look.color, "marker": look.marker, "label": f"{method}: {or_dash(row.average)}", "zorder": 3}
         axis.scatter(row.clean, row.robust, area(row.average), **style)
@@ -274,9 +282,10 @@ def trade_off(
             for there in theirs[theirs.index == method].itertuples():
                 axis.scatter(there.clean, there.robust, area(there.average), marker=look.marker, **PUBLISHED[source])
                 axis.plot([row.clean, there.clean], [row.robust, there.robust], color="grey", lw=0.7, zorder=0)
-    top = min(100, every.robust.max() + 6) if every.robust.notna().any() else 100
-    bottom = max(0, every.robust.min() - 6) if every.robust.notna().any() else 0
-    axis.set(xlim=(max(0, every.clean.min() - 6), min(100, every.clean.max() + 6)), ylim=(bottom, top))
+    for kind, limit in (("clean", axis.set_xlim), ("robust", axis.set_ylim)):
+        ends = pd.concat([every[kind], table[kind] - reach[kind][0], table[kind] + reach[kind][1]])
+        if ends.notna().any():
+            limit(max(-2, ends.min() - 3), min(102, ends.max() + 3))  # so that whiskers end, and markers fit, within
     axis.set(xlabel="clean accuracy (%)", ylabel="robust accuracy (%)")
     _equal_averages(axis)
     for source in published:
@@ -286,6 +295,11 @@ def trade_off(
         if isinstance(handle, PathCollection):
             handle.set_sizes([60])  # areas of the largest would push the lines of the legend apart
     return headed(figure, title, caption, of_each(table))
+
+
+def between_0_and_100(mean: pd.Series, half: pd.Series) -> list[pd.Series]:
+    """How far error bars reach to either side of ``mean``, in percent."""
+    return [half.fillna(0).clip(upper=room) for room in (mean, 100 - mean)]
 
 
 def sources(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
@@ -310,6 +324,7 @@ def sources(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
             if not np.isnan(gap):
                 axis.annotate(signed(gap), (end, line), (8, 0), textcoords="offset points", va="center", fontsize=8)
         axis.set(title=kind if kind == "clean" else f"under {kind}", xlabel="top-1 accuracy (%)", xmargin=0.25)
+        axis.set_xlim(left=0)
         axis.grid(visible=False, axis="y")
         both = there.dropna(subset=["UCAT", "paper"])
         numbers += [f"{kind}, {name}: paper {row.paper:.1f}, UCAT {row.UCAT:.1f}" for name, row in both.iterrows()]

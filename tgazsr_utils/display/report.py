@@ -1,6 +1,8 @@
 """``runs/<name>/index.html``: what a run found, on one page; and its leaderboard for papers and README files."""
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,17 @@ from tgazsr_utils.measuring.tables import readable
 from tgazsr_utils.paths import ROOT
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
+# A page of the explorer as ``panels.document`` writes it.
+_PANEL = re.compile(
+    r'.*(?P<style><style>\n\.tga .*</style>)</head>\n<body class="tga"><h1>(?P<title>.*?)</h1>(?P<body>.*)</body>',
+    re.DOTALL,
+)
+# What explains the numbers, for those who read the page where the workbook is.
+_EXPLAINED = {
+    "README": "README.md",
+    "the mini-world over three seeds, and what was found": "data/reference/mini/README.md",
+    "what can be relied on": "docs/reliability.md",
+}
 _LATEX = {"\u00a0±\u00a0": r" $\pm$ ", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "−": "$-$"}
 
 
@@ -27,7 +40,7 @@ def write(folder: Path, about: Mapping[str, Any], books: Sequence[Mapping[str, A
     found = [{**book, **_left_by(book["name"], folder)} for book in books]
     board, files = _leaderboard(folder)
     shown = {"name": folder.name, "books": found, "board": board, "board_files": files, **about}
-    shown |= {"figures": _figures(folder), "pages": _pages(folder), "citation": citation(folder.name, about, books)}
+    shown |= {"cards": _cards(folder), "explained": _explained(folder), "citation": citation(folder.name, about, books)}
     html = Environment(autoescape=True).from_string(_TEMPLATE.read_text(encoding="utf-8")).render(shown)
     return write_atomic(folder / "index.html", lambda path: path.write_text(html, encoding="utf-8"))
 
@@ -50,24 +63,42 @@ def _left_by(notebook: str, folder: Path) -> dict[str, str]:
     return links | {"answer": answer, "verdict": answer.partition(":")[0].lower()}
 
 
-def _figures(folder: Path) -> list[dict[str, Any]]:
-    """Each with the words that its file keeps."""
-    found = []
-    for path in sorted(folder.glob("figures/[!.]*.png")):
+def _cards(folder: Path) -> list[dict[str, Any]]:
+    """All figures and pages by name: ``of`` is the notebook's number, ``files`` what there is of each, best first."""
+    found = [{**about, "of": about["name"][:2]} for about in (*_figures(folder), *_pages(folder))]
+    return sorted(found, key=lambda card: card["name"])
+
+
+def _figures(folder: Path) -> Iterator[dict[str, Any]]:
+    """Each with the words that its file keeps, and its width in pixels as it was drawn."""
+    for path in folder.glob("figures/[!.]*.png"):
         with Image.open(path) as image:
-            words, (width, height) = image.info, image.size
-        title = words.get("Title") or _in_words(path)
-        vector = path.with_suffix(".svg")
-        large = f"figures/{vector.name if vector.exists() else path.name}"
-        alt = words.get("Description") or title
-        about = {"title": title, "alt": alt, "wide": width > 2 * height}
-        found.append({"path": f"figures/{path.name}", "large": large} | about)
-    return found
+            words, width, dpi = image.info, image.size[0], image.info.get("dpi", (100, 100))[0]
+        files = [f"figures/{one.name}" for one in (path.with_suffix(".svg"), path) if one.exists()]
+        alt = words.get("Description") or words.get("Title") or _in_words(path)
+        yield {
+            "name": _in_words(path),
+            "image": files[-1],
+            "files": files,
+            "alt": alt,
+            "width": round(100 * width / dpi),
+        }
 
 
-def _pages(folder: Path) -> list[dict[str, str]]:
-    found = sorted(folder.glob("figures/[!.]*.html"))
-    return [{"path": f"figures/{path.name}", "title": _in_words(path)} for path in found]
+def _pages(folder: Path) -> Iterator[dict[str, Any]]:
+    """The explorer's panels as last seen: title, style and body. Of other pages, and those with a script, the name."""
+    for path in folder.glob("figures/[!.]*.html"):
+        text = path.read_text(encoding="utf-8")
+        panel = None if "<script" in text else _PANEL.match(text)
+        yield {"name": _in_words(path), "files": [f"figures/{path.name}"], **(panel.groupdict() if panel else {})}
+
+
+def _explained(folder: Path) -> dict[str, str]:
+    """Words -> relative link to what explains a run; none where its folder is not within that of the workbook."""
+    here, there = folder.resolve(), {words: ROOT / name for words, name in _EXPLAINED.items()}
+    if not here.is_relative_to(ROOT) or not all(path.exists() for path in there.values()):
+        return {}
+    return {words: Path(os.path.relpath(path, here)).as_posix() for words, path in there.items()}
 
 
 def _in_words(path: Path) -> str:

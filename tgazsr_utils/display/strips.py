@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 
 from tgazsr_utils.display.pictures import coloured, pixels
 from tgazsr_utils.display.style import headed, looks
+from tgazsr_utils.durable.weights import SHIPPED, read_metadata
 from tgazsr_utils.measuring.attention_shift import AttentionUnderAttack
 
 _GAP = 0.16  # between one model's pictures and the next's, in pictures
@@ -55,6 +57,25 @@ def attention_strips(
         bar.ax.tick_params(labelsize=9)
         bar.set_label(label, fontsize=10)
     return headed(figure, title, caption, "; ".join(told))
+
+
+def tuned_in_words(name: str, weights: str | Path) -> str:
+    """Which model "tuned" is, for captions: its name, whether it ships, and what its file says of its training.
+
+    Such as "tuned: mini-tga-zsr (ships), TGA-ZSR, 2 epochs of 200 steps with 64 images each".
+    """
+    file = Path(weights)
+    about = read_metadata(file) if file.suffix == ".safetensors" else {}
+    words = f"tuned: {Path(name).name}{' (ships)' if file in SHIPPED.values() else ''}"
+    settings, steps = about.get("settings", {}), len(about.get("history", []))
+    if method := about.get("method"):
+        words += f", {method}"
+    if steps and settings.get("epochs"):
+        epochs, each = settings["epochs"], round(steps / settings["epochs"])
+        words += (
+            f", {epochs} epoch{'s' if epochs > 1 else ''} of {each} steps with {settings['batch_size']} images each"
+        )
+    return words
 
 
 def _maps_of(

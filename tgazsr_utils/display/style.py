@@ -20,7 +20,8 @@ from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.measuring.recorded_sweep import KINDS
 
 DPI = 300
-_RC = {"figure.dpi": 100, "svg.hashsalt": "tgazsr", "text.parse_math": False}  # a class name may hold dollars
+# Without formulas: a class name may hold dollars.
+_RC = {"figure.dpi": 100, "svg.hashsalt": "tgazsr", "text.parse_math": False, "legend.title_fontsize": 10}
 sns.set_theme(style="whitegrid", palette="colorblind", rc=_RC)
 
 

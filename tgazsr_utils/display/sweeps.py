@@ -1,6 +1,6 @@
 """Figures of the ablations (notebooks 03 and 06): tables of ``measuring.ablations``, a line or a cell a variant."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 
 import matplotlib.pyplot as plt
@@ -9,8 +9,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tgazsr_utils.display.plots import MARKERS, STYLES
-from tgazsr_utils.display.style import headed, looks, of_each, within
+from tgazsr_utils.display.plots import between_0_and_100
+from tgazsr_utils.display.style import LOOKS, Look, headed, looks, of_each, within
 from tgazsr_utils.measuring.recorded_sweep import KINDS
 
 
@@ -38,7 +38,7 @@ def ablation(
             single = seeds if group is None else seeds[seeds[names[0]] == group]
             shift = 0.7 * ((g + 0.5) / len(groups) - 0.5)
             y = [rows.index(row) + shift for row in means.index]
-            bars = _between_0_and_100(means[kind], means[f"{kind}_ci"])
+            bars = between_0_and_100(means[kind], means[f"{kind}_ci"])
             for place, (row, mean), left, right in zip(y, means[kind].items(), *bars):
                 look = style[trains[row] if group is None else group]
                 drawn = {"fmt": look.marker, "color": look.color, "ms": 7, "capsize": 3}
@@ -52,11 +52,6 @@ def ablation(
     if groups != [None]:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     return headed(figure, title, caption, of_each(table))
-
-
-def _between_0_and_100(mean: pd.Series, half: pd.Series) -> list[pd.Series]:
-    """How far error bars reach to either side of ``mean``, in percent."""
-    return [half.fillna(0).clip(upper=room) for room in (mean, 100 - mean)]
 
 
 def alpha_beta(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
@@ -74,6 +69,7 @@ def alpha_beta(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
             for name in (kind, "cell")
         )
         sns.heatmap(values, annot=cells, fmt="", cmap="viridis", linewidths=0.5, annot_kws={"size": 10}, ax=axis)
+        axis.set(yticklabels=[f"{a:g}" for a in values.index], xticklabels=[f"{b:g}" for b in values.columns])
         plt.setp(axis.get_yticklabels(), rotation=0)
         axis.set(title=f"{kind} accuracy (%)", xlabel="Beta (weight of L_AMC)", ylabel="")
         axis.set_facecolor("0.92")
@@ -85,43 +81,79 @@ def alpha_beta(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
 
 def budgets(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Robust accuracy against the test's epsilon, a line a training epsilon, and against its steps, a line a number of
-    training steps. ``table``: that of ablations.epsilon."""
+    training steps. ``table``: that of ablations.epsilon. Points of different lines are beside each other."""
     frame = table.reset_index()
     eps = "test_eps", "train_eps", "trained at {:g}/255", "test epsilon (1/255)"
-    steps = "test_numsteps", "train_numsteps", "trained with {:g} steps", "PGD steps of the test"
+    steps = "test_numsteps", "train_numsteps", "trained with PGD-{:g}", "PGD steps of the test"
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.4), sharey=True, layout="constrained")
     numbers = []
     for axis, (x, hue, legend, name), other in zip(axes, (eps, steps), (steps, eps)):
         fixed = list(other[:2])
         shown = frame[(frame[fixed] == frame[fixed].iloc[0]).all(axis=1)]
-        trained = [value for value in shown[hue].unique() if not isinstance(value, str)]
-        base = looks(["TGA-ZSR"])["TGA-ZSR"].color
-        ends = ["#F5A26B", base, "#6B2F00"] if len(trained) > 1 else [base, base]
-        shades = iter(sns.blend_palette(ends, len(trained)))
-        for style, marker, (value, line) in zip(cycle(STYLES), cycle(MARKERS[1:]), shown.groupby(hue, sort=False)):
-            line = line.sort_values(x)
-            label, color = legend, None
-            if isinstance(value, str):  # the untuned model
-                label, (color, marker, style) = value, looks([value])[value]
-            else:
-                label, color = legend.format(value), next(shades)
-            bars = {"yerr": _between_0_and_100(line.robust, line.robust_ci), "capsize": 3}
-            axis.errorbar(line[x], line.robust, fmt=marker, ls=style, color=color, label=label, **bars)
+        style = _shades(shown[hue].unique(), frame[hue].iloc[0])
+        beside = 0.015 * (shown[x].max() - shown[x].min())
+        for n, (value, look) in enumerate(style.items()):
+            line, label = shown[shown[hue] == value].sort_values(x), value if value in LOOKS else legend.format(value)
+            drawn = {"fmt": look.marker, "ls": look.line, "color": look.color, "label": label, "capsize": 3, "ms": 7}
+            at = line[x] + beside * (n - (len(style) - 1) / 2)
+            axis.errorbar(at, line.robust, yerr=between_0_and_100(line.robust, line.robust_ci), **drawn)
             values = [f"{within(r.robust, r.robust_ci)} at {r[x]:g}" for _, r in line.iterrows()]
             numbers.append(f"{label}, by {name}: {', '.join(values)}")
-        axis.set(xlabel=name, ylabel="robust accuracy (%)", xticks=sorted(shown[x].unique()), ylim=(0, None))
+        at = sorted(shown[x].unique())
+        axis.set(
+            xlabel=name, ylabel="robust accuracy (%)", ylim=(0, None), xticks=at, xticklabels=[f"{e:g}" for e in at]
+        )
         axis.yaxis.set_tick_params(labelleft=True)
         axis.legend(fontsize=9)
     return headed(figure, title, caption, "; ".join(numbers))
 
 
+def _shades(values: Iterable[float | str], usual: float) -> dict[float | str, Look]:
+    """Budgets, rising, in shades of TGA-ZSR's colour, the ``usual`` one's; the untuned model in its own look."""
+    names, own = [value for value in values if isinstance(value, str)], looks(["TGA-ZSR"])["TGA-ZSR"]
+    rising = sorted(value for value in values if not isinstance(value, str))
+    lower, higher = (sum(map(of, rising)) for of in (usual.__gt__, usual.__lt__))
+    shades = [*sns.blend_palette(["#E8914F", own.color], lower + 1)[:-1], own.color]
+    shades += sns.blend_palette([own.color, "#4A1F00"], higher + 1)[1:]
+    others = zip(cycle("osv^PX"), cycle(("--", "-.", ":")))
+    drawn = {
+        v: Look(shade, *((own.marker, own.line) if v == usual else next(others))) for v, shade in zip(rising, shades)
+    }
+    return drawn | looks(names)
+
+
+def learning_rates(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
+    """Accuracy against the learning rate, a line a method; ``table``: that of ablations.learning_rate."""
+    figure, axes = plt.subplots(1, len(KINDS), figsize=(14, 4.6), layout="constrained")
+    frame = table.reset_index().sort_values("lr")
+    for axis, kind in zip(axes, KINDS):
+        for method, look in looks(table.index.get_level_values("method")).items():
+            line = frame[frame.method == method]
+            drawn = {"fmt": look.marker, "ls": look.line, "color": look.color, "lw": 1.2, "elinewidth": 0.8, "ms": 5}
+            axis.errorbar(line.lr, line[kind], between_0_and_100(line[kind], line[f"{kind}_ci"]), label=method, **drawn)
+        axis.set(xscale="log", xlabel="learning rate", ylabel=f"{kind} accuracy (%)")
+        axis.xaxis.set_major_formatter("{x:g}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    named = table.set_axis([f"{method} at {lr:g}" for method, lr in table.index])
+    return headed(figure, title, caption, of_each(named))
+
+
 def of_ablation(name: str, table: pd.DataFrame, seeds: pd.DataFrame, title: str, caption: str = "") -> Figure:
-    """The figure of an ablation: a map over Alpha and Beta, curves over budgets, or a line a variant."""
+    """The figure of an ablation: a map over Alpha and Beta, curves over budgets or rates, or a line a variant.
+
+    Two seeds have no interval: Student's t on two means would give one several times as wide as they are apart.
+    """
     title, _, more = title.partition("? ")
-    title, caption = f"{title.rstrip('?')}?", "; ".join(part.rstrip(".") for part in (caption, more) if part)
-    caption = f"{caption}; 95 % intervals over {' or '.join(table.interval.unique())}"
+    title, few = f"{title.rstrip('?')}?", table.interval == "2 seeds"
+    table = table.assign(**{half: table[half].mask(few) for half in (f"{kind}_ci" for kind in KINDS)})
+    over = " or ".join(table.interval[~few].unique())
+    told = [caption.rstrip("."), f"95 % intervals over {over}" if over else ""]
+    told.append("means of two seeds, which are dots: too few for an interval" if few.any() else "")
+    caption = ". ".join(part.rstrip(".") for part in ("; ".join(filter(None, told)), more) if part)
     if name == "alpha_beta":
-        return alpha_beta(table, title, caption)
+        return alpha_beta(table, title, caption.replace(", which are dots", ""))
     if name == "epsilon":
-        return budgets(table, title, caption)
+        return budgets(table, title, caption.replace(", which are dots", ""))
+    if name == "learning_rate":
+        return learning_rates(table, title, caption)
     return ablation(table, seeds, title, caption, ("robust",) if name == "does_it_hold" else KINDS)

@@ -95,7 +95,7 @@ def attention(s: AblationSettings) -> Iterator[Variant]:
 
 
 def alpha_beta(s: AblationSettings) -> Iterator[Variant]:
-    """How much of each term?"""
+    """How much weight should each attention term have?"""
     base = base_training(s)
     quick = {*product((0.0, base.Alpha), (0.0, base.Beta)), (max(s.Alpha_list), max(s.Beta_list))}
     grid = product(sorted({*s.Alpha_list, base.Alpha}), sorted({*s.Beta_list, base.Beta}))
@@ -129,8 +129,8 @@ def epsilon(s: AblationSettings) -> Iterator[Variant]:
 
 
 def tuned_part(s: AblationSettings) -> Iterator[Variant]:
-    """Must the whole image encoder be tuned? Counted in parameter tensors from its end."""
-    for last in _first(0, s.last_num_ft_list):
+    """Must the whole image encoder be tuned? Tensors: its weights and biases, from the output; a block has twelve."""
+    for last in _first(0, sorted(s.last_num_ft_list, reverse=True)):
         label = {"tuned": f"last {last} tensors" if last else "whole encoder"}
         yield variant(s, label, last_num_ft=last, in_cut=last in (0, s.last_num_ft_list[-1]))
 

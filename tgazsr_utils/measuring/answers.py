@@ -10,6 +10,7 @@ import pandas as pd
 from scipy.stats import t as student_t
 
 from tgazsr_utils.measuring.holding import ALL, BASELINE
+from tgazsr_utils.measuring.loss_mixture import in_words
 from tgazsr_utils.measuring.records import Record
 from tgazsr_utils.measuring.tables import difference, to_frame
 
@@ -168,6 +169,62 @@ def evaluation(records: Sequence[Record], table: pd.DataFrame, methods: Sequence
     return said + f"{right[UNTUNED, 'robust']:.1f} % ({_points(more)}); of {len(table)} models {best}{apart}."
 
 
+def explorer(
+    mixed: pd.DataFrame, between: pd.DataFrame, sweep: pd.DataFrame | None, source: str, moved: Mapping[str, float]
+) -> str:
+    """05: do the two attention terms change what comes out, what are they of the loss, and is another place better?
+
+    ``mixed``, ``between``: ``loss_mixture.mixture`` and ``cosines`` at one Alpha and Beta; ``sweep``: the table of
+    ablation "alpha_beta", whose first row the others were compared with, and its ``source``; ``moved``: model -> l2
+    distance that attention moves under attack, on one image.
+    """
+    words = in_words(mixed, between)
+    told = f"At Alpha {mixed.weight['L_AR']:g} and Beta {mixed.weight['L_AMC']:g}, {words[0].lower()}{words[1:]}"
+    if moved:
+        shifts = ", ".join(f"{shift:.2f} ({name})" for name, shift in moved.items())
+        told += f" On the image shown the attack moves attention by {shifts}."
+    if sweep is None:
+        return f"Undecided: {source}. {told}"
+    changes, gained = _by_the_terms(sweep)
+    return f"{changes}: {gained}; {_of_the_best(sweep)} ({source}). {told}"
+
+
+def _by_the_terms(sweep: pd.DataFrame) -> tuple[str, str]:
+    """Does tuning at the first row's Alpha and Beta lead elsewhere than without both terms?"""
+    first, none = sweep.iloc[0], sweep[(sweep.Alpha == 0) & (sweep.Beta == 0)]
+    place = f"Alpha {first.Alpha:g} and Beta {first.Beta:g}"
+    gains = _minus_first(none.iloc[0], turned=True) if len(none) and none.index[0] != first.name else {}
+    if not gains:
+        return "Undecided", f"{place} are not compared with neither term"
+    beyond = any(verdict(gain) != "Undecided" for gain in gains.values())
+    # An interval without a width is of too few images to show that nothing changes.
+    spared = all(-SPARED < low < high < SPARED for _, low, high in gains.values())
+    each = " and ".join(f"{kind} accuracy by {_points(gain)}" for kind, gain in gains.items())
+    return "Yes" if beyond else "No" if spared else "Undecided", f"{place} change {each}, compared with neither term"
+
+
+def _of_the_best(sweep: pd.DataFrame) -> str:
+    """How far the place with the best average is from the first row's."""
+    known = sweep.dropna(subset=["average"])
+    if known.empty:
+        return "no average is counted"
+    best = known.loc[known.average.idxmax()]
+    gains = _minus_first(best)
+    if not gains:
+        return f"of {len(known)} places measured none has a better average"
+    beyond = [kind for kind, gain in gains.items() if verdict(gain) != "Undecided"]
+    chance = f"beyond chance in {' and '.join(beyond)} accuracy" if beyond else "which may be chance"
+    more = ", ".join(f"{kind} {_points(gain)}" for kind, gain in gains.items())
+    return f"of {len(known)} places measured ({best.Alpha:g}, {best.Beta:g}) has the best average, {more}, {chance}"
+
+
+def _minus_first(row: pd.Series, turned: bool = False) -> dict[str, Interval]:
+    """A row minus the first one, "robust" and "clean" as far as counted; ``turned``: the first one minus it."""
+    found = {kind: [row[f"{kind}_minus_first{end}"] for end in ("", "_low", "_high")] for kind in ("robust", "clean")}
+    counted = {kind: tuple(of) for kind, of in found.items() if not np.isnan(of[0])}
+    return {kind: (-mean, -high, -low) if turned else (mean, low, high) for kind, (mean, low, high) in counted.items()}
+
+
 def holds(table: pd.DataFrame, images: int) -> str:
     """06: is robustness real: does what withstands the first attack withstand all (but for ``SPARED``)?
 
@@ -224,7 +281,7 @@ def _shown(of: Interval, digits: int = 2) -> str:
 
 
 def _points(of: Interval) -> str:
-    return "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*of)
+    return "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*(round(value, 1) + 0.0 for value in of))  # no -0.0
 
 
 def _half(row: pd.Series) -> str:
