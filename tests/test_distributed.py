@@ -140,6 +140,30 @@ def test_what_goes_wrong_in_one_of_them_is_said(mini, train_set, tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_jobs_are_shared_out_by_what_they_cost(monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    parts = []
+    for number in (0, 1):
+        monkeypatch.setattr(processes, "rank", lambda number=number: number)
+        parts.append((processes.own_part("abcdef", [9, 2, 2, 2, 2, 1]), processes.own_part("abc")))
+    assert parts == [(["a"], ["a", "c"]), (["b", "c", "d", "e", "f"], ["b"])]
+
+
+def test_as_many_processes_as_suit(monkeypatch):
+    """One a processor where a small model is on the CPU; a GPU is for one."""
+    monkeypatch.setattr(processes, "allowed_cpus", lambda: 3)
+    monkeypatch.setattr(sys, "platform", "linux")
+    for there, device, number in ((False, "auto", 3), (False, "mps", 1), (True, "auto", 1), (True, "cpu", 1)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        settings = validate(TrainNotebook, NOTEBOOK | {"processes": "auto", "device": device})
+        assert settings.number_of_processes == number and settings.model_options["waiting"] == (number > 1)
+    monkeypatch.setattr(processes, "allowed_cpus", lambda: 64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert processes.that_suit("cpu") == processes.MOST
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert processes.that_suit("cpu") == 1
+
+
 def test_devices_are_shared_out():
     with pytest.raises(SettingsError, match="device = 'cuda': each of several processes takes a device of its own"):
         validate(TrainNotebook, NOTEBOOK | {"processes": 2, "device": "cuda"})

@@ -26,6 +26,7 @@ from tgazsr_utils.core.settings import (
     exact_name,
 )
 from tgazsr_utils.durable.plugins import PluginSettings
+from tgazsr_utils.durable.processes import that_suit
 from tgazsr_utils.measuring.ablations import ABLATIONS
 from tgazsr_utils.paths import resolve
 from tgazsr_utils.strict_yaml import YAML_ERRORS, load_yaml
@@ -188,16 +189,22 @@ class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
     methods: Distinct[str]  # that are trained
     descriptions: str | None = None  # JSON file, class -> texts, for SAFT; None: the mini-world's own
     overrides: dict[str, dict[str, Any]] = {}  # method -> parameters of fine-tuning that differ for it
-    processes: Count = 1  # that train and measure together, each on a device of its own
+    processes: Count | Literal["auto"] = (
+        1  # that train and measure together, each on its device; see processes.that_suit
+    )
     check_images: Natural = 16  # about so many check the attack once a model (measuring.trust); 0: none
 
     @property
     def model_options(self) -> dict[str, Any]:
-        return super().model_options | {"waiting": self.processes > 1}
+        return super().model_options | {"waiting": self.number_of_processes > 1}
+
+    @property
+    def number_of_processes(self) -> int:
+        return that_suit(self.device) if self.processes == "auto" else self.processes
 
     @model_validator(mode="after")
     def _devices_are_shared_out(self) -> "TrainNotebook":
-        if self.processes > 1 and self.device != "auto":
+        if self.processes not in (1, "auto") and self.device != "auto":
             raise ValueError(
                 f"device = {self.device!r}: each of several processes takes a device of its own; leave it at 'auto'"
             )

@@ -240,9 +240,9 @@ def export_parameters(profile_name: str, numbers: Sequence[str], given: Mapping[
 def run(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any], fresh: bool) -> int:
     """Runs a profile; 0, or 1 after a notebook failed. Raises SettingsError before anything starts."""
     batch = batch_of(profile_name, numbers, given)
-    folder, chosen = batch.folder, batch.chosen
-    together = started_together()
-    own = any(p.get("device", "auto") != "auto" or p.get("processes", 1) > 1 for p in batch.parameters.values())
+    folder, chosen, together = batch.folder, batch.chosen, started_together()
+    values = batch.parameters.values()
+    own = any(p.get("device", "auto") != "auto" or p.get("processes", 1) not in (1, "auto") for p in values)
     if together and (own or fresh or "00_pretrain_mini_clip" in chosen):
         raise SettingsError(
             "under torchrun each process takes its own device: no device, no processes, no --fresh, not notebook 00"

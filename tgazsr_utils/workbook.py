@@ -138,7 +138,7 @@ class Workbook:
     def bench(self, sets: Sequence[ImageSet]) -> Bench:
         """Measures into the run's store, and checks the attack on some images of ``sets``."""
         s, store = self.settings, RecordStore(self.run.stored_records)
-        return Bench.checking(store, self.attack, sets, s.check_images, s.processes)
+        return Bench.checking(store, self.attack, sets, s.check_images, s.number_of_processes)
 
     def at_each_eps(self, names: Sequence[str]) -> list[AttackSettings]:
         """These attacks at each epsilon, a step of theirs being the same part of it throughout."""
@@ -202,7 +202,7 @@ class Workbook:
         name = method if isinstance(method, str) else method.name
         settings = self.settings.finetuning(name, **({} if seed is None else {"seed": seed}))
         self._say_what_is_not_its_own(find_objective(name) if isinstance(method, str) else method, settings)
-        options = {"number_of_processes": self.settings.processes}
+        options = {"number_of_processes": self.settings.number_of_processes}
         tuned = finetune(self.original, self.train, method, settings, self.run.stored_models, **options)
         self.run.show(tuned.weights)
         return tuned
@@ -231,8 +231,8 @@ class Workbook:
         """
         if processes.are_started():
             processes.do_apart(trainings)
-        elif self.settings.processes > 1:
-            processes.launch(self.settings.processes, self._in_a_process, self.original, work, trainings)
+        elif self.settings.number_of_processes > 1:
+            processes.launch(self.settings.number_of_processes, self._in_a_process, self.original, work, trainings)
 
     def _in_a_process(self, clip: Clip, work: Callable[[], Any], trainings: Sequence[Callable[[], Any]]) -> None:
         processes.do_apart(trainings)  # ``clip``, the original model, is on this process's device by now

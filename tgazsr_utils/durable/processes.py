@@ -8,13 +8,15 @@ work in one process.
 
 import contextlib
 import copy
+import io
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,8 +26,10 @@ from tgazsr_utils.core.models import Clip, ImageTokens
 from tgazsr_utils.core.objectives import Objective, Step
 from tgazsr_utils.core.settings import FinetuneSettings
 from tgazsr_utils.core.training import attacked
+from tgazsr_utils.machine import allowed_cpus
 
 Job = TypeVar("Job")
+MOST = 4  # each has half a GB of its own
 _apart: list[bool] = []  # not empty while this process works by itself
 
 
@@ -46,9 +50,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def own_part(jobs: Sequence[Job]) -> Sequence[Job]:
-    """Those of the jobs that this process does."""
-    return jobs[rank() :: count()]
+def own_part(jobs: Sequence[Job], costs: Sequence[float] | None = None) -> list[Job]:
+    """Those of the jobs that this process does: each, the most costly first, is for whom least is to do so far."""
+    costs, load, own = costs or [1.0] * len(jobs), [0.0] * count(), []
+    for number in sorted(range(len(jobs)), key=lambda number: -costs[number]):
+        free = load.index(min(load))
+        load[free] += costs[number]
+        if free == rank():
+            own.append(number)
+    return [jobs[number] for number in sorted(own)]
 
 
 def do_apart(jobs: Sequence[Callable[[], Any]]) -> None:
@@ -175,6 +185,15 @@ def wait() -> None:
 # --- start and stop
 
 
+def that_suit(device: str) -> int:
+    """How many processes do most on this machine: of a small model on the CPU, one a processor, up to ``MOST``.
+
+    One, where there is a GPU or another device was chosen, and where processes are not forked.
+    """
+    forked = sys.platform == "linux" and device in ("auto", "cpu") and not torch.cuda.is_available()
+    return min(MOST, allowed_cpus()) if forked and not are_started() else 1
+
+
 def launch(number: int, function: Callable[..., Any], clip: Clip, *arguments: Any) -> None:
     """Calls ``function(clip, *arguments)`` in ``number`` processes of this machine, each with a device of its own.
 
@@ -196,7 +215,9 @@ def launch(number: int, function: Callable[..., Any], clip: Clip, *arguments: An
         port = free.getsockname()[1]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        notebook_launcher(_work, (function, clip, *arguments), num_processes=number, use_port=str(port))
+        work = (sys.stdout, function, clip, *arguments)
+        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of CUDA on any device
+            notebook_launcher(_work, work, num_processes=number, use_port=str(port))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         reason = failure.message.get("message", "") if isinstance(failure.message, dict) else failure.message
@@ -209,7 +230,8 @@ def launch(number: int, function: Callable[..., Any], clip: Clip, *arguments: An
                 signal.signal(number, handler)
 
 
-def _work(function: Callable[..., Any], clip: Clip, *arguments: Any) -> None:
+def _work(shown: TextIO, function: Callable[..., Any], clip: Clip, *arguments: Any) -> None:
+    sys.stdout = shown
     torch.set_num_threads(1)  # the threads of the process that was forked are not here, and waiting for them never ends
     with joined() as device:
         function(clip.to(device), *arguments)

@@ -13,7 +13,7 @@ from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.files import load_tensors
 from tgazsr_utils.measuring.measure import NOT_YET, Answers, Measurement, answer, record_of
 from tgazsr_utils.measuring.records import AttackCheck, Record, RecordStore
-from tgazsr_utils.measuring.trust import check_attack, check_key, sets_to_check
+from tgazsr_utils.measuring.trust import PASSES, check_attack, check_key, sets_to_check
 from tgazsr_utils.progress import progress
 
 
@@ -102,15 +102,18 @@ class Bench:
         """Does this process's part of the jobs: the check, and slices of measurements. Ends when all processes have."""
         keys, unchecked = self._to_do(clip, wanted)
         missing = [m for m in wanted if m.key in keys]
-        jobs: list[Callable[[Any], None]] = []
+        jobs: list[tuple[int, Callable[[Any], None]]] = []  # with the number of images that it measures
+        costs: list[float] = []  # in passes of an image
         if unchecked:
-            jobs.append(lambda bar: self._check_now(clip))
-        jobs += [lambda bar, m=m, rows=rows: self._answer(m, rows, bar) for m in missing for rows in m.slices]
-        own = list(processes.own_part(jobs))
-        total = sum(len(m.data) for m in missing)
+            jobs, costs = [(0, lambda bar: self._check_now(clip))], [PASSES * sum(map(len, self.checked_on))]
+        for m in missing:
+            jobs += [(len(rows), lambda bar, m=m, rows=rows: self._answer(m, rows, bar)) for rows in m.slices]
+            costs += [len(rows) * (1 + (m.attack.test_numsteps if m.attack else 0)) for rows in m.slices]
+        own = processes.own_part(jobs, costs)
         name = f"evaluate {missing[0].method} seed {missing[0].seed}, {missing[-1].label}" if missing else ""
-        with progress(total=total, desc=name, unit="image", disable=not missing or not processes.is_main()) as bar:
-            for job in own:
+        shown = {"unit": "image", "disable": not missing or not processes.is_main()}
+        with progress(total=sum(images for images, _ in own), desc=name, **shown) as bar:
+            for _, job in own:
                 job(bar)
         processes.wait()
 

@@ -36,6 +36,7 @@ from tgazsr_utils.progress import progress
 CONFIDENCE, P = 0.999, 0.005  # a finding is beyond chance: each model is looked at in many ways; sound ones are to pass
 FROM_A_SET = 8  # images, before another set is taken
 STEPS = (1, 10, 100)  # of PGD
+PASSES = 200  # of an image, about, of all attacks of a check
 LARGE_EPS, LARGE_STEPS = (16.0, 64.0), 20  # 1/255; hardly an image should stay recognised
 LARGE = tuple(f"PGD-{LARGE_STEPS}, {name}" for name in ("large", "larger"))
 FEW = 0.05  # that share may stay so, may have no gradient, and may be where PGD does not raise the loss over noise
