@@ -64,18 +64,20 @@ def tuned_in_words(name: str, weights: str | Path) -> str:
 
     Such as "tuned: mini-tga-zsr (ships), TGA-ZSR, 2 epochs of 200 steps with 64 images each".
     """
-    file = Path(weights)
+    words = f"tuned: {Path(name).name}{' (ships)' if Path(weights) in SHIPPED.values() else ''}"
+    return ", ".join(filter(None, [words, training_in_words(weights)]))
+
+
+def training_in_words(weights: str | Path | None) -> str:
+    """What a file of weights says of how they were tuned; nothing, if it does not, or if they are no such file."""
+    file = Path(str(weights))
     about = read_metadata(file) if file.suffix == ".safetensors" else {}
-    words = f"tuned: {Path(name).name}{' (ships)' if file in SHIPPED.values() else ''}"
-    settings, steps = about.get("settings", {}), len(about.get("history", []))
-    if method := about.get("method"):
-        words += f", {method}"
+    words, settings, steps = [str(about.get("method", ""))], about.get("settings", {}), len(about.get("history", []))
     if steps and settings.get("epochs"):
         epochs, each = settings["epochs"], round(steps / settings["epochs"])
-        words += (
-            f", {epochs} epoch{'s' if epochs > 1 else ''} of {each} steps with {settings['batch_size']} images each"
-        )
-    return words
+        plural = "s" if epochs > 1 else ""
+        words.append(f"{epochs} epoch{plural} of {each} steps with {settings['batch_size']} images each")
+    return ", ".join(filter(None, words))
 
 
 def _maps_of(
