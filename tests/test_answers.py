@@ -9,7 +9,7 @@ from tgazsr_utils import open_workbook, workbook
 from tgazsr_utils.measuring import answers
 from tgazsr_utils.measuring.holding import ALL
 from tgazsr_utils.measuring.loss_mixture import TermGradients, cosines, mixture
-from tgazsr_utils.measuring.tables import leaderboard
+from tgazsr_utils.measuring.tables import leaderboard, size_of
 from tgazsr_utils.profiles import default_parameters
 
 NO_AREA = 3 * (float("nan"),)
@@ -175,3 +175,12 @@ def test_the_run_keeps_the_sentence_and_headings_say_where_better_is(tmp_path, m
     assert kept.read_text(encoding="utf-8") == "Yes: it does.\n"
     table = answers.headed(pd.DataFrame({"robust": [1], "l2": [2], "mine": [3]}))
     assert [*table] == ["robust, % ↑", "attention moved (l2) ↓", "mine"]
+
+
+def test_one_image_of_one_set_is_said_so(shapes):
+    """And has no interval."""
+    assert size_of([shapes.subset(1)]) == "1 image of 1 set" and size_of([shapes] * 30) == "1,200 images of 30 sets"
+    nan, index = float("nan"), pd.MultiIndex.from_product([["TGA-ZSR"], ["pgd", ALL]])
+    row = {"robust": 100.0, "robust_minus_first": 0.0, "robust_minus_first_low": nan, "robust_minus_first_high": nan}
+    said = answers.holds(pd.DataFrame([row, row], index=index), 1)
+    assert said.startswith("Undecided: ") and said.endswith(", +0.0 points on 1 image.")

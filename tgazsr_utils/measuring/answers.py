@@ -12,7 +12,7 @@ from scipy.stats import t as student_t
 from tgazsr_utils.measuring.holding import ALL, BASELINE
 from tgazsr_utils.measuring.loss_mixture import in_words
 from tgazsr_utils.measuring.records import Record
-from tgazsr_utils.measuring.tables import difference, to_frame
+from tgazsr_utils.measuring.tables import difference, number_of, to_frame
 
 Interval = tuple[float, float, float]
 SUBJECT = "TGA-ZSR"  # whose answer it is, where it is among the methods; else the last one's
@@ -241,7 +241,7 @@ def holds(table: pd.DataFrame, images: int) -> str:
     real = "Yes" if lost[1] > -SPARED else "No" if lost[2] < 0 else "Undecided"
     return (
         f"{real}: {model} is right on {first.robust:.1f} % of images under {table.loc[model].index[0]} and on "
-        f"{together.robust:.1f} % under {ALL}, {_points(lost)} on {images} images."
+        f"{together.robust:.1f} % under {ALL}, {_points(lost)} on {number_of(images, 'image')}."
     )
 
 
@@ -281,7 +281,8 @@ def _shown(of: Interval, digits: int = 2) -> str:
 
 
 def _points(of: Interval) -> str:
-    return "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*(round(value, 1) + 0.0 for value in of))  # no -0.0
+    value, low, high = (round(bound, 1) + 0.0 for bound in of)  # no -0.0
+    return f"{value:+.1f} points" + ("" if np.isnan(low) else f" [{low:+.1f}, {high:+.1f}]")
 
 
 def _half(row: pd.Series) -> str:

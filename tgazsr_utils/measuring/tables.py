@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.stats import binomtest
 from scipy.stats import t as student_t
 
+from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.datasets.miniworld import TASKS
 from tgazsr_utils.datasets.published_sets import DATASETS, in_means
 from tgazsr_utils.durable.files import write_atomic
@@ -350,6 +351,16 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         bounds = zip(table[column], shown.pop(f"{column}_low"), shown.pop(f"{column}_high"))
         shown[column] = ["" if np.isnan(d) else f"{d:+.1f} [{low:.1f}, {high:.1f}]" for d, low, high in bounds]
     return shown
+
+
+def number_of(number: int, what: str) -> str:
+    """Such as "1 set" or "2 sets"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def size_of(sets: Sequence[ImageSet]) -> str:
+    """Such as "192 images of 16 sets"."""
+    return f"{number_of(sum(map(len, sets)), 'image')} of {number_of(len(sets), 'set')}"
 
 
 def save_table(table: pd.DataFrame, folder: Path, name: str) -> Path:
