@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 # Read once by PyTorch, here and in what tests start: there is a worker for each core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that tests start compiles all modules for itself
 
 import tgazsr_utils  # noqa: E402, F401  (says how threads wait, before PyTorch is here)
 
