@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 # Read once by PyTorch, here and in what tests start: there is a worker for each core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that tests start compiles all modules for itself
 
 import tgazsr_utils  # noqa: E402, F401  (says how threads wait, before PyTorch is here)
 
@@ -44,11 +45,29 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: runs with --long only; another test takes the same path with less work")
 
 
+@pytest.hookimpl(trylast=True)  # after -k and the like
 def pytest_collection_modifyitems(config, items):
     if not config.option.long:
         left_out = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    items[:] = for_two_workers(items)
+
+
+def for_two_workers(items):
+    """Each starts with one half of the tests: what takes minutes comes first in both, so that what ends last is short.
+
+    Modules whose tests share a run stay together; all that looks at the smoke run is in the first half, so that no
+    worker waits while the other makes it.
+    """
+    smoke = [item for item in items if "smoke" in item.fixturenames]
+    long = [item for item in items if item.get_closest_marker("long") and item not in smoke]
+    turns = {module: turn % 2 for turn, module in enumerate(dict.fromkeys(item.module for item in long))}
+    first = [*smoke, *(item for item in long if turns[item.module])]
+    second = [item for item in long if not turns[item.module]]
+    rest = [item for item in items if item not in first and item not in second]
+    middle = max(0, len(items) // 2 - len(first))
+    return [*first, *rest[:middle], *second, *rest[middle:]]
 
 
 def size(short, long):

@@ -144,6 +144,7 @@ def save(figure: Figure, folder: Path, name: str) -> Picture:
         file = io.BytesIO()
         figure.savefig(file, format=suffix, dpi=DPI, bbox_inches="tight", metadata=metadata)
         drawn[suffix] = file.getvalue()
+        figure.set_layout_engine("none")  # laid out once, for both: that takes as long as drawing
     plt.close(figure)
     described = f"</title>\n <desc>{html.escape(alt, quote=False)}</desc>"
     drawn["svg"] = drawn["svg"].replace(b"</title>", described.encode(), 1)
