@@ -57,7 +57,9 @@ def test_one_step_is_the_signed_gradient_at_the_random_start(mini, shapes):
     x = start.clone().requires_grad_()
     F.cross_entropy(mini.logits(x, text), shapes.labels).backward()
     expected = (start + x.grad.sign() / 255).clamp(images - EPS, images + EPS).clamp(0, 1)
-    assert torch.allclose(attack(mini, shapes, steps=1)[1], expected, atol=1e-6)
+    clear = x.grad.abs() > 1e-4 * x.grad.abs().median()  # rounding decides the sign of others
+    assert clear.float().mean() > 0.999
+    assert torch.allclose(attack(mini, shapes, steps=1)[1][clear], expected[clear], atol=1e-6)
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 4.0)])
