@@ -125,6 +125,17 @@ def test_the_readmes_ablations_are_those_of_the_kept_tables(name):
     assert set(table.interval) == {"3 seeds"}
 
 
+def test_the_readmes_answer_whether_it_holds_is_that_of_the_kept_table():
+    table = pd.read_csv(REFERENCE / "tables" / "does_it_hold.csv", index_col=[0, 1])
+    assert {*table.interval} == {"3 seeds", "images"}
+    attacks = [*table.loc["TGA-ZSR"].index]
+    for model, part in table.groupby(level=0):
+        kept = part.droplevel(0).robust.reindex(attacks)
+        cells = ["" if pd.isna(right) else f"{right:.1f}" for right in kept]  # CLIP is not attacked against itself
+        lost = [part.iloc[-1][f"robust_minus_first{end}"] for end in ("", "_low", "_high")]
+        assert f"| {model} | {' | '.join(cells)} | {lost[0]:.1f} ({lost[1]:.1f} to {lost[2]:.1f}) |" in readme_rows()
+
+
 def test_the_notebooks_learning_rates_are_those_that_the_kept_sweep_chose():
     rates = pd.read_csv(REFERENCE / "tables" / "ablation_learning_rate.csv").set_index(["method", "lr"])
     defaults = default_parameters("04_evaluate_16_datasets")

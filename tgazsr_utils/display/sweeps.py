@@ -1,6 +1,6 @@
 """Figures of the ablations (notebooks 03 and 06): tables of ``measuring.ablations``, a line or a cell a variant."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import cycle
 
 import matplotlib.pyplot as plt
@@ -14,43 +14,27 @@ from tgazsr_utils.display.style import LOOKS, Look, headed, looks, of_each, with
 from tgazsr_utils.measuring.recorded_sweep import KINDS
 
 
-def ablation(
-    table: pd.DataFrame, seeds: pd.DataFrame, title: str, caption: str = "", kinds: Sequence[str] = KINDS
-) -> Figure:
+def ablation(table: pd.DataFrame, seeds: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """One panel a kind of accuracy, one line a variant: its mean with its 95 % interval, and a small point a seed.
 
-    ``table`` and ``seeds``: ablations.table and ablations.by_seed. With two columns to the index, the last one is along
-    the axis and the first one, a method or model, is told by its look; with one, a row has that of its method.
+    ``table`` and ``seeds``: ablations.table and ablations.by_seed. A line has the look of its method.
     """
-    names = list(table.index.names)
-    groups = list(dict.fromkeys(table.index.get_level_values(0))) if len(names) > 1 else [None]
-    parts = [table if group is None else table.xs(group, level=0) for group in groups]
-    longest_first = sorted((part.index.get_level_values(-1) for part in parts), key=len, reverse=True)
-    rows = list(dict.fromkeys(row for part in longest_first for row in part))
-    trains = dict(zip(seeds[names[-1]], seeds["method"]))
-    style = looks(trains.values() if groups == [None] else groups)
-    size = max(7.5, 3.5 * len(kinds) + 2), 0.42 * len(rows) * max(1, 0.45 * len(groups)) + 1.9
-    figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    several = seeds.groupby(names, sort=False).size().max() > 1
-    for axis, kind in zip(axes[0], kinds):
-        for g, group in enumerate(groups):
-            means = parts[g]
-            single = seeds if group is None else seeds[seeds[names[0]] == group]
-            shift = 0.7 * ((g + 0.5) / len(groups) - 0.5)
-            y = [rows.index(row) + shift for row in means.index]
-            bars = between_0_and_100(means[kind], means[f"{kind}_ci"])
-            for place, (row, mean), left, right in zip(y, means[kind].items(), *bars):
-                look = style[trains[row] if group is None else group]
-                drawn = {"fmt": look.marker, "color": look.color, "ms": 7, "capsize": 3}
-                drawn["label"] = group if row == means.index[0] else None
-                axis.errorbar(mean, place, xerr=[[left], [right]], **drawn)
-            if several:
-                y = [rows.index(row) + shift for row in single[names[-1]]]
-                axis.plot(single[kind], y, "o", ms=3, color="black", alpha=0.5, zorder=4)
+    rows, name = list(table.index), table.index.name
+    trains = dict(zip(seeds[name], seeds["method"]))
+    style = looks(trains.values())
+    size = 3.5 * len(KINDS) + 2, 0.42 * len(rows) + 1.9
+    figure, axes = plt.subplots(1, len(KINDS), figsize=size, sharey=True, layout="constrained")
+    several = seeds.groupby(name, sort=False).size().max() > 1
+    for axis, kind in zip(axes, KINDS):
+        bars = between_0_and_100(table[kind], table[f"{kind}_ci"])
+        for y, (row, mean), left, right in zip(range(len(rows)), table[kind].items(), *bars):
+            look = style[trains[row]]
+            axis.errorbar(mean, y, xerr=[[left], [right]], fmt=look.marker, color=look.color, ms=7, capsize=3)
+        if several:
+            y = [rows.index(row) for row in seeds[name]]
+            axis.plot(seeds[kind], y, "o", ms=3, color="black", alpha=0.5, zorder=4)
         axis.set(xlabel=f"{kind} accuracy (%)", yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
         axis.xaxis.set_major_locator(MaxNLocator(5))
-    if groups != [None]:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     return headed(figure, title, caption, of_each(table))
 
 
@@ -122,6 +106,25 @@ def _shades(values: Iterable[float | str], usual: float) -> dict[float | str, Lo
     return drawn | looks(names)
 
 
+def against_attacks(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
+    """Robust accuracy against the attack, a line a model; ``table``: that of "does_it_hold", index (model, attack)."""
+    models = looks(table.index.get_level_values(0))
+    attacks = max((table.loc[model].index for model in models), key=len)
+    figure, axis = plt.subplots(figsize=(1.15 * len(attacks) + 3, 5), layout="constrained")
+    for n, (model, look) in enumerate(models.items()):
+        line = table.loc[model].reindex(attacks)
+        at = [place + 0.7 * ((n + 0.5) / len(models) - 0.5) for place in range(len(attacks))]
+        drawn = {"fmt": look.marker, "ls": look.line, "color": look.color, "lw": 0.7, "elinewidth": 1, "ms": 6}
+        axis.errorbar(at, line.robust, between_0_and_100(line.robust, line.robust_ci), label=model, capsize=2, **drawn)
+    for between in range(1, len(attacks)):
+        axis.axvline(between - 0.5, color="0.85", lw=0.8)
+    axis.grid(False, axis="x")
+    labels = [attack.replace(", ", ",\n").replace(" made", "\nmade").replace(" as", "\nas") for attack in attacks]
+    axis.set(xticks=range(len(attacks)), xticklabels=labels, ylabel="robust accuracy (%)", ylim=(0, None))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    return headed(figure, title, caption, of_each(table[["robust", "robust_ci"]]))
+
+
 def learning_rates(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Accuracy against the learning rate, a line a method; ``table``: that of ablations.learning_rate."""
     figure, axes = plt.subplots(1, len(KINDS), figsize=(14, 4.6), layout="constrained")
@@ -156,4 +159,6 @@ def of_ablation(name: str, table: pd.DataFrame, seeds: pd.DataFrame, title: str,
         return budgets(table, title, caption.replace(", which are dots", ""))
     if name == "learning_rate":
         return learning_rates(table, title, caption)
-    return ablation(table, seeds, title, caption, ("robust",) if name == "does_it_hold" else KINDS)
+    if name == "does_it_hold":
+        return against_attacks(table, title, caption)
+    return ablation(table, seeds, title, caption)
