@@ -36,7 +36,7 @@ install_torch() {
     elif ! { [[ $(uname) == Linux ]] && "${pip[@]}" install --quiet uv &&
         # which looks at the driver; where PyTorch's own index cannot be reached this ends within seconds
         .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --torch-backend auto "${pinned[@]}"; } 2>/dev/null; then
-        echo "  PyTorch's own index is out of reach: the package index's build, perhaps that for CUDA (several GB)" >&2
+        echo "  its own index is out of reach: the package index's build, which may be that for CUDA (several GB)" >&2
         "${pip[@]}" install --quiet "${pinned[@]}"
     fi
 }

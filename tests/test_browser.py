@@ -98,7 +98,8 @@ def page(address):
         page.locator("text=Python 3 (ipykernel) | Idle").wait_for()  # before, the menu does nothing
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.get_by_role("button", name="Fine-tune", exact=True).wait_for()
+        page.get_by_role("button", name="Fine-tune", exact=True).wait_for(state="attached")  # perhaps out of view
+        page.locator("text=Python 3 (ipykernel) | Idle").wait_for()
         yield page
         browser.close()
 

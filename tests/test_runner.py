@@ -506,7 +506,7 @@ def test_what_takes_over_without_weights_is_stamped_wherever_it_is_shown(tmp_pat
     values = parameters_of("04_evaluate_16_datasets", profile, "x", profile.without_weights | small)
     run_cells("04_evaluate_16_datasets", values)
     stamped = [title for title in titles if PLUMBING in title]
-    assert len(titles) == 4 and len(stamped) == 3 and "Did others measure what was published?" in "".join(titles)
+    assert len(titles) == len(stamped) == 3  # what others published is drawn where ours can be beside it
     tables = {path.stem: pd.read_csv(path) for path in (tmp_path / "out" / "tables").glob("*.csv")}
     assert set(tables["verdicts"].verdict) == {PLUMBING} and len(tables["verdicts"]) == 2 * 3 * 4
     assert set(tables["leaderboard"].world) == set(tables["accuracy_by_set"].world) == {PLUMBING}
