@@ -30,6 +30,7 @@ from PIL import Image  # noqa: E402
 
 from tgazsr_utils import FinetuneSettings, Step, load_clip, load_dataset  # noqa: E402
 from tgazsr_utils.paths import ROOT  # noqa: E402
+from tgazsr_utils.progress import HEADLESS  # noqa: E402
 
 OPTIONS = []  # pytest's, once it has read them
 
@@ -132,6 +133,12 @@ def smoke(tmp_path_factory):
     code, log, errors = json.loads(outcome.read_text(encoding="utf-8"))
     assert code == 0, errors
     return Smoke(folder, arguments, log)
+
+
+@pytest.fixture(autouse=True)
+def by_hand(monkeypatch):
+    """No test, nor what it starts, takes itself for part of a headless run because another has called the runner."""
+    monkeypatch.delenv(HEADLESS, raising=False)
 
 
 @pytest.fixture(scope="session")
