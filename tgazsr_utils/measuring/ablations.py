@@ -201,9 +201,9 @@ class Sweep:
         return done
 
     def trainings(self, plan: Mapping[str, Sequence[Variant]]) -> list[Callable[[], Clip]]:
-        """What a plan trains, each once."""
+        """What a plan trains, each once; none is kept here, as not all of several processes would have it."""
         wanted = [(v, s) for variants in plan.values() for v in variants if v.training is not None for s in v.seeds]
-        return list({self._path(v, s): partial(self._tuned, v, s) for v, s in wanted}.values())
+        return list({self._path(v, s): partial(self._trained, v, s) for v, s in wanted}.values())
 
     def records_of(self, v: Variant) -> list[Record]:
         """What was measured of a variant, all its seeds."""
@@ -219,13 +219,17 @@ class Sweep:
         training = v.training.model_copy(update={"seed": seed})
         return tuned_path(self.models, find_objective(v.method), training, self.train, self.original)
 
+    def _trained(self, v: Variant, seed: int) -> Clip:
+        """The model of a variant, trained if its weights are not there."""
+        training = v.training.model_copy(update={"seed": seed})
+        options = {"number_of_processes": self.bench.number_of_processes}
+        return finetune(self.original, self.train, v.method, training, self.models, **options).clip
+
     def _tuned(self, v: Variant, seed: int) -> Clip:
-        """The model of a variant, trained if it is not there; the last ones used are kept."""
-        training, path = v.training.model_copy(update={"seed": seed}), self._path(v, seed)
+        """The same; the last ones used are kept."""
+        path = self._path(v, seed)
         if path not in self._loaded:
-            options = {"number_of_processes": self.bench.number_of_processes}
-            tuned = finetune(self.original, self.train, v.method, training, self.models, **options)
-            self._loaded[path] = tuned.clip
+            self._loaded[path] = self._trained(v, seed)
             if len(self._loaded) > 4:
                 del self._loaded[next(iter(self._loaded))]
         return self._loaded[path]
