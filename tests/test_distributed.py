@@ -21,6 +21,7 @@ from tgazsr_utils.durable.finetuning import finetune
 from tgazsr_utils.durable.fingerprints import fingerprint
 from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring import measure as evaluation
+from tgazsr_utils.measuring.ablations import Sweep, variant
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.parameters import SettingsError, TrainNotebook, validate
@@ -240,3 +241,23 @@ def test_the_processes_of_a_notebook_are_started_once(tmp_path, monkeypatch):
     weights = [clip.visual.state_dict() for _, clips in (alone, together) for clip in clips[2:]]
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_sweep_asks_for_models_in_the_same_order_in_all_processes(tmp_path):
+    """Though each has trained another one of them ahead; if not, they wait for each other for ever."""
+    given = {"train_images": 8, "batch_size": 4, "warmup_steps": 1, "testdata": ["shapes"], "test_numsteps": 1}
+    book = open_workbook("06_does_it_hold", given | {"processes": 2, "output": str(tmp_path / "run")})
+    tests = book.tests(2)
+    sweep = Sweep(book.original, book.train, tests, tests, book.run.stored_models, book.bench(tests))
+    variants = [variant(book.settings, {"model": method}, method, own=True) for method in ("TeCoA", "TGA-ZSR")]
+    late = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the processes wait for each other"))
+    signal.alarm(240)
+    try:
+        book.ahead(lambda: sweep.run("methods", variants), sweep.trainings({"methods": variants}))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, late)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*.*")}
+    done = sweep.run("methods", variants)
+    assert [[r.attack for r in records] for _, records in done] == 2 * [["none", "pgd-1"]]
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*.*")}  # all that was to do
