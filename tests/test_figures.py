@@ -12,7 +12,7 @@ from PIL import Image
 from tgazsr_utils import AttackSettings, attention_under_attack, load_dataset
 from tgazsr_utils.core.objectives import OBJECTIVES
 from tgazsr_utils.display import plots, strips, style, sweeps
-from tgazsr_utils.durable.weights import SHIPPED, read_metadata
+from tgazsr_utils.durable.weights import SHIPPED, read_metadata, training_in_words
 from tgazsr_utils.measuring.published import published
 
 ATTACK = AttackSettings(test_eps=4.0, test_stepsize=2.0, test_numsteps=2)
@@ -109,7 +109,7 @@ def test_captions_say_which_model_is_the_tuned_one(tmp_path):
     assert settings["epochs"] * 12_800 == 2 * 200 * 64  # which data/README.md says it was tuned on
     assert strips.tuned_in_words("some/where.pt", tmp_path / "some" / "where.pt") == "tuned: where.pt"
     assert strips.tuned_in_words("openai", "openai") == "tuned: openai"
-    assert strips.training_in_words(SHIPPED["mini"]) == strips.training_in_words(None) == ""
+    assert training_in_words(SHIPPED["mini"]) == training_in_words(None) == ""
 
 
 def test_a_kept_figure_carries_its_words_in_both_files_and_in_the_notebook(attacked, tmp_path):

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from tgazsr_utils.display.pictures import coloured, pixels
 from tgazsr_utils.display.style import headed, looks
-from tgazsr_utils.durable.weights import SHIPPED, read_metadata
+from tgazsr_utils.durable.weights import SHIPPED, training_in_words
 from tgazsr_utils.measuring.attention_shift import AttentionUnderAttack
 
 _GAP = 0.16  # between one model's pictures and the next's, in pictures
@@ -66,18 +66,6 @@ def tuned_in_words(name: str, weights: str | Path) -> str:
     """
     words = f"tuned: {Path(name).name}{' (ships)' if Path(weights) in SHIPPED.values() else ''}"
     return ", ".join(filter(None, [words, training_in_words(weights)]))
-
-
-def training_in_words(weights: str | Path | None) -> str:
-    """What a file of weights says of how they were tuned; nothing, if it does not, or if they are no such file."""
-    file = Path(str(weights))
-    about = read_metadata(file) if file.suffix == ".safetensors" else {}
-    words, settings, steps = [str(about.get("method", ""))], about.get("settings", {}), len(about.get("history", []))
-    if steps and settings.get("epochs"):
-        epochs, each = settings["epochs"], round(steps / settings["epochs"])
-        plural = "s" if epochs > 1 else ""
-        words.append(f"{epochs} epoch{plural} of {each} steps with {settings['batch_size']} images each")
-    return ", ".join(filter(None, words))
 
 
 def _maps_of(

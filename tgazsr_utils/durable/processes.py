@@ -29,7 +29,7 @@ from tgazsr_utils.core.training import attacked
 from tgazsr_utils.machine import allowed_cpus
 
 Job = TypeVar("Job")
-MOST = 4  # each has half a GB of its own
+MOST = 4  # each takes memory of its own
 _apart: list[bool] = []  # not empty while this process works by itself
 
 

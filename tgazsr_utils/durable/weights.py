@@ -349,3 +349,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
         return {k: json.loads(v) for k, v in metadata.items() if k != "digest"} if "arch" in metadata else {}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"weights {path} are damaged: {' '.join(str(error).split())}") from None
+
+
+def training_in_words(weights: str | Path | None) -> str:
+    """What a file of weights says of how they were tuned; nothing, if it does not, or if they are no such file."""
+    file = Path(str(weights))
+    about = read_metadata(file) if file.suffix == ".safetensors" else {}
+    words, settings, steps = [str(about.get("method", ""))], about.get("settings", {}), len(about.get("history", []))
+    if steps and settings.get("epochs"):
+        epochs, each = settings["epochs"], round(steps / settings["epochs"])
+        plural = "s" if epochs > 1 else ""
+        words.append(f"{epochs} epoch{plural} of {each} steps with {settings['batch_size']} images each")
+    return ", ".join(filter(None, words))
