@@ -102,7 +102,7 @@ def test_the_start_page_says_what_there_is_and_what_came_out_last(tmp_path):
     for path in NOTEBOOKS.glob("*.ipynb"):
         assert f"](../notebooks/{path.name}) | " in page
     minutes = load_profile("mini").minutes["06_does_it_hold"]
-    assert f"Is the robustness that PGD with its published step shows real? | {minutes:g} |" in page
+    assert f"Is the robustness that PGD with its published step shows real? | {minutes:.1f} |" in page
     for name, day, seconds in (("old", "2026-01-01", 600), ("new run", "2026-01-02", 300)):
         (tmp_path / "runs" / name / "answers").mkdir(parents=True)
         entry = {"status": "finished", "seconds": seconds, "started": f"{day}T00:00:00"}
