@@ -293,5 +293,7 @@ def test_given_models_have_an_architecture_and_may_stand_alone():
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_what_a_notebook_names_itself_is_no_slip_when_its_first_cell_runs_again(notebook, tmp_path):
-    own = dict.fromkeys(names_set_in(notebook) - NOTEBOOKS[notebook].model_fields.keys(), 1)
+    """Nor is one a parameter's, whose value would be taken for it."""
+    own = dict.fromkeys(names_set_in(notebook), 1)
+    assert not own.keys() & NOTEBOOKS[notebook].model_fields.keys()
     assert open_workbook(notebook, own | {"output": str(tmp_path / "run")}).settings.output

@@ -115,9 +115,9 @@ SECTIONS: dict[str, tuple[str, Callable[[], Entries]]] = {
 def show_list(section: str = "all", plugins: str | list[str] | None = None) -> int:
     """Prints one section, or all, with what plugins add."""
     validate(PluginSettings, {"plugins": plugins or []})
-    for name, (how, entries) in SECTIONS.items():
+    for name, (option, entries) in SECTIONS.items():
         if section in (name, "all"):
-            print(f"{name} ({how})")
+            print(f"{name} ({option})")
             for entry, meaning in entries():
                 print(paragraph(entry, meaning))
             print()
@@ -142,8 +142,8 @@ def _comments(source: str) -> dict[str, str]:
         target = line.target if isinstance(line, ast.AnnAssign) else (getattr(line, "targets", None) or [None])[0]
         if isinstance(target, ast.Name):
             above = [text[line.lineno - 1]] if line.lineno - 1 in alone else []
-            for said in [text[line.end_lineno]] if line.end_lineno in text else above:
-                found[target.id] = said
+            for comment in [text[line.end_lineno]] if line.end_lineno in text else above:
+                found[target.id] = comment
     return found
 
 

@@ -74,8 +74,8 @@ def show_plan(
         if why is None:
             print(paragraph(name, "done already"))
         else:
-            found[name], said = _minutes(name, parameters[name], earlier, usual)
-            print(paragraph(name, f"{will}, as {why}; {said}"))
+            found[name], took = _minutes(name, parameters[name], earlier, usual)
+            print(paragraph(name, f"{will}, as {why}; {took}"))
     known = [minutes for minutes in found.values() if minutes is not None]
     without = f"{len(found) - len(known)} of these have" if len(found) - len(known) > 1 else "one of these has"
     if known:
@@ -94,8 +94,8 @@ def _minutes(
         best = lambda run: (not other(run[1]), run[0] == here, str(run[1].get("started")))
         folder, entry = max(ended, key=best)
         minutes, changed = entry.get("seconds", 0) / 60, other(entry)
-        said = f"{minutes:.1f} minutes on {str(entry.get('started'))[:10]} in {shown(folder)}"
-        return minutes, said + (f", with other {', '.join(changed)}" if changed else "")
+        took = f"{minutes:.1f} minutes on {str(entry.get('started'))[:10]} in {shown(folder)}"
+        return minutes, took + (f", with other {', '.join(changed)}" if changed else "")
     if name in usual:
         return usual[name], f"about {usual[name]:g} minute{'' if usual[name] == 1 else 's'} on two CPU cores"
     return None, "no earlier time"
@@ -113,8 +113,8 @@ def show_store(run: Run, methods: Iterable[str]) -> None:
     counted = ", ".join(f"{method} {sum(named(method, stem) for stem in models)}" for method in methods)
     records = len(list(run.stored_records.glob("*.json")))
     held = f"{len(models)} models{counted and f' ({counted})'} and {records} records of any settings"
-    said = f"{shown(run.store)} holds {held}; what fits is not made again"
-    print(textwrap.fill(said, WIDTH, break_on_hyphens=False))
+    sentence = f"{shown(run.store)} holds {held}; what fits is not made again"
+    print(textwrap.fill(sentence, WIDTH, break_on_hyphens=False))
 
 
 def compare_runs(first: str, second: str) -> int:
@@ -163,18 +163,18 @@ def environment_of(device: str) -> dict[str, Any]:
 def _git() -> dict[str, Any]:
     """The commit that the workbook is at, and whether tracked files differ from it; None where git cannot tell."""
 
-    def said(*arguments: str) -> str | None:
+    def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(ROOT), *arguments]
         try:
             return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None
 
-    top = said("rev-parse", "--show-toplevel")
+    top = git("rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != ROOT:  # a wheel's working folder may be in somebody else's repository
         return {"commit": None, "uncommitted": None}
-    status = said("status", "--porcelain", "--untracked-files=no")
-    return {"commit": said("rev-parse", "HEAD"), "uncommitted": None if status is None else bool(status)}
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "uncommitted": None if status is None else bool(status)}
 
 
 def report(folder: Path, manifest: Mapping[str, Any], description: str) -> None:

@@ -153,15 +153,15 @@ def default_parameters(notebook: str) -> dict[str, Any]:
     try:
         lines = [line for cell in tagged for line in ast.parse(cell.source).body]
     except SyntaxError as error:
-        said = f"line {error.lineno} of its cell of parameters is no Python"
-        raise SettingsError(f"{notebook}: {said}: {error.msg}") from None
+        problem = f"line {error.lineno} of its cell of parameters is no Python"
+        raise SettingsError(f"{notebook}: {problem}: {error.msg}") from None
     for line in lines:
         try:
             target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0]
             values[target.id] = ast.literal_eval(line.value)
         except (ValueError, AttributeError):
-            said = f"{notebook}: its cell of parameters says {ast.unparse(line)[:120]!r}"
-            raise SettingsError(f"{said}, which is no name = value; a value is written out, such as '8/255'") from None
+            cell = f"{notebook}: its cell of parameters says {ast.unparse(line)[:120]!r}"
+            raise SettingsError(f"{cell}, which is no name = value; a value is written out, such as '8/255'") from None
     return values
 
 

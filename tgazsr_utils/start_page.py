@@ -94,10 +94,10 @@ def _last_run(folder: Path, books: dict[str, Any]) -> Iterator[str]:
     where = quote(os.path.basename(folder))
     yield f"\n## The last run: {folder.name}\n"
     for name in sorted(books):
-        said = books[name].get("error") or "no sentence"
+        answer = books[name].get("error") or "no sentence"
         with contextlib.suppress(OSError):
-            said = (folder / "answers" / f"{name}.txt").read_text(encoding="utf-8").strip()
-        yield f"- [{name}]({where}/notebooks/{quote(name)}.ipynb): {said}"
+            answer = (folder / "answers" / f"{name}.txt").read_text(encoding="utf-8").strip()
+        yield f"- [{name}]({where}/notebooks/{quote(name)}.ipynb): {answer}"
     with contextlib.suppress(OSError):
         yield "\n" + (folder / "tables" / "leaderboard.md").read_text(encoding="utf-8")
     yield f"\nWith all figures, for a browser: `{folder / 'index.html'}`"

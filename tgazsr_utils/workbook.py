@@ -168,13 +168,13 @@ class Workbook:
             self._measured[method, seed] = clip
         sets = self.tests(self.settings.at_most_images, clip)
         bench = replace(self.bench(sets), checks=self.checks)
-        how = {"protocol": self.settings.protocol, "method": method, "seed": seed}
-        records = bench.measure(clip, sets, self.attack, **how)
+        options = {"protocol": self.settings.protocol, "method": method, "seed": seed}
+        records = bench.measure(clip, sets, self.attack, **options)
         if any(record.attack != "none" for record in records):
             for attack in self.attacks[1:]:
-                records += replace(bench, checked_on=()).measure(clip, sets, attack, **how)[1::2]
+                records += replace(bench, checked_on=()).measure(clip, sets, attack, **options)[1::2]
             for name in self.settings.defences:
-                records += replace(bench, checked_on=()).measure(clip, sets, self.attack, **how, defence=name)
+                records += replace(bench, checked_on=()).measure(clip, sets, self.attack, **options, defence=name)
         return records
 
     def transfer(self) -> list[Record]:
@@ -193,8 +193,8 @@ class Workbook:
                 alike = source.image_size == clip.image_size and (other in self.untuned or its_seed == near)
                 if other != method and alike and not (check and check.problems):
                     for attack in self.at_each_eps(["pgd"]):
-                        how = {"method": method, "seed": seed, "source": source}
-                        records += bench.measure(clip, sets, attack, **how)[1::2]
+                        options = {"method": method, "seed": seed, "source": source}
+                        records += bench.measure(clip, sets, attack, **options)[1::2]
         return records
 
     def tune(self, method: str | Objective, seed: int | None = None) -> TrainResult:

@@ -128,10 +128,10 @@ class AttackViewer(Panel):
             if not text.strip():
                 raise ValueError("the prompt is empty; attention needs a text that guides it")
             question, started = self.question(), time.perf_counter()
-            how = text, self.eps.value, self.steps.value, self.explorer.variant.value, question
+            options = text, self.eps.value, self.steps.value, self.explorer.variant.value, question
             names = [name for name in dict.fromkeys((self.model.value, self.other.value)) if name != NO_OTHER]
             image = i if self.own is None else self.own
-            self.attacked = {n: attack_image(self.explorer.models[n], data, image, *how) for n in names}
+            self.attacked = {n: attack_image(self.explorer.models[n], data, image, *options) for n in names}
             self.result.value = panels.attacked_html(self.attacked)
             self._say_what(question, time.perf_counter() - started)
 
@@ -139,11 +139,11 @@ class AttackViewer(Panel):
         data, eps = self.explorer.data, self.eps.value
         source = f"image {self.image.value} of {data.key}, {data.world}" if self.own is None else "your image"
         attack = f"PGD-{self.steps.value} at epsilon {eps:g}/255 with step epsilon/4, against each model by itself"
-        said = f"{source}; attention for “{self.text.value}”; {attack}; {seconds:.2f} s"
+        told = f"{source}; attention for “{self.text.value}”; {attack}; {seconds:.2f} s"
         if unread := never_read(self.explorer.models.original, data, question.labels):
             words = ", ".join(f"“{word}”" for word in unread[:8])
-            said += f". This small CLIP has read no caption with {words}: what it says of such a label means nothing"
-        self.say(said)
+            told += f". This small CLIP has read no caption with {words}: what it says of such a label means nothing"
+        self.say(told)
 
 
 def _uploaded(file: Mapping[str, Any]) -> Image.Image:

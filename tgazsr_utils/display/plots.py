@@ -270,8 +270,8 @@ def trade_off(
     figure, axis = plt.subplots(figsize=(8.2, 5.4), layout="constrained")
     published = published or {}
     every = pd.concat([table, *published.values()])
-    largest = every.average.max()
-    area = lambda average: 60 if np.isnan(average) else 260 * max(average, 0) / largest  # square points
+    highest = every.average.max()
+    area = lambda average: 60 if np.isnan(average) else 260 * max(average, 0) / highest  # square points
     reach = {kind: np.array(between_0_and_100(table[kind], table[f"{kind}_ci"])) for kind in ("clean", "robust")}
     for n, ((method, row), look) in enumerate(zip(table.iterrows(), looks(table.index).values())):
         bars = {"xerr": reach["clean"][:, [n]], "yerr": reach["robust"][:, [n]], "capsize": 3, "alpha": 0.7}
@@ -358,8 +358,8 @@ def difference_matrix(differences: pd.DataFrame, title: str, caption: str = "") 
         pairs = differences[differences.kind == kind].pivot(index="method", columns="other")
         difference, low, high = (pairs[name].loc[methods, methods] for name in ("difference", "low", "high"))
         texts = difference.map(signed) + "\n±" + ((high - low) / 2).map(or_dash)
-        largest = max(1.0, float(difference.abs().max().fillna(0).max()))
-        colours = {"cmap": "vlag", "vmin": -largest, "vmax": largest, "cbar_kws": {"label": "percentage points"}}
+        most = max(1.0, float(difference.abs().max().fillna(0).max()))
+        colours = {"cmap": "vlag", "vmin": -most, "vmax": most, "cbar_kws": {"label": "percentage points"}}
         sns.heatmap(difference, annot=texts, ax=axis, **cells, **colours)
         clear = (low > 0) | (high < 0)
         for text in axis.texts:

@@ -147,11 +147,11 @@ def of_ablation(name: str, table: pd.DataFrame, seeds: pd.DataFrame, title: str,
     Two seeds have no interval: Student's t on two means would give one several times as wide as they are apart.
     """
     title, _, more = title.partition("? ")
-    title, few = f"{title.rstrip('?')}?", table.interval == "2 seeds"
-    table = table.assign(**{half: table[half].mask(few) for half in (f"{kind}_ci" for kind in KINDS)})
-    over = " or ".join(table.interval[~few].unique())
+    title, two_seeds = f"{title.rstrip('?')}?", table.interval == "2 seeds"
+    table = table.assign(**{half: table[half].mask(two_seeds) for half in (f"{kind}_ci" for kind in KINDS)})
+    over = " or ".join(table.interval[~two_seeds].unique())
     told = [caption.rstrip("."), f"95 % intervals over {over}" if over else ""]
-    told.append("means of two seeds, which are dots: too few for an interval" if few.any() else "")
+    told.append("means of two seeds, which are dots: too few for an interval" if two_seeds.any() else "")
     caption = ". ".join(part.rstrip(".") for part in ("; ".join(filter(None, told)), more) if part)
     if name == "alpha_beta":
         return alpha_beta(table, title, caption.replace(", which are dots", ""))

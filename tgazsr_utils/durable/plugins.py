@@ -91,8 +91,8 @@ def _run(name: str, path: Path, source: str) -> None:
     except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", None) or 1
-        said = error.msg if isinstance(error, SyntaxError) else error
-        raise ValueError(f"plugins: {name!r} fails in line {line}: {type(error).__name__}: {said}") from None
+        problem = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"plugins: {name!r} fails in line {line}: {type(error).__name__}: {problem}") from None
 
 
 def _added(name: str, path: Path, before: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], Any]:
@@ -114,8 +114,8 @@ def _added(name: str, path: Path, before: Mapping[str, Mapping[str, Any]]) -> di
                     f"plugins: {name!r} adds the {kind} {entry_name!r}, which is there already, of {where}"
                 )
             if type(entry) is not usual:
-                said = f"{type(entry).__name__}; it should be {usual.__module__}.{usual.__name__}"
-                raise ValueError(f"plugins: {name!r} adds the {kind} {entry_name!r} as a {said}")
+                problem = f"{type(entry).__name__}; it should be {usual.__module__}.{usual.__name__}"
+                raise ValueError(f"plugins: {name!r} adds the {kind} {entry_name!r} as a {problem}")
             added[kind, entry_name] = entry
     if not added:
         raise ValueError(

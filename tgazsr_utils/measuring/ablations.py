@@ -137,8 +137,8 @@ def tuned_part(s: AblationSettings) -> Iterator[Variant]:
 
 def seeds(s: AblationSettings) -> Iterator[Variant]:
     """How much is chance?"""
-    few = range(s.seed, s.seed + (2 if s.ablations == "cut" else 3))
-    several = s.seeds if s.seeds and len(s.seeds) > 1 else list(few)
+    consecutive = range(s.seed, s.seed + (2 if s.ablations == "cut" else 3))
+    several = s.seeds if s.seeds and len(s.seeds) > 1 else list(consecutive)
     for method in s.methods:
         yield variant(s, {"method": method}, method, own=True, seeds=several)
 
@@ -211,8 +211,8 @@ class Sweep:
         for seed in v.seeds:
             clip = self.original if v.training is None else self._tuned(v, seed)
             sets = self.parts if v.few_images else self.tests
-            how = {"method": v.method, "seed": seed, "source": self.original if v.transfer else None}
-            records += self.bench.measure(clip, sets, v.attack, v.protocol, **how)
+            options = {"method": v.method, "seed": seed, "source": self.original if v.transfer else None}
+            records += self.bench.measure(clip, sets, v.attack, v.protocol, **options)
         return records
 
     def _path(self, v: Variant, seed: int) -> Path:

@@ -82,12 +82,12 @@ def attention_shift(frame: pd.DataFrame, auc: Mapping[str, Interval]) -> str:
     ``frame``: a row an image and model ("original", perhaps "tuned"), in the same order; ``auc``: of each model.
     """
     moved = {name: part.l2.to_numpy() for name, part in frame.groupby("model", sort=False)}
-    said = f"the attack moves attention by {_shown(_mean(moved['original']))}"
+    sentence = f"the attack moves attention by {_shown(_mean(moved['original']))}"
     if "tuned" in moved:
         less = verdict(_mean(moved["original"] - moved["tuned"]))
-        said += f", after tuning by {_shown(_mean(moved['tuned']))}"
+        sentence += f", after tuning by {_shown(_mean(moved['tuned']))}"
     else:
-        less, said = "Undecided", f"{said}, and no tuned model is beside it"
+        less, sentence = "Undecided", f"{sentence}, and no tuned model is beside it"
     tells = {
         "Yes": "the shift tells which answers flip",
         "No": "attention moves more where answers stay",
@@ -96,7 +96,7 @@ def attention_shift(frame: pd.DataFrame, auc: Mapping[str, Interval]) -> str:
     area = auc["original"]
     known = verdict(area, 0.5) if area[1] < area[2] else "Undecided"  # the bootstrap of few images may have no width
     of_flips = "answers are all alike" if np.isnan(area[0]) else f"{tells[known]}, AUC {_shown(area)}"
-    return f"{less}: {said} (l2 distance of maps, {len(moved['original'])} images); {of_flips}."
+    return f"{less}: {sentence} (l2 distance of maps, {len(moved['original'])} images); {of_flips}."
 
 
 def fine_tuning(records: Sequence[Record], methods: Sequence[str]) -> str:
@@ -105,13 +105,13 @@ def fine_tuning(records: Sequence[Record], methods: Sequence[str]) -> str:
     if (method, "robust") not in right or (UNTUNED, "robust") not in right:
         return f"Undecided: robust accuracy of {method} or {UNTUNED} is not counted, as the attack cannot be trusted."
     more, clean = (_gain(records, kind, method, UNTUNED) for kind in ("robust", "clean"))
-    said = (
+    sentence = (
         f"under attack {method} is right on {right[method, 'robust']:.1f} % of held-out images where the untuned model "
     )
-    said += f"is on {right[UNTUNED, 'robust']:.1f} % ({_points(more)}), and on clean ones {_points(clean)}"
+    sentence += f"is on {right[UNTUNED, 'robust']:.1f} % ({_points(more)}), and on clean ones {_points(clean)}"
     if method != BASELINE and (BASELINE, "robust") in right:
-        said += f"; {_against(records, method, BASELINE)}"
-    return f"{verdict(more)}: {said}."
+        sentence += f"; {_against(records, method, BASELINE)}"
+    return f"{verdict(more)}: {sentence}."
 
 
 def ablations(parts: pd.DataFrame | None, of_seeds: Mapping[int, Interval], method: str, other: str) -> str:
@@ -123,14 +123,14 @@ def ablations(parts: pd.DataFrame | None, of_seeds: Mapping[int, Interval], meth
     same = "Undecided" if len(of_seeds) < 2 or "Undecided" in found else "Yes"
     same = "No" if {"Yes", "No"} <= found else same
     each = ", ".join(f"{_points(of)} with seed {seed}" for seed, of in of_seeds.items())
-    said = f"in robust accuracy {method} differs from {other} by {each}" if each else "seeds were not compared"
+    sentence = f"in robust accuracy {method} differs from {other} by {each}" if each else "seeds were not compared"
     if parts is not None:
         rows = [(name, tuple(row)) for name, row in parts.filter(regex="^robust_minus_first").iloc[1:].iterrows()]
         beyond = [name for name, of in rows if verdict(of) != "Undecided"]
         chance = f"beyond chance for {' and '.join(beyond)}" if beyond else "none of it beyond chance"
         changes = ", ".join(f"{name} by {_points(of)}" for name, of in rows)
-        said += f"; compared with {parts.index[0]} alone, {changes}, {chance}"
-    return f"{same}: {said}."
+        sentence += f"; compared with {parts.index[0]} alone, {changes}, {chance}"
+    return f"{same}: {sentence}."
 
 
 def of_seeds(records: Sequence[Record], method: str, other: str) -> dict[int, Interval]:
@@ -164,9 +164,9 @@ def evaluation(records: Sequence[Record], table: pd.DataFrame, methods: Sequence
     if ranked and ranked[0] != method:
         place = ranked.index(method) + 1 if method in ranked else "none"
         best += f", and {method} is number {place} with {_half(table.loc[method])}"
-    said = f"{verdict(more)}: on {sets} {plural} that it was not tuned on, {method} is right on "
-    said += f"{right[method, 'robust']:.1f} % under attack where the untuned model is on "
-    return said + f"{right[UNTUNED, 'robust']:.1f} % ({_points(more)}); of {len(table)} models {best}{apart}."
+    sentence = f"{verdict(more)}: on {sets} {plural} that it was not tuned on, {method} is right on "
+    sentence += f"{right[method, 'robust']:.1f} % under attack where the untuned model is on "
+    return sentence + f"{right[UNTUNED, 'robust']:.1f} % ({_points(more)}); of {len(table)} models {best}{apart}."
 
 
 def explorer(

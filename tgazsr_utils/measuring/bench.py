@@ -58,8 +58,8 @@ class Bench:
         """
         guard = None if defence is None else find_defence(defence)
         kinds = [(None, False), (attack, False), (attack, True)][: 2 if guard is None else 3]
-        how = (protocol, method, seed, source, guard)
-        wanted = [Measurement(clip, data, kind, *how, aware) for data in sets for kind, aware in kinds]
+        options = (protocol, method, seed, source, guard)
+        wanted = [Measurement(clip, data, kind, *options, aware) for data in sets for kind, aware in kinds]
         if self.number_of_processes > 1 and not processes.are_started() and any(self._to_do(clip, wanted)):
             processes.launch(self.number_of_processes, self._work, clip, wanted)
         else:

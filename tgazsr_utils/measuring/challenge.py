@@ -103,8 +103,8 @@ def _take(name: str, kept: dict[str, dict[str, Submission]]) -> None:
 
 def _agree(s: Submission, name: str, first: Submission) -> None:
     """Raises ValueError for what was not measured on the same images, with the same prompts, under the same attack."""
-    if s.how != first.how:
-        raise ValueError(f"it has {s.how}; {name} has {first.how}")
+    if s.protocol != first.protocol:
+        raise ValueError(f"it has {s.protocol}; {name} has {first.protocol}")
     theirs = {r.dataset: r for r in first.records}
     for r in s.records:
         for of, what in (("n", "numbers of images"), ("data", "images, labels or prompts"), ("pixels", "pixels")):
@@ -118,7 +118,7 @@ def _show(world: str, rows: Sequence[Submission]) -> None:
     often = Counter(s.method for s in rows)
     named = {s.method if often[s.method] == 1 else f"{s.method} {min(s.models)}": s for s in rows}
     alike = {name: _alike(s, name) for name, s in named.items()}
-    print("", f"{world}: {rows[0].how}" if rows else world, sep="\n")
+    print("", f"{world}: {rows[0].protocol}" if rows else world, sep="\n")
     table = joint(named, alike) if rows else pd.DataFrame()
     if world == "photographs":
         table = pd.concat([table, printed(rows[0].attacked.settings["attack"] if rows else "pgd")])
@@ -136,7 +136,7 @@ def _paired(alike: dict[str, list[Record]], a: str, b: str) -> pd.DataFrame:
 def _alike(s: Submission, name: str) -> list[Record]:
     """Records as one table takes them: seeds by their order; the code has a column of its own."""
     order = {seed: place for place, seed in enumerate(sorted(s.models.values()))}
-    of = lambda r: {"seed": order[r.seed], "settings": how.model_dump() if (how := attack_of(r)) else {}}
+    of = lambda r: {"seed": order[r.seed], "settings": attack.model_dump() if (attack := attack_of(r)) else {}}
     return [r.model_copy(update={"method": name, "code": ""} | of(r)) for r in s.records]
 
 

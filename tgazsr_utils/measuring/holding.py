@@ -43,10 +43,12 @@ def attacks(s: Any) -> dict[str, dict[str, Any]]:
 def variants(s: Any) -> list[Variant]:
     """Each model under each attack; the untuned one is not attacked against itself once more."""
     return [
-        variant(s, {"model": model, "attack": name}, method, own=True, protocol="last", few_images=True, **how, **other)
-        for model, (method, other) in models(s).items()
-        for name, how in attacks(s).items()
-        if not (model == UNTUNED and how.get("transfer"))
+        variant(
+            s, {"model": model, "attack": name}, method, own=True, protocol="last", few_images=True, **attack, **tuned
+        )
+        for model, (method, tuned) in models(s).items()
+        for name, attack in attacks(s).items()
+        if not (model == UNTUNED and attack.get("transfer"))
     ]
 
 

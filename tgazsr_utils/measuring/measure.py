@@ -61,12 +61,12 @@ class Measurement:
     @cached_property
     def key(self) -> str:
         """Names all that the outcome depends on."""
-        how = [self.settings, self.read_at, self.seed, code_version(__name__)]
-        how += [self.attack and source_of(ATTACKS[self.attack.attack])]
+        parts = [self.settings, self.read_at, self.seed, code_version(__name__)]
+        parts += [self.attack and source_of(ATTACKS[self.attack.attack])]
         if (one := self.defence) is not None:  # perhaps defined in a notebook's cell, or a plugin
             source = source_of(one) or inspect.getsource(one.run)
-            how += [one.name, source, one.differentiable, one.draws, self.aware]
-        return digest(self.method, fingerprint(self.clip), self.clip.numerics, fingerprint(self.data), *how)
+            parts += [one.name, source, one.differentiable, one.draws, self.aware]
+        return digest(self.method, fingerprint(self.clip), self.clip.numerics, fingerprint(self.data), *parts)
 
     @property
     def settings(self) -> dict[str, Any]:

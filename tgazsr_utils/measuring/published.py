@@ -142,8 +142,8 @@ def verdicts(records: Sequence[Record], weights: Mapping[str, str | None]) -> pd
             for source, number, verdict in _of_others(r, weights[r.method]):
                 if not verdict:
                     verdict = AGREES if row["low"] - _PRINTED <= number <= row["high"] + _PRINTED else DIFFERS
-                said = {"source": source, "published": number, "verdict": verdict}
-                rows.append({"method": r.method, "attack": r.attack} | ours | said)
+                theirs = {"source": source, "published": number, "verdict": verdict}
+                rows.append({"method": r.method, "attack": r.attack} | ours | theirs)
     columns = ["method", "attack", "set", "ours", "low", "high", "images", "source", "published", "verdict"]
     return pd.DataFrame(rows, columns=columns)
 

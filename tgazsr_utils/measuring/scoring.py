@@ -10,9 +10,9 @@ from tgazsr_utils.measuring.measure import evaluate
 from tgazsr_utils.measuring.records import Record
 
 
-def score(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings | None = None, **how: Any) -> list[Record]:
-    """Of each set a record on clean images and one under ``attack``; ``how``: protocol, method, seed of ``evaluate``.
+def score(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings | None = None, **options: Any) -> list[Record]:
+    """Of each set a record on clean images and one under ``attack``; ``options``: see ``evaluate``.
 
     ``leaderboard`` takes them. Nothing is stored and the attack is not checked, as ``Bench.measure`` does.
     """
-    return [evaluate(clip, data, kind, **how) for data in sets for kind in dict.fromkeys((None, attack))]
+    return [evaluate(clip, data, kind, **options) for data in sets for kind in dict.fromkeys((None, attack))]

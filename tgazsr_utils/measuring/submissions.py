@@ -59,7 +59,7 @@ class Submission(Settings):
         return next(r for r in self.records if r.attack != "none")
 
     @property
-    def how(self) -> str:
+    def protocol(self) -> str:
         """All that robust accuracy depends on but for weights and images."""
         r = self.attacked
         return f"{attack_of(r)} protocol={r.protocol!r} precision={r.precision!r}"
@@ -91,10 +91,10 @@ def read(path: Path) -> Submission:
         raise ValueError(f"it is no file of at most {LARGEST:,} bytes")
     try:
         first, *records = [json.loads(line) for line in path.read_bytes().splitlines()] or [None]
-        said = first.pop("digest")
+        written = first.pop("digest")
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"it is not JSON lines with a digest in the first ({error})") from None
-    if said != digest(first, records):
+    if written != digest(first, records):
         raise ValueError("its content is not what was written: the digest is another")
     return Submission.model_validate(first | {"records": records})
 
@@ -110,8 +110,8 @@ def _contradictions(s: Submission) -> Iterator[str]:
     """What the records say that cannot be, whatever the challenge."""
     for r in s.records:
         which = f"{r.dataset[:100]!r} under {r.attack[:100]!r}, seed {r.seed}"
-        how = attack_of(r)
-        if (r.attack, r.eps_255) != ((how.label, how.test_eps) if how else ("none", 0)):
+        attack = attack_of(r)
+        if (r.attack, r.eps_255) != ((attack.label, attack.test_eps) if attack else ("none", 0)):
             yield f"{which}: its attack and epsilon are not those of its settings"
         if r.method != s.method:
             yield f"{which} is of {r.method[:100]!r}, not of {s.method!r}"

@@ -58,8 +58,8 @@ def sets_to_check(sets: Sequence[ImageSet], images: int) -> list[ImageSet]:
 
 def check_key(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> str:
     data = [fingerprint(part) for part in sets]
-    how = [attack.model_dump(), source_of(ATTACKS[attack.attack])]
-    return digest(fingerprint(clip), clip.numerics, data, *how, code_version(__name__))
+    attacked_with = [attack.model_dump(), source_of(ATTACKS[attack.attack])]
+    return digest(fingerprint(clip), clip.numerics, data, *attacked_with, code_version(__name__))
 
 
 def check_attack(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> AttackCheck:
