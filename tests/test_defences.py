@@ -16,6 +16,7 @@ from tgazsr_utils.core.evaluation import predictions
 from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
+from tgazsr_utils.durable import processes
 from tgazsr_utils.measuring import tables
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.measure import Measurement
@@ -257,6 +258,17 @@ def test_each_defence_has_three_records_a_set_that_say_so(mini, measured):
         k: v for k, v in measured[0].model_dump().items() if k not in ("defence", "aware", "forwards", "backwards")
     }
     assert Record(**plain) == measured[0]  # as records were before there were defences
+
+
+def test_processes_share_the_aware_attacks_evenly(mini, tmp_path, monkeypatch):
+    """Each is many times the work of the others, and there is one a set: clean, unaware, aware in turn."""
+    shares = []
+    monkeypatch.setattr(processes, "own_part", lambda jobs, costs: shares.append(costs) or [])
+    sets = [load_dataset(key, "test", n=2) for key in ("shapes", "colours")]
+    with pytest.raises(RuntimeError, match="6 measurements of CLIP were made by no process"):
+        Bench(RecordStore(tmp_path)).measure(mini, sets, ATTACK, method="CLIP", defence="TTC")
+    (clean, unaware, aware), second = shares[0][:3], shares[0][3:]
+    assert clean < unaware and aware > 3 * (clean + unaware) and second == [clean, unaware, aware]
 
 
 def test_the_table_shows_no_unaware_number_without_the_aware_one(measured):
