@@ -325,6 +325,20 @@ def test_an_empty_batch_and_half_precision(mini, shapes, run, norm):
         assert adversarial.dtype == torch.float16
 
 
+def test_an_attack_of_many_passes_is_seen_to_go_on(mini, shapes, monkeypatch, capsys):
+    """After a while; how often the model was asked, in a line every few seconds."""
+    monkeypatch.setenv("TGAZSR_HEADLESS", "1")
+    text, few = mini.encode_text(shapes.prompts), shapes.subset(2, 0)
+    run = lambda: square(mini, few.images.float() / 255, few.labels, text, 1 / 255, steps=30)
+    quick = run()
+    assert not capsys.readouterr().out
+    monkeypatch.setattr("tgazsr_utils.measuring.autoattack.PATIENCE", 0.0)
+    monkeypatch.setattr("tgazsr_utils.progress.SECONDS", 0.0)
+    assert torch.equal(run(), quick)
+    lines = capsys.readouterr().out.split("\n")
+    assert "square: 30 passes" in [line.split(" [")[0] for line in lines], lines
+
+
 def test_autoattack_leaves_tracing_as_it_was(mini, shapes):
     text, few = mini.encode_text(shapes.prompts), shapes.subset(2, 0)
     tracer, before = (lambda *a: None), sys.gettrace()

@@ -7,7 +7,7 @@ from tqdm.auto import tqdm as auto_tqdm
 from tqdm.std import tqdm as plain_tqdm
 
 HEADLESS = "TGAZSR_HEADLESS"  # set by the runner
-
+SECONDS = 10.0  # between two lines of a headless run
 
 _UP = "\x1b[A"  # a bar inside another one moves the cursor
 
@@ -32,4 +32,4 @@ def progress(iterable=None, **options):
     if not os.environ.get(HEADLESS):
         return auto_tqdm(iterable, **options)
     bar = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-    return plain_tqdm(iterable, **{"file": _Lines(), "mininterval": 10, "bar_format": bar, **options})
+    return plain_tqdm(iterable, **{"file": _Lines(), "mininterval": SECONDS, "bar_format": bar, **options})

@@ -1,7 +1,8 @@
 """AutoAttack, whole and in parts, through pyautoattack: all that is known here of that library's inside."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,8 @@ from tgazsr_utils.core.attacks import ATTACKS, Attack, Generator, ball, check_ar
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import Norm, Protocol
+from tgazsr_utils.durable import processes
+from tgazsr_utils.progress import progress
 
 BATCH = 64  # images at once, always of the same rows
 NORMS = {"linf": "Linf", "l2": "L2"}  # their names there
@@ -23,6 +26,7 @@ VERSIONS = {  # by exact name, the parts of each, each on what withstood those b
 }
 CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # that a part needs at least: the DLR loss compares so many logits
 STEPS, QUERIES, TARGETS = 100, 5000, 9  # of the standard version; TARGETS of any, at most
+PATIENCE = 20.0  # seconds, after which it is shown how often the model was asked: one batch may take many minutes
 
 
 def autoattack(
@@ -54,13 +58,31 @@ def autoattack(
     if not len(images):
         return images
     options = {"norm": NORMS[norm], "eps": eps, "seed": _seed(generator), "device": images.device}
-    attack = _configured(lambda pixels: clip.logits(pixels, text), version, len(text), steps, options)
-    attack.logger.setLevel("ERROR")  # its warnings repeat for each batch, and one is wrong for three classes
     tracer = sys.gettrace()
-    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds the global generator
+    with _alone(images), _counted(clip, text, version) as logits:
+        attack = _configured(logits, version, len(text), steps, options)
+        attack.logger.setLevel("ERROR")  # its warnings repeat for each batch, and one is wrong for three classes
         adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
     sys.settrace(tracer)  # and switches tracing off, debuggers' too
     return torch.clamp(adversarial, *ball(images, eps)) if norm == "linf" else adversarial.clamp(0, 1)
+
+
+def _alone(images: Tensor) -> Any:
+    """Where the library may seed the global generators."""
+    return torch.random.fork_rng(devices=[images.device] if images.is_cuda else [])
+
+
+@contextmanager
+def _counted(clip: Clip, text: Tensor, name: str) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The logits of images; shown after a while is how often they were asked for."""
+    shown = {"disable": not processes.is_main(), "delay": PATIENCE, "leave": False}
+    with progress(desc=name, bar_format="{desc}: {n_fmt} passes [{elapsed}]", **shown) as bar:
+
+        def logits(pixels: Tensor) -> Tensor:
+            bar.update()
+            return clip.logits(pixels, text)
+
+        yield logits
 
 
 def _configured(
@@ -107,13 +129,12 @@ def square(
     check_arguments(images, norm, eps=eps, steps=steps)
     if not len(images):
         return images
-    logits = lambda pixels: clip.logits(pixels, text).nan_to_num()
     options = {"norm": NORMS[norm], "eps": eps, "seed": _seed(generator), "device": images.device}
-    attack = SquareAttack(logits, n_queries=steps, **options)
-    leads = attack.margin_and_loss(images, labels)[0] > 0
     adversarial = images.clone()
-    if leads.any():
-        with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds the global generator
+    with _alone(images), _counted(clip, text, "square") as logits:
+        attack = SquareAttack(lambda pixels: logits(pixels).nan_to_num(), n_queries=steps, **options)
+        leads = attack.margin_and_loss(images, labels)[0] > 0
+        if leads.any():
             adversarial[leads] = attack.perturb(images[leads], labels[leads])
     return adversarial
 
