@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tgazsr_utils import defence, evaluate, find_defence, leaderboard, open_workbook, pgd, profiles, score
+from tgazsr_utils import defence, evaluate, find_defence, leaderboard, load_clip, open_workbook, pgd, profiles, score
 from tgazsr_utils.core import defences
 from tgazsr_utils.core.attacks import run_attack
 from tgazsr_utils.core.defences import DEFENCES, Counted, Guard
@@ -233,6 +233,16 @@ def test_passes_are_counted_where_they_are_made(mini, shapes, passes):
     counted = Counted.of(mini)
     moved = defences.csr(counted, x, text)
     assert 12 <= counted.forwards <= 36 and counted.backwards == 3 * (moved != x).flatten(1).any(1).sum()
+
+
+@pytest.mark.parametrize("protocol", ["last", "worst"])
+def test_an_attack_made_on_another_model_knows_the_defence_before_that_one(mini, protocol):
+    """So its images are those of an aware attack on the other model itself, whoever reads them."""
+    data, other = load_dataset("shapes", "test", n=6), load_clip("mini-clip", "mini-tga-zsr", "cpu")
+    behind = {"protocol": protocol, "defence": DEFENCES["ET3"], "aware": True}
+    (made,) = predictions(mini, data, ATTACK, 6, source=other, **behind)
+    (itself,) = predictions(other, data, ATTACK, 6, **behind)
+    assert torch.equal(made.attacked, itself.attacked) and not torch.equal(made.attacked, made.batch.images)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 import os
 import signal
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ from conftest import train_settings
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tgazsr_utils.core import training
 from tgazsr_utils.core.attacks import pgd
 from tgazsr_utils.core.objectives import Objective, Step, Term, find_objective
 from tgazsr_utils.core.seeds import Noise
@@ -54,6 +57,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(mini, train_set, 
     columns = [c for c in whole.history if c != "seconds"]
     pd.testing.assert_frame_equal(whole.history[columns], parts.history[columns], check_exact=True)
     assert not list((tmp_path / "parts").glob("*.ckpt"))
+
+
+def test_weights_are_the_originals_until_a_step_is_done(mini, train_set, monkeypatch):
+    """Not until a step's number: the first batch may hold no image that can be read."""
+    monkeypatch.setattr(training, "batches", partial(lambda real, *given: islice(real(*given), 1, 3), training.batches))
+    objective, tuned, found = find_objective("TeCoA"), mini.frozen_copy(), []
+    settings = objective.with_preset(SETTINGS.model_copy(update={"lr": 0.1, "warmup_steps": 0}))
+    look = lambda step, *_: found.append(step.untouched) or step.images
+    list(steps(tuned, mini, train_set, objective, settings, optimizer_of(tuned, settings), make_adversarial=look))
+    assert found == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def cw_margin(logits: Tensor, labels: Tensor, confidence: float = 50.0) -> Tenso
     return -F.relu(correct - wrong + confidence).sum()
 
 
-@torch.no_grad()  # but for the one gradient in _step, of the pixels alone
+@torch.no_grad()  # _step alone turns gradients on, of the pixels
 def pgd(
     clip: Clip,
     images: Tensor,
@@ -124,9 +124,9 @@ def _step(clip: Clip, current: Tensor, ascent: _Ascent) -> tuple[Tensor, Tensor]
     with torch.enable_grad():
         current = current.detach().requires_grad_(True)
         if ascent.guard is None:
-            gradient, logits = _slope(clip, current, current, ascent)
+            gradient, logits = _pixel_gradient(clip, current, current, ascent)
         else:
-            found = [_slope(clip, current, seen, ascent) for seen in ascent.guard.draws(current)]
+            found = [_pixel_gradient(clip, current, seen, ascent) for seen in ascent.guard.draws(current)]
             gradient = torch.stack([gradient for gradient, _ in found]).mean(0)
             logits = torch.stack([logits for _, logits in found[: ascent.guard.number]]).mean(0)
     moved = clip.run(_moved, current.detach(), gradient, ascent.step_size, ascent.eps, *ascent.bounds)
@@ -139,7 +139,7 @@ def _moved(current: Tensor, gradient: Tensor, step_size: Tensor, eps: Tensor, *b
     return _project_l2(current + step_size * _unit(gradient), bounds[0], eps)
 
 
-def _slope(clip: Clip, current: Tensor, seen: Tensor, ascent: _Ascent) -> tuple[Tensor, Tensor]:
+def _pixel_gradient(clip: Clip, current: Tensor, seen: Tensor, ascent: _Ascent) -> tuple[Tensor, Tensor]:
     """The gradient by ``current`` of the loss of what the model sees then, and its logits."""
     tokens = encode(clip, seen)
     logits = clip.similarity(tokens.pooled, ascent.text)

@@ -107,9 +107,8 @@ def _kernel_works(device: torch.device) -> bool:
         attention(one[:, 0], one, one[:, :1], "reference")
         return True
     except Exception as error:  # whatever Triton and its compilers raise
-        warnings.warn(
-            f"attention goes on without its Triton kernel: {str(error).strip().splitlines()[0]}", stacklevel=2
-        )
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        warnings.warn(f"attention goes on without its Triton kernel: {why}", stacklevel=2)
         return False
 
 
@@ -188,7 +187,7 @@ def min_max(scores: Tensor, of: Tensor | None = None) -> Tensor:
 
 
 def min_max_at(scores: Tensor, size: int) -> Tensor:
-    """Scores ``[B,h,w]``, scaled so that their resize to ``size`` x ``size`` spans [0,1]: no such map is kept."""
+    """Scores ``[B,h,w]``, scaled so that their resize to ``size`` x ``size`` would span [0,1]."""
     return min_max(scores.flatten(1), of=resize(scores, size).flatten(1)).view_as(scores)
 
 

@@ -125,7 +125,7 @@ def _embedded(clip: Clip, pixels: Tensor) -> Tensor:
     return clip.encode_image(pixels).pooled.to(pixels.dtype)
 
 
-def _slope(value: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+def _value_and_gradient(value: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
     """``value`` ``[B]`` of images, and its gradient."""
     with torch.enable_grad():
         pixels = images.detach().requires_grad_(True)
@@ -149,9 +149,9 @@ def ttc(clip: Clip, images: Tensor, text: Tensor, noise: Noise) -> Tensor:
     low, high = ball(images, 4 / 255)
     drawn = noise.uniform(*images.shape[1:]).to(images)
     points = [torch.clamp(images + 4 / 255 * (2 * drawn - 1), low, high)]
-    moved, gradient = _slope(away, points[0])
+    moved, gradient = _value_and_gradient(away, points[0])
     points.append(torch.clamp(points[0] + gradient.sign() / 255, low, high))
-    points.append(torch.clamp(points[1] + _slope(away, points[1])[1].sign() / 255, low, high))
+    points.append(torch.clamp(points[1] + _value_and_gradient(away, points[1])[1].sign() / 255, low, high))
     weights = torch.arange(3.0).mul(2).softmax(0).tolist()
     countered = images + sum(weight * (point - images) for weight, point in zip(weights, points))
     stirred = moved.sqrt() / torch.linalg.vector_norm(origin, dim=1) > 0.2
@@ -193,7 +193,7 @@ def csr(clip: Clip, images: Tensor, text: Tensor) -> Tensor:
     bounds = ball(images[suspect], 4 / 255)
     points, values = [images[suspect]], []
     for _ in range(3):
-        value, gradient = _slope(objective, points[-1])
+        value, gradient = _value_and_gradient(objective, points[-1])
         values.append(value)
         points.append(torch.clamp(points[-1] + 2 / 255 * gradient.sign(), *bounds))
     best = torch.stack([*values, objective(points[-1])]).argmax(0)
@@ -212,7 +212,7 @@ def et3(clip: Clip, images: Tensor, text: Tensor) -> Tensor:
     energy = lambda pixels: -(100 * cosines(pixels)).logsumexp(1)
     bounds, moved = ball(images, 5 / 255), images
     for _ in range(2):
-        gradient = _slope(energy, moved)[1]
+        gradient = _value_and_gradient(energy, moved)[1]
         moved = torch.clamp(moved - 2.5 * F.normalize(gradient.flatten(1), dim=1).view_as(gradient), *bounds)
     return moved
 
@@ -229,5 +229,5 @@ def anti_adversary(clip: Clip, images: Tensor, text: Tensor) -> Tensor:
     confidence = lambda pixels: -F.cross_entropy(clip.logits(pixels, text), predicted, reduction="none")
     bounds, moved = ball(images, 4 / 255), images
     for _ in range(2):
-        moved = torch.clamp(moved + 2 / 255 * _slope(confidence, moved)[1].sign(), *bounds)
+        moved = torch.clamp(moved + 2 / 255 * _value_and_gradient(confidence, moved)[1].sign(), *bounds)
     return moved

@@ -65,7 +65,7 @@ def run_compiled(function: Callable, *arguments: Any, each_size: bool = False, *
     """``function`` of these arguments, compiled once for all models (weights are inputs) and batches of all sizes.
 
     ``each_size``: once for each, as is needed where weights are tuned: how a gradient's sum over the batch is split,
-    and so its last bits, would hang on the size that happened to be compiled first.
+    and so its last bits, would depend on the size that happened to be compiled first.
     """
     mark = torch._dynamo.mark_static if each_size else torch._dynamo.maybe_mark_dynamic
     for argument in arguments:

@@ -52,7 +52,7 @@ def predictions(
             known = None
             if defence is not None and aware:
                 draws = Noise.named(rows, "defence as an attack draws it", data.key, seed)
-                known = Guard(defence, reader, text, draws, max(1, defence.draws))
+                known = Guard(defence, attacker.without_autocast(), its_text, draws, max(1, defence.draws))
             noise = Noise.named(rows, "evaluation", data.key, seed)
             attacked = run_attack(attacker, batch.images, batch.labels, its_text, attack, protocol, noise, known)
         if defence is None:

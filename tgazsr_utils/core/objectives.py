@@ -194,7 +194,7 @@ class Objective:
     whole_batch: bool = False  # what the attack maximises compares the batch's images, and must see all of them
 
     def with_preset(self, settings: FinetuneSettings) -> FinetuneSettings:
-        """Settings in which what is None, or was not given, is as published."""
+        """The settings, with what is None or was not given as published."""
         given = {name for name in settings.model_fields_set if getattr(settings, name) is not None}
         return settings.model_copy(update={name: v for name, v in self.preset.items() if name not in given})
 

@@ -15,6 +15,7 @@ from tgazsr_utils.core.objectives import Cache, Objective, Step, Term, weighted_
 from tgazsr_utils.core.seeds import Noise, seeded
 from tgazsr_utils.core.settings import FinetuneSettings
 
+STARTS, ORDER = 1, 2  # of a run's random numbers: those of the attack, those of epochs
 MakeAdversarial = Callable[[Step, Objective, FinetuneSettings, int], Tensor]
 
 
@@ -67,12 +68,13 @@ def steps(
     """
     total = steps_in_all(data, settings)
     unsound = torch.zeros((), device=tuned.device)  # 1 from the first step on that is not finite
+    stepped = False
     for number, batch in batches(data, settings, start, tuned.device):
         lr = settings.lr * warmup_cosine(number, settings.warmup_steps, total)
         for group in optimizer.param_groups:
             group["lr"] = lr
         step = Step.of(data, batch, tuned, original, cache)
-        if number > start:
+        if stepped:
             step.untouched = False  # to look would wait for the device
 
         step.adversarial = (make_adversarial or attacked)(step, objective, warmed_up(settings, number, total), number)
@@ -86,6 +88,7 @@ def steps(
         # Fused optimisers then leave all as it is, as a gradient scaler asks them to.
         optimizer.found_inf = unsound  # type: ignore[attr-defined]
         optimizer.step()
+        stepped = True
         yield Update(number, lr, names, numbers)
 
 
@@ -101,7 +104,7 @@ def attacked(
         return step.images
     first, last = (0, len(step.images)) if positions is None else (positions.start, positions.stop)
     places = torch.arange(first, last, device=step.images.device)
-    noise = Noise.named(places, "training", settings.seed, 1, number)
+    noise = Noise.named(places, "training", settings.seed, STARTS, number)
     bounds = settings.train_eps / 255, settings.train_stepsize / 255, settings.train_numsteps
     options: dict[str, Any] = {"start": settings.train_start, "loss": objective.attack(step), "generator": noise}
     options["trusted"] = True  # a set's pixels are in [0,1]; to see it would wait for the device
@@ -182,7 +185,7 @@ def batches(
 ) -> Iterator[tuple[int, Batch]]:
     """Steps and their batches from step ``start`` on; the order depends on seed and epoch alone."""
     for epoch in range(settings.epochs):
-        order = torch.randperm(len(data), generator=seeded("cpu", "training", settings.seed, 2, epoch))
+        order = torch.randperm(len(data), generator=seeded("cpu", "training", settings.seed, ORDER, epoch))
         chunks = order.split(settings.batch_size)
         first = epoch * len(chunks)
         skip = min(max(start - first, 0), len(chunks))
