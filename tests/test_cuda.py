@@ -14,7 +14,7 @@ from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.core.training import optimizer_of, steps
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable.devices import cuda_has_bf16, device_name, pick_device
+from tgazsr_utils.durable.devices import cuda_elsewhere, device_name, pick_device
 from tgazsr_utils.durable.finetuning import finetune
 from tgazsr_utils.durable.fingerprints import fingerprint
 from tgazsr_utils.durable.weights import load_clip
@@ -47,7 +47,7 @@ def letters():
 def test_auto_takes_it_and_its_name_needs_no_context_here(fast):
     assert pick_device("auto").type == "cuda" and device_name("auto") == torch.cuda.get_device_name()
     capable = torch.cuda.get_device_capability() >= (8, 0)
-    assert cuda_has_bf16() == capable
+    assert cuda_elsewhere() == (capable, True)
     assert fast.numerics == ("cuda", "amp_bf16" if capable else "fp32", True)
 
 

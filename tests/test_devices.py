@@ -1,10 +1,12 @@
 """A GPU that is counted and cannot be used; what a device is called, without occupying it."""
 
+import warnings
+
 import pytest
 import torch
 
 from tgazsr_utils.durable import devices, weights
-from tgazsr_utils.durable.devices import device_name, pick_device
+from tgazsr_utils.durable.devices import Able, device_name, pick_device
 from tgazsr_utils.durable.weights import load_clip
 
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which can be used")
@@ -31,19 +33,39 @@ def test_a_gpu_that_does_not_start_is_told_once_and_the_cpu_taken(counted, capsy
 
 
 @needs_none
+def test_processes_that_are_to_have_one_each_get_none_that_does_not_start(counted, capfd):
+    """Another process has tried it: here it is counted, and there it is not even that."""
+    assert load_clip("mini-clip", "mini", waiting=True).numerics == ("cpu", "fp32", False)
+
+
+@needs_none
+def test_the_driver_that_is_needed_is_named_and_how_another_build_is_taken(monkeypatch):
+    """As on a machine with the driver of CUDA 12.2, or with none, and a build for CUDA 13.0."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for known, told in ((12020, "this driver knows CUDA 12.2"), (0, "there is no driver")):
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda known=known: known, raising=False)
+        with pytest.raises(ValueError, match="^device 'cuda' cannot be used: ") as error:
+            pick_device("cuda")
+        assert f"is built for CUDA 13.0 and needs a driver from 580 on; {told}; TORCH_INDEX=URL" in str(error.value)
+
+
+@needs_none
 def test_where_it_was_asked_for_it_is_refused_with_the_build(counted):
-    with pytest.raises(ValueError, match=r"device 'cuda' cannot be used: .* \(PyTorch .* is built .*README") as error:
+    with pytest.raises(
+        ValueError, match=r"device 'cuda' cannot be used: .* \(PyTorch .*TORCH_INDEX"
+    ) as error:
         pick_device("cuda")
     assert "\n" not in str(error.value)
 
 
 @needs_none
-def test_a_device_is_named_in_another_process(counted):
+def test_a_device_is_named_in_another_process(counted, monkeypatch):
     assert device_name("cpu") == "cpu"
     assert device_name("auto") == "cpu"  # which has asked there: here a GPU is counted
     with pytest.raises(ValueError, match="^device 'cuda:7' cannot be used: "):
         device_name("cuda:7")
-    assert not torch.cuda.is_initialized()
+    monkeypatch.setattr(devices, "pick_device", lambda device: pytest.fail("tried in this process"))
+    assert device_name("auto") == "cpu"
 
 
 def test_no_process_is_started_where_no_gpu_is_counted(monkeypatch):
@@ -59,10 +81,16 @@ def test_no_process_is_started_where_no_gpu_is_counted(monkeypatch):
 def test_a_gpu_that_only_pretends_to_have_bf16_gets_fp32(counted, monkeypatch, capability, precision):
     """Asked as before processes start, each with a device of its own: the model itself stays on the CPU."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(weights, "cuda_has_bf16", lambda: devices.has_bf16(torch.device("cuda")))
+    able = Able(devices.has_bf16(torch.device("cuda")), True)
+    monkeypatch.setattr(weights, "cuda_elsewhere", lambda: able)
     chosen = load_clip("mini-clip", "mini", precision="auto", compiled=None, waiting=True)
     assert chosen.numerics == ("cuda", precision, True)
     assert load_clip("mini-clip", "mini", precision="fp16", waiting=True).numerics.precision == "fp16"
+    if not able.bf16:
+        with pytest.raises(ValueError, match="precision 'amp_bf16': this GPU only imitates bfloat16"):
+            load_clip("mini-clip", "mini", precision="amp_bf16", waiting=True)
+    monkeypatch.setattr(weights, "cuda_elsewhere", lambda: Able(able.bf16, False))
+    assert not load_clip("mini-clip", "mini", waiting=True).numerics.compiled  # there is no compiler
 
 
 @pytest.fixture
@@ -94,3 +122,17 @@ def test_a_kernel_that_does_not_run_leaves_attention_to_pytorch(monkeypatch, min
     with pytest.warns(UserWarning, match="^attention goes on without its Triton kernel: Failed to find C compiler"):
         assert not attention._kernel_works(torch.device("cpu"))
     attention._kernel_works.cache_clear()
+
+
+def test_what_is_compiled_hangs_on_the_code_alone_and_compilers_speak_to_nobody(recwarn):
+    devices.set_up_compiler.__wrapped__()
+    import torch._inductor.config as inductor
+
+    assert inductor.deterministic and inductor.batch_invariant
+    assert not torch._dynamo.config.automatic_dynamic_local_pgo
+    with warnings.catch_warnings():  # those that pytest has set are not the run's
+        warnings.resetwarnings()
+        devices.set_up_compiler.__wrapped__()
+        warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication available", stacklevel=1)
+        warnings.warn("\nOnline softmax is disabled on the fly", stacklevel=1)
+    assert not recwarn.list

@@ -1,11 +1,15 @@
 """The device that models run on: which one can be used, and what it is called."""
 
+import ast
 import functools
 import subprocess
 import sys
 import warnings
+from typing import NamedTuple
 
 import torch
+
+DRIVERS = {12: 525, 13: 580}  # CUDA's major version -> the oldest driver that its builds run with, on Linux
 
 
 def pick_device(device: str) -> torch.device:
@@ -62,8 +66,17 @@ def compiles(device: str) -> bool:
 def _build(device: str) -> str:
     if not device.startswith("cuda"):
         return ""
-    made = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-    return f" (PyTorch {torch.__version__} is built {made}; README says how to take another build)"
+    if not torch.version.cuda:
+        return f" (PyTorch {torch.__version__} is built without CUDA; {_TAKE})"
+    needed = DRIVERS.get(int(torch.version.cuda.split(".")[0]))
+    known = torch._C._cuda_getDriverVersion()  # such as 12020; 0 without a driver
+    driver = f"this driver knows CUDA {known // 1000}.{known % 1000 // 10}" if known else "there is no driver"
+    wanted = f"a driver from {needed} on" if needed else "a newer driver"
+    made = f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda} and needs {wanted}"
+    return f" ({made}; {driver}; {_TAKE})"
+
+
+_TAKE = "TORCH_INDEX=URL ./run_all.sh, after .venv was removed, takes another build of PyTorch"
 
 
 def _first_line(error: BaseException) -> str:
@@ -82,9 +95,21 @@ def device_name(device: str) -> str:
     return _asked("torch.cuda.get_device_name(chosen) if chosen.type == 'cuda' else str(chosen)", device)
 
 
-def cuda_has_bf16() -> bool:
-    """``has_bf16`` of CUDA's first device, where this process must not start CUDA."""
-    return _asked("has_bf16(chosen)", "cuda") == "True"
+class Able(NamedTuple):
+    """What CUDA can do here."""
+
+    bf16: bool  # see ``has_bf16``
+    compiled: bool  # see ``compiles``
+
+
+@functools.cache
+def cuda_elsewhere() -> Able | None:
+    """What CUDA can do, where this process must not start it; None where it does not work, which is told."""
+    if not torch.cuda.is_available():
+        return None
+    answer = _asked("(has_bf16(chosen), compiles('cuda')) if chosen.type == 'cuda' else None", "auto")
+    found = ast.literal_eval(answer)
+    return None if found is None else Able(*found)
 
 
 def _asked(question: str, device: str) -> str:

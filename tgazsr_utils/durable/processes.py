@@ -233,16 +233,16 @@ def launch(number: int, function: Callable[..., Any], clip: Clip, *arguments: An
 def _work(shown: TextIO, function: Callable[..., Any], clip: Clip, *arguments: Any) -> None:
     sys.stdout = shown
     torch.set_num_threads(1)  # the threads of the process that was forked are not here, and waiting for them never ends
-    with joined() as device:
+    with joined(on_cpu=clip.numerics.device == "cpu") as device:
         function(clip.to(device), *arguments)
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[torch.device]:
+def joined(on_cpu: bool = False) -> Iterator[torch.device]:
     """Within, this is one of the processes that torchrun or ``launch`` started; yields its device."""
     from accelerate import PartialState  # slow to import, and rarely needed
 
-    state = PartialState(timeout=timedelta(days=7))  # one may have much more to do than another
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))  # one may have much more to do than another
     try:
         yield state.device
     finally:

@@ -27,7 +27,7 @@ from tgazsr_utils.core.libraries import open_clip
 from tgazsr_utils.core.models import Clip, Numerics, tokenize
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import Precision
-from tgazsr_utils.durable.devices import compiles, cuda_has_bf16, has_bf16, pick_device, set_up_compiler
+from tgazsr_utils.durable.devices import compiles, cuda_elsewhere, has_bf16, pick_device, set_up_compiler
 from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
 from tgazsr_utils.paths import DATA, resolve
 
@@ -91,12 +91,15 @@ def load_clip(
     if precision not in get_args(Precision):
         raise ValueError(f"precision {precision!r} is unknown; choose one of {', '.join(get_args(Precision))}")
     target = pick_device("cpu" if waiting else device)
-    kind = "cuda" if waiting and torch.cuda.is_available() else target.type
+    later = cuda_elsewhere() if waiting and device == "auto" else None
+    kind = "cuda" if later else target.type
+    bf16 = kind == "cuda" and (later.bf16 if later else has_bf16(target))
     if precision == "auto":
-        fast = kind == "cuda" and (cuda_has_bf16() if waiting else has_bf16(target))
-        precision = "amp_bf16" if fast else "fp32"
+        precision = "amp_bf16" if bf16 else "fp32"
+    if kind == "cuda" and precision.endswith("bf16") and not bf16:
+        raise ValueError(f"precision {precision!r}: this GPU only imitates bfloat16, slowly; 'auto' is fp32 here")
     if compiled is None:
-        compiled = kind == "cuda" and (waiting or compiles(str(target)))
+        compiled = kind == "cuda" and (later.compiled if later else compiles(str(target)))
     if compiled:
         set_up_compiler()
     numerics = Numerics(kind, precision, compiled)
