@@ -27,15 +27,22 @@ find_python() {
     return 1
 }
 
+torch_of() { # $1: auto, which looks at the driver, or cpu; where PyTorch's own index is out of reach this ends within seconds
+    { [[ $(uname) == Linux ]] && .venv/bin/python -m pip install --quiet uv &&
+        .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --torch-backend "$@"; } 2>/dev/null
+}
+
 install_torch() {
     local pip=(.venv/bin/python -m pip) pinned=(${locked:+--constraint requirements.lock} "${TORCH[@]}")
     if [[ -n ${TORCH_INDEX:-} ]]; then
         "${pip[@]}" install --quiet --index-url "$TORCH_INDEX" "${pinned[@]}"
     elif "${pip[@]}" install --quiet --no-index "${pinned[@]}" 2>/dev/null; then
         return # it is there
-    elif ! { [[ $(uname) == Linux ]] && "${pip[@]}" install --quiet uv &&
-        # which looks at the driver; where PyTorch's own index cannot be reached this ends within seconds
-        .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --torch-backend auto "${pinned[@]}"; } 2>/dev/null; then
+    elif torch_of auto "${pinned[@]}"; then
+        return
+    elif command -v nvidia-smi >/dev/null && torch_of cpu "${pinned[@]}"; then
+        echo "  there is no build of ${TORCH[0]} for this GPU's driver: the CPU's; a newer driver, or TORCH_INDEX=URL" >&2
+    else
         echo "  its own index is out of reach: the package index's build, which may be that for CUDA (several GB)" >&2
         "${pip[@]}" install --quiet "${pinned[@]}"
     fi
@@ -53,7 +60,11 @@ set_up() { # $1: what to install beyond the workbook itself, "" or "[test]"
         python=$(find_python)
         "$python" -m venv .venv
     fi
-    echo "  PyTorch ..." >&2
+    if [[ -z ${TORCH_INDEX:-} ]] && command -v nvidia-smi >/dev/null; then
+        echo "  PyTorch, as there is a GPU for CUDA (several GB) ..." >&2
+    else
+        echo "  PyTorch ..." >&2
+    fi
     install_torch
     echo "  the other packages ..." >&2
     .venv/bin/python -m pip install --quiet ${locked:+--constraint requirements.lock} --editable ".$1"

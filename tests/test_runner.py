@@ -328,29 +328,45 @@ def test_an_environment_that_was_killed_while_it_was_made_is_made_again(tmp_path
     )
 
 
-@pytest.mark.parametrize("given, reachable", [("", True), ("", False), ("https://builds.example/cpu", False)])
-def test_the_build_of_pytorch_is_the_drivers_or_that_of_an_index_that_is_given(given, reachable, tmp_path):
-    """With a python that notes what it is asked to install, and has nothing there yet."""
+BUILDS = {  # --torch-backend that can be had -> what is asked for then, and what is said
+    "auto": (["--torch-backend auto"], []),
+    "cpu": (
+        ["--torch-backend auto", "--torch-backend cpu"],
+        ["no build of torch==", "for this GPU's driver: the CPU's"],
+    ),
+    "none": (["--torch-backend auto", "--torch-backend cpu", "pip install"], ["may be that for CUDA (several GB)"]),
+    "none, no GPU": (["--torch-backend auto", "pip install"], ["may be that for CUDA (several GB)"]),
+    "given": (["pip install --quiet --index-url https://builds.example/cpu"], []),
+}
+
+
+@pytest.mark.parametrize("there", BUILDS)
+def test_the_build_of_pytorch_is_the_drivers_or_that_of_an_index_that_is_given(there, tmp_path):
+    """With a python that notes what it is asked to install, and has nothing there yet; and a GPU's nvidia-smi."""
     for name in ("run_all.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    python = tmp_path / ".venv" / "bin" / "python"
+    python, own = tmp_path / ".venv" / "bin" / "python", tmp_path / "bin"
     python.parent.mkdir(parents=True)
     python.write_text(f"""#!/bin/bash
         echo "$@" >> {tmp_path}/asked
-        case "$*" in *--no-index*) exit 1;; *torch-backend*) exit {int(not reachable)};; esac
+        case "$*" in *--no-index*|*torch-backend*) case "$*" in *"torch-backend {there}"*) exit 0;; esac; exit 1;; esac
     """)
     python.chmod(0o755)
+    own.mkdir()
+    if gpu := "no GPU" not in there:
+        (own / "nvidia-smi").write_text("#!/bin/sh\n")
+        (own / "nvidia-smi").chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
-    command = ["bash", tmp_path / "run_all.sh", "mini"]
-    done = subprocess.run(command, env=environment | {"TORCH_INDEX": given}, capture_output=True, text=True)
+    environment |= {"TORCH_INDEX": "https://builds.example/cpu" if there == "given" else ""}
+    environment["PATH"] = f"{own}:{environment['PATH']}"
+    done = subprocess.run(["bash", tmp_path / "run_all.sh", "mini"], env=environment, capture_output=True, text=True)
     asked = (tmp_path / "asked").read_text().splitlines()
-    torch_asked = [line for line in asked if " torch==" in line and "--no-index" not in line]
     assert done.returncode == 0 and asked[-1] == "-m tgazsr_utils mini"
-    if given:
-        assert [line.split(" torch==")[0] for line in torch_asked] == [f"-m pip install --quiet --index-url {given}"]
-    else:
-        assert "--torch-backend auto" in torch_asked[0] and len(torch_asked) == (1 if reachable else 2)
-        assert ("may be that for CUDA (several GB)" in done.stderr) == (not reachable)
+    builds = [line for line in asked if " torch==" in line and "--no-index" not in line]
+    wanted, told = BUILDS[there]
+    assert len(builds) == len(wanted) and all(part in line for part, line in zip(wanted, builds)), builds
+    assert all(part in done.stderr for part in told)
+    assert ("PyTorch, as there is a GPU for CUDA (several GB) ..." in done.stderr) == (gpu and there != "given")
 
 
 def test_a_failing_notebook_stops_the_run_and_leaves_its_copy(photo_root, tmp_path, capfd):
