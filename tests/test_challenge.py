@@ -47,7 +47,6 @@ def run(mini, tmp_path_factory):
     bench = Bench(RecordStore(run.stored_records), checked_with=MINI, checked_on=[sets[0].subset(1)])
     measured = [("CLIP", 0, mini), ("Mine", 0, model(0, 0.0)), ("Mine", 1, model(1, 0.1))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trust, "STEPS", (1, 10))
         patch.setattr(trust, "LARGE_STEPS", 5)
         patch.setattr(trust, "QUERIES", 5)
         records = [r for name, seed, clip in measured for r in bench.measure(clip, sets, MINI, method=name, seed=seed)]
@@ -240,6 +239,13 @@ REFUSED = {
         "is of another attack, world or precision",
     ),
     "a check that miscounts": (lambda f, r: f["checks"][1].update(n=0), "counts what cannot be"),
+    "a check cut short": (
+        lambda f, r: f["checks"][0]["outcomes"].__delitem__(slice(2, None)),
+        "lacks an attack; .*Square",
+    ),
+    "a defence before all": (lambda f, r: each(r, defence="TTC"), "behind a defence, by 1 passes"),
+    "a defence before one": (lambda f, r: r[0].update(defence="TTC", aware=True), "behind a defence"),
+    "more passes than one": (lambda f, r: each(r, forwards=40.0), "by 40 passes; a challenge is of models alone"),
     "nobody": (lambda f, r: f.update(by=""), "by: String should have at least 1 character"),
 }
 

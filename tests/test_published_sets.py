@@ -5,6 +5,7 @@ import http.server
 import io
 import re
 import socket
+import subprocess
 import sys
 import tarfile
 import threading
@@ -187,6 +188,13 @@ def root(tmp_path_factory, monkeypatch):
     without_checksums(monkeypatch.setattr)
     torchvision_sets.reader.cache_clear()
     return write_all(tmp_path_factory.mktemp("sets"))
+
+
+def test_a_wordnet_id_is_named_whatever_was_imported_before():
+    """In a process of its own: timm imports torchvision, which beside a PyTorch of another build must be mended."""
+    code = "from tgazsr_utils.datasets.layouts import _raw_name; print(_raw_name('n01440764'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "tench\n", done.stderr
 
 
 def test_there_are_sixteen_and_four_further_ones():

@@ -189,9 +189,7 @@ class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
     methods: Distinct[str]  # that are trained
     descriptions: str | None = None  # JSON file, class -> texts, for SAFT; None: the mini-world's own
     overrides: dict[str, dict[str, Any]] = {}  # method -> parameters of fine-tuning that differ for it
-    processes: Count | Literal["auto"] = (
-        1  # that train and measure together, each on its device; see processes.that_suit
-    )
+    processes: Count | Literal["auto"] = 1  # that train and measure together, each on its device; "auto": as suits
     check_images: Natural = 16  # about so many check the attack once a model (measuring.trust); 0: none
 
     @property
@@ -268,7 +266,8 @@ class EvaluateNotebook(MeasureSettings):
     methods: Annotated[list[str], AfterValidator(_distinct)]  # that are trained and measured; may be none
     models: dict[str, Any] = {}  # name -> weights as ``pretrained`` has them, or {arch: ..., pretrained: ...}
     interpolate: Annotated[list[Fraction], AfterValidator(_distinct)] = []  # w: measured too, (1 - w) theta0 + w theta
-    other_attacks: Annotated[list[ExactName], AfterValidator(_distinct)] = []  # measured too, with these steps
+    # measured too, with these steps; "transfer": PGD made against each other model of the run
+    other_attacks: Annotated[list[ExactName], AfterValidator(_distinct)] = []
     test_eps_list: Annotated[list[Length255], AfterValidator(_distinct)] = []  # of all attacks, besides test_eps
     # at test time, that models are measured behind as well
     defences: Annotated[list[str], BeforeValidator(_listed), AfterValidator(_distinct)] = []

@@ -87,6 +87,8 @@ def described_attack(step: Step) -> AttackLoss:
 def saft(step: Step, settings: ObjectiveSettings) -> list[Term]:
     """TGA-ZSR with n descriptions of a class in place of its prompt (TMLR 2026, n = 5).
 
+        1/n sum_i CE(logits(f, x', t_i), y) + Alpha * L_AR + Beta * L_AMC,   of attention to 1/n sum_i t_iy
+
     CE and the attack's are means over the n texts; attention is that of the mean over them before min-max, which is
     attention to the mean of their embeddings, in whose length it is linear.
     """

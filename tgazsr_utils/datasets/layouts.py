@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from tgazsr_utils.core.libraries import torchvision
 from tgazsr_utils.datasets import miniworld
 from tgazsr_utils.datasets.class_folders import (
     Box,
@@ -206,6 +207,7 @@ def _raw_name(folder_name: str) -> str:
 
 @lru_cache(maxsize=2)
 def _wordnet(classes: str) -> Any:
+    torchvision()  # which timm imports, and which may need mending first
     from timm.data import ImageNetInfo  # slow to import
 
     return ImageNetInfo(f"imagenet-{classes}")

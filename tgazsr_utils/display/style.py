@@ -55,7 +55,7 @@ LOOKS = {
 }
 _ALIASES = {"original": "CLIP", "tuned": "TGA-ZSR"}
 _FREE_COLORS = ("#8822FF", "#6E2C00", "#E0408A")
-_FREE_MARKERS = ("*", "p", "8", "h", "d", "H")
+_FREE_MARKERS = ("*", "^", "s", "v", "P", "o", "<", ">")  # told apart at the size of a point
 PUBLISHED = {  # hollow, in a grey a source
     "paper": {"facecolors": "none", "edgecolors": "0.2", "linewidths": 1.5},
     "UCAT": {"facecolors": "none", "edgecolors": "0.55", "linewidths": 1.5},

@@ -21,9 +21,11 @@ from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.measuring.published import unlike_published
 from tgazsr_utils.measuring.records import AttackCheck, Record
 from tgazsr_utils.measuring.tables import leaderboard, per_seed
+from tgazsr_utils.measuring.trust import LARGE, STEPS
 
 SETS = {"photographs": tuple(DATASETS), "mini-world": tuple(TASKS)}  # a file has all of one challenge
 MINI = AttackSettings(test_eps=3.5, test_stepsize=1, test_numsteps=10)  # of the mini-world; photographs: as published
+NEEDED = {"clean", "noise", "Square", *(f"PGD-{steps}" for steps in STEPS), *LARGE}  # of a check of the attack
 LARGEST = 2**26  # bytes; three seeds on all published images take a fiftieth
 
 
@@ -119,6 +121,8 @@ def _contradictions(s: Submission) -> Iterator[str]:
             yield f"{which}: its seed, seconds or digest of weights cannot be"
         if not all(value.isprintable() for _, value in r if isinstance(value, str)):
             yield f"{which} has text that cannot be printed"
+        if r.defence or r.aware or (r.forwards, r.backwards) != (1, 0):
+            yield f"{which} is answered behind a defence, by {r.forwards:g} passes; a challenge is of models alone"
         if r.n < 1 or not re.fullmatch("[0-9a-f]+", r.hits) or len(r.hits) != 2 * -(-r.n // 8):
             yield f"{which}: its bits are not one for each of {r.n} images"
         if bin(int(r.hits, 16)).count("1") != r.correct or int(r.hits, 16) % 2 ** (-r.n % 8):
@@ -142,7 +146,9 @@ def _faults_of_weights(s: Submission) -> Iterator[str]:
         if c.problems:
             yield f"robust accuracy of {c.model} is not counted, as the attack cannot be trusted: {c.problems[0]}"
         counts = [c.zero_gradients, *(outcome.correct for outcome in c.outcomes)]
-        if len(counts) < 3 or not all(0 <= count <= c.n for count in counts) or not c.device.isprintable():
+        if not NEEDED.issubset(outcome.attack for outcome in c.outcomes):
+            yield f"the check of {c.model} lacks an attack; it should have {', '.join(sorted(NEEDED))}"
+        if not all(0 <= count <= c.n for count in counts) or not c.device.isprintable():
             yield f"the check of {c.model} counts what cannot be"
         measured = {(attack_of(r) or attack_of(c), r.world, r.precision) for r in s.records}
         if measured != {(attack_of(c), c.world, c.precision)}:
