@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import re
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tgazsr_utils import open_workbook
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.durable import weights
 from tgazsr_utils.durable.fingerprints import fingerprint
@@ -122,6 +124,30 @@ def test_weights_of_plain_open_clip_give_the_same_logits(mini, shapes, tmp_path)
     (tmp_path / "hub" / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="another architecture than mini-clip"):
         load_clip("mini-clip", f"local-dir:{tmp_path / 'hub'}", "cpu")
+
+
+def test_weights_that_say_their_architecture_need_none_given(tmp_path, monkeypatch):
+    """A Hub's repository, or a folder of its kind, in a notebook of another architecture; unless one is given."""
+    config = open_clip.get_model_config("mini-clip")
+    config = config | {"quick_gelu": not config.get("quick_gelu", False)}
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "other-mini.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "configs")
+    other = load_clip("other-mini", None, "cpu")
+    save_clip(other, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    source = f"local-dir:{tmp_path}"
+    given = {"models": {"a": source, "b": {"arch": "mini-clip", "pretrained": source}}, "output": str(tmp_path / "run")}
+    book = open_workbook("04_evaluate_16_datasets", given)
+    assert book.model(*reversed(book.untuned["a"])).arch == "other-mini" and book.original.arch == "mini-clip"
+    with pytest.raises(ValueError, match="another architecture than mini-clip"):
+        book.model(*reversed(book.untuned["b"]))
+    monkeypatch.setattr(weights, "_download", contextlib.nullcontext)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name: tmp_path / name)
+    assert weights.described_architecture("hf-hub:owner/name") == "other-mini"
+    assert weights.described_architecture("mini") is weights.described_architecture(None) is None
+    with pytest.raises(ValueError, match="pretrained 'local-dir:nowhere' cannot be loaded into any architecture"):
+        weights.described_architecture("local-dir:nowhere")
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

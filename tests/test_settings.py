@@ -280,7 +280,7 @@ def test_given_models_have_an_architecture_and_may_stand_alone():
     models = {"tuned": "mini-tga-zsr", "big": ARCH}
     values = default_parameters("04_evaluate_16_datasets") | {"methods": [], "models": models}
     settings = validate(EvaluateNotebook, values | {"other_attacks": ["CW", "autoattack"], "epochs": 3})
-    each = [("mini-clip", "mini-tga-zsr"), ("ViT-L-14-quickgelu", "openai")]
+    each = [(None, "mini-tga-zsr"), ("ViT-L-14-quickgelu", "openai")]
     assert untuned(settings.model_dump()) == {"CLIP": ("mini-clip", "mini")} | dict(zip(models, each))
     named = [("pretrained", "mini-clip", "mini"), ("models: tuned", *each[0]), ("models: big", *each[1])]
     assert named_weights(settings.model_dump()) == named

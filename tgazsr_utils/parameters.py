@@ -391,11 +391,11 @@ def validate(model: type[AnySettings], values: Mapping[str, Any]) -> AnySettings
         raise SettingsError(f"parameter {name}{given}: {problem}" if name else problem) from None
 
 
-def untuned(values: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
-    """Of a notebook's checked parameters: what is measured as it is, name -> (architecture, weights)."""
-    found = {ORIGINAL: (values["arch"], values["pretrained"])}
+def untuned(values: Mapping[str, Any]) -> dict[str, tuple[str | None, str | None]]:
+    """Of a notebook's checked parameters: what is measured as it is, name -> (architecture, if named, weights)."""
+    found: dict[str, tuple[str | None, str | None]] = {ORIGINAL: (values["arch"], values["pretrained"])}
     for name, given in values["models"].items():
-        found[name] = (values["arch"], given) if isinstance(given, str) else (given["arch"], given["pretrained"])
+        found[name] = (None, given) if isinstance(given, str) else (given["arch"], given["pretrained"])
     return found
 
 
@@ -405,7 +405,7 @@ def named_weights(values: Mapping[str, Any]) -> list[tuple[str, str, str | None]
         return []
     own = [(name, values["arch"], values[name]) for name in ("pretrained", "tuned") if name in values]
     given = list(untuned(values).items())[1:] if "models" in values else []
-    return own + [(f"models: {name}", *of) for name, of in given]
+    return own + [(f"models: {name}", arch or values["arch"], weights) for name, (arch, weights) in given]
 
 
 def unknown_parameter(name: Any, known: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.durable.finetuning import TrainResult, finetune
 from tgazsr_utils.durable.runs import Run
-from tgazsr_utils.durable.weights import find_weights, load_clip
+from tgazsr_utils.durable.weights import described_architecture, find_weights, load_clip
 from tgazsr_utils.effects import units, without_effect
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import AttackCheck, Record, RecordStore
@@ -95,12 +95,15 @@ class Workbook:
         return find_weights(name, self.run.models)
 
     def model(self, name: str | None, arch: str | None = None) -> Clip:
-        clip = load_clip(arch or self.settings.arch, self.weights(name), **self.settings.model_options)
+        """Weights into an architecture; None: the one that comes with them, or else the notebook's."""
+        weights = self.weights(name)
+        arch = arch or described_architecture(weights) or self.settings.arch
+        clip = load_clip(arch, weights, **self.settings.model_options)
         return clip.to(self.original.device) if processes.are_started() and "original" in vars(self) else clip
 
     @cached_property
     def original(self) -> Clip:
-        return self.model(self.settings.pretrained)
+        return self.model(self.settings.pretrained, self.settings.arch)
 
     def images(self, key: str, split: str, n: int | None, clip: Clip | None = None) -> ImageSet:
         """A set at the size that a model takes, the original one if None; to measure on, it is decoded once for all."""
@@ -154,7 +157,7 @@ class Workbook:
         return self.at_each_eps([self.settings.attack, *(a for a in self.settings.other_attacks if a != TRANSFER)])
 
     @cached_property
-    def untuned(self) -> dict[str, tuple[str, str | None]]:
+    def untuned(self) -> dict[str, tuple[str | None, str | None]]:
         """What notebook 04 measures as it is: name -> (architecture, weights), the original model first."""
         return untuned(self.settings.model_dump())
 

@@ -38,7 +38,7 @@ _DIGESTS = {
     SHIPPED["mini-tga-zsr"]: "7942c250c318",
 }  # they were written without one in them
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_SCHEMAS = ("hf-hub:", "local-dir:")
+_SCHEMAS, _CONFIG = ("hf-hub:", "local-dir:"), "open_clip_config.json"
 _PATIENCE = 10  # seconds for a server to say something
 _PREFIXES = ("module.", "model.", "_orig_mod.", "visual.")
 _OUTER = ("state_dict", "model", "vision_encoder_state_dict")  # dictionaries that training code puts weights into
@@ -285,6 +285,22 @@ def locate_weights(arch: str, pretrained: str | Path | None) -> str | Path | Non
         known = ", ".join([*tags, *(SHIPPED if arch == MINI_ARCH else [])]) or "none"
         raise ValueError(f"{str(pretrained)!r} is neither a file ({path}) nor a name known for {arch} ({known})")
     return path
+
+
+def described_architecture(pretrained: str | None) -> str | None:
+    """open_clip's name for what a Hub's repository, or a folder as there, says that it holds; None: it does not say."""
+    place = next((pretrained.removeprefix(s) for s in _SCHEMAS if pretrained and pretrained.startswith(s)), None)
+    if place is None:
+        return None
+    with _named("any architecture", pretrained), _quiet():
+        path = Path(place) / _CONFIG
+        if pretrained.startswith("hf-hub:"):
+            from huggingface_hub import hf_hub_download  # slow to import, and rarely needed
+
+            with _download():
+                path = Path(hf_hub_download(place, _CONFIG))
+        config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+        return next((name for name in open_clip().list_models() if open_clip().get_model_config(name) == config), None)
 
 
 def find_weights(name: str | None, models: Path) -> str | None:
