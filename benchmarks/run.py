@@ -370,7 +370,8 @@ def measured(name: str, arch: str, device: str) -> dict[str, Any]:
     return {"peak_memory_gib": peak_memory(target)} | found
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(asked: str) -> dict[str, Any]:
+    device = pick_device(asked)
     names = [line.split(":", 1)[1].strip() for line in _cpu_info() if line.startswith("model name")]
     cpu = names[0] if names else platform.processor() or platform.machine()
     return {
@@ -388,6 +389,12 @@ def _cpu_info() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def _apart(function: Callable[..., Any], *given: Any) -> Any:
+    """In a process of its own: a GPU may admit one at a time, and its peak of memory is of this call alone."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(function, *given).result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[[], *MEASUREMENTS], help="which measurements (default: all)")
@@ -396,14 +403,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--here", action="store_true", help="all in this process, where starting one takes long")
     options = parser.parse_args()
-    found: dict[str, Any] = {"machine": machine(pick_device(options.device)), "arch": options.arch}
+    run = lambda function, *given: function(*given) if options.here else _apart(function, *given)
+    found: dict[str, Any] = {"machine": run(machine, options.device), "arch": options.arch}
     print(f"{options.arch} on {found['machine']['device']}, torch {torch.__version__}", flush=True)
     for name in options.names or MEASUREMENTS:
-        if options.here:
-            found[name] = measured(name, options.arch, options.device)
-        else:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                found[name] = fresh.submit(measured, name, options.arch, options.device).result()
+        found[name] = run(measured, name, options.arch, options.device)
         if name == "released" and "step" in found:
             found["speed_up"] = found["released"]["seconds"] / found["step"]["seconds"]
             print(f"\nspeed-up of a step: {found['speed_up']:.2f}")

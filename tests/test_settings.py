@@ -282,7 +282,11 @@ def test_given_models_have_an_architecture_and_may_stand_alone():
     settings = validate(EvaluateNotebook, values | {"other_attacks": ["CW", "autoattack"], "epochs": 3})
     each = [(None, "mini-tga-zsr"), ("ViT-L-14-quickgelu", "openai")]
     assert untuned(settings.model_dump()) == {"CLIP": ("mini-clip", "mini")} | dict(zip(models, each))
-    named = [("pretrained", "mini-clip", "mini"), ("models: tuned", *each[0]), ("models: big", *each[1])]
+    named = [
+        ("pretrained", "mini-clip", "mini"),
+        ("models: tuned", "mini-clip", "mini-tga-zsr"),
+        ("models: big", *each[1]),
+    ]
     assert named_weights(settings.model_dump()) == named
     idle = without_effect(settings)
     assert {"epochs", "dataset", "train_images", "seeds"} <= set(idle) and not {"seed", "models", "methods"} & set(idle)

@@ -16,6 +16,7 @@ from tgazsr_utils.core.attacks import pgd
 from tgazsr_utils.core.objectives import Objective, Step, Term, find_objective
 from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.training import NotFinite, attacked, in_openai_order, optimizer_of, steps, warmup_cosine
+from tgazsr_utils.datasets.files import Files
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.durable import finetuning
 from tgazsr_utils.durable.files import load_tensors
@@ -67,6 +68,17 @@ def test_weights_are_the_originals_until_a_step_is_done(mini, train_set, monkeyp
     look = lambda step, *_: found.append(step.untouched) or step.images
     list(steps(tuned, mini, train_set, objective, settings, optimizer_of(tuned, settings), make_adversarial=look))
     assert found == [True, False]
+
+
+def test_files_to_tune_on_are_decoded_once_for_all_methods(mini, photo_root, tmp_path, monkeypatch):
+    """Where they are kept at their own size, as Tiny-ImageNet's are."""
+    data = load_dataset("tiny", "train", photo_root, image_size=112, decode=False)
+    clip = load_clip("mini-clip", "mini", "cpu", image_size=112)
+    decoded, decode = [], Files._decode
+    monkeypatch.setattr(Files, "_decode", lambda self, row, masks: decoded.append(row) or decode(self, row, masks))
+    for method in ("TeCoA", "TGA-ZSR"):
+        finetune(clip, data, method, SETTINGS.model_copy(update={"epochs": 1}), tmp_path)
+    assert sorted(decoded) == sorted([*range(len(data)), 0])  # the first says of what size they are
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,8 @@ def run_attack(
         check_guarded(settings.attack)
         options["guard"] = guard
     run = ATTACKS[settings.attack].run
+    if run in (pgd, cw):
+        options["trusted"] = True  # a set's pixels are in [0,1]; to see it would wait for the device
     if settings.attack_precision == "released-fp16":
         clip, run = clip.under_autocast("amp_fp16"), functools.partial(_as_released, run)
     eps, step_size = settings.test_eps / 255, settings.test_stepsize / 255

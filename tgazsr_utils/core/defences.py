@@ -180,8 +180,7 @@ def csr(clip: Clip, images: Tensor, text: Tensor) -> Tensor:
         where cos(f(x), f(L x)) < 0.85:   x'_0 = x,   x'_(i+1) = project(x'_i + 2/255 sign(gradient of J(x'_i)))
         J(x') = cos(f(x'), f(L x)) - cos(f(x'), f(x))
 
-    Three steps in the 4/255 ball; the x'_i of the highest J, the start among them. Known to an attack:
-    straight-through.
+    Three steps in the 4/255 ball; the x'_i of the highest J, the start among them. Known: straight-through.
     """
     unit = lambda pixels: F.normalize(_embedded(clip, pixels), dim=1)
     own, smooth = unit(images), unit(low_pass(clip, images, text))
@@ -206,7 +205,8 @@ def et3(clip: Clip, images: Tensor, text: Tensor) -> Tensor:
 
         x <- project(x - 2.5 g / |g|_2),   g = gradient of E
 
-    Twice, in the 5/255 ball; 2.5 is a length at any size of images. Known to an attack: straight-through.
+    Twice, in the 5/255 ball; 2.5 is a length at any size of images. Known to an attack: straight-through, as there is
+    no second derivative of fused attention.
     """
     cosines = lambda pixels: F.normalize(_embedded(clip, pixels), dim=1) @ text.to(pixels.dtype).T
     energy = lambda pixels: -(100 * cosines(pixels)).logsumexp(1)

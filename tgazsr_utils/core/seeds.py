@@ -31,10 +31,7 @@ def seeded(device: torch.device | str, *parts: Any) -> torch.Generator:
 
 
 class Noise(NamedTuple):
-    """Random numbers of each image of a batch that depend on a seed, its row and a place in it, and on nothing else.
-
-    So they are the same in a batch of any size and on any device.
-    """
+    """Random numbers of each image, by a seed, its row and a place in it alone: the same in any batch, any device."""
 
     seed: int
     rows: Tensor  # [B] int64

@@ -1,5 +1,6 @@
 """Fine-tuning that survives: ``core.training.steps`` with files, resuming to the bit, Ctrl-C, several processes."""
 
+import functools
 import inspect
 import math
 import time
@@ -79,6 +80,9 @@ def finetune(
     return _Run(clip, data, objective, settings, weights, hidden).finish(stop, watch)
 
 
+_resident = functools.lru_cache(maxsize=1)(resident)  # of the set that methods are tuned on, one after another
+
+
 class _Run:
     """One training under way: what ``core.training.steps`` needs, and where its state is kept."""
 
@@ -90,7 +94,7 @@ class _Run:
         about = {"method": objective.name, "settings": settings.model_dump(), "data": fingerprint(data)}
         about |= {name: digest(getattr(data, name)) for name in objective.reads}
         self.tuned.training_record = about | {"code": code_version(__name__)}
-        self.data = resident(data, clip.device)
+        self.data = _resident(data, clip.device)
         self.cache = OriginalCache(self.original, self.data, weights.parent / "unfinished" / weights.stem, hidden)
         self.optimizer = optimizer_of(self.tuned, settings)
         self.parameters = self.optimizer.param_groups[0]["params"]

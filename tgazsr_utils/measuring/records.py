@@ -17,6 +17,7 @@ class Record(Settings):
     model: str  # fingerprint of the weights
     precision: str = "fp32"  # of the model; of an attack, if it has another, see settings
     arch: str
+    compiled: bool = False  # through torch.compile
     world: str
     dataset: str
     data: str  # fingerprint of the images (of files: their names and sizes), labels and prompts

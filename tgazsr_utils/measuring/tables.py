@@ -262,7 +262,7 @@ def paired_difference(a: Sequence[Record], b: Sequence[Record]) -> tuple[float, 
     each_image = [np.mean(seeds, axis=0) for seeds in by_set.values()]  # seeds share images: first averaged for each
     mean = 100 * np.mean([d.mean() for d in each_image])
     half = 100 * _half_interval(each_image, ddof=1)
-    return float(mean), max(-100.0, float(mean - half)), min(100.0, float(mean + half))
+    return float(mean), *(float(np.clip(end, -100, 100)) for end in (mean - half, mean + half))
 
 
 def differences(records: Sequence[Record]) -> pd.DataFrame:
