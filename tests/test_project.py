@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 from PIL import Image
 
 import tgazsr_utils
+from tgazsr_utils.core.defences import DEFENCES
 from tgazsr_utils.durable import fingerprints
 from tgazsr_utils.measuring.ablations import best_rates
 from tgazsr_utils.measuring.published import published
@@ -134,6 +135,16 @@ def test_the_readmes_answer_whether_it_holds_is_that_of_the_kept_table():
         cells = ["" if pd.isna(right) else f"{right:.1f}" for right in kept]  # CLIP is not attacked against itself
         lost = [part.iloc[-1][f"robust_minus_first{end}"] for end in ("", "_low", "_high")]
         assert f"| {model} | {' | '.join(cells)} | {lost[0]:.1f} ({lost[1]:.1f} to {lost[2]:.1f}) |" in readme_rows()
+
+
+def test_the_readmes_defences_are_those_of_the_kept_table():
+    table = pd.read_csv(REFERENCE / "tables" / "defences.csv")
+    assert set(table.defence) == {"none", *DEFENCES} and set(table.interval) == {"3 seeds", "images"}
+    assert (table.aware <= table.unaware).all()
+    for _, row in table.iterrows():
+        cells = [f"{row[kind]:.1f} ± {row[f'{kind}_ci']:.1f}" for kind in ("clean", "unaware", "aware")]
+        passes = f"{row.forwards:.1f} + {row.backwards:.1f}"
+        assert f"| {row.method} | {row.defence} | {' | '.join(cells)} | {passes} |" in readme_rows()
 
 
 def test_the_notebooks_learning_rates_are_those_that_the_kept_sweep_chose():
