@@ -166,8 +166,12 @@ def test_as_many_processes_as_suit(monkeypatch):
 
 
 def test_devices_are_shared_out():
-    with pytest.raises(SettingsError, match="device = 'cuda': each of several processes takes a device of its own"):
-        validate(TrainNotebook, NOTEBOOK | {"processes": 2, "device": "cuda"})
+    for device in ("cpu", "cuda:1"):
+        with pytest.raises(
+            SettingsError, match=f"device = '{device}': each of several processes takes a device of its"
+        ):
+            validate(TrainNotebook, NOTEBOOK | {"processes": 2, "device": device})
+    assert validate(TrainNotebook, NOTEBOOK | {"processes": 2, "device": "cuda"}).model_options["waiting"]
     options = validate(TrainNotebook, NOTEBOOK | {"processes": 2}).model_options
     clip = load_clip("mini-clip", "mini", **options)
     assert clip.device.type == "cpu"  # it waits there

@@ -524,13 +524,28 @@ def test_a_silent_server_is_not_waited_for(key, tmp_path, silence, capsys):
 def test_a_profile_says_what_it_fetches_and_stops_before_anything_where_it_cannot(tmp_path, silence, capsys):
     (tmp_path / "sets" / "STL-10" / "ship").mkdir(parents=True)  # a set of which something is there
     out = tmp_path / "out"
-    assert runner.main(["quick", "-p", "data_root", str(tmp_path / "sets"), "-p", "output", str(out)]) == 2
+    given = {"data_root": tmp_path / "sets", "output": out, "device": "cpu"}
+    assert runner.main(["quick", *(word for item in given.items() for word in ("-p", *map(str, item)))]) == 2
     said, error = capsys.readouterr()
     assert said.startswith("quick: ") and re.search(r"weights \(0.6 GB, .* 41 PFLOP: 35 minutes at", said)
     assert re.search(r"to download into .*: tinyImageNet 0.24 GB, cifar10 0.17 GB, cifar100 .*; 2.4 GB in all\n$", said)
     assert "STL10" not in said and not out.exists()
     by_hand = "source: http.*; by hand: in .*, unpack what is offered there; looked for: tiny-imagenet-200/.*"
     assert re.fullmatch(f"error: image set 'tinyImageNet' cannot be fetched: .*timed out.*; {by_hand}\n", error)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which it would take")
+def test_a_profile_for_a_gpu_does_not_spend_days_on_a_cpu(tmp_path, silence, capsys):
+    """Unless it is told to; with several processes as with one."""
+    for several in ([], ["-p", "processes", "2"]):
+        assert runner.main(["quick", "-p", "data_root", str(tmp_path), *several]) == 2
+        said, error = capsys.readouterr()
+        assert error.startswith("error: device 'cuda' cannot be used: ") and error.endswith(
+            "-p device cpu does without)\n"
+        )
+        assert not said and error.count("\n") == 1
+    with pytest.raises(ValueError, match="device 'cuda' cannot be used: there is none that works"):
+        load_clip("mini-clip", "mini", "cuda", waiting=True)
 
 
 def test_a_bad_parameter_is_refused_before_anything_is_fetched(tmp_path, silence, capsys):

@@ -202,9 +202,9 @@ class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
 
     @model_validator(mode="after")
     def _devices_are_shared_out(self) -> "TrainNotebook":
-        if self.processes not in (1, "auto") and self.device != "auto":
+        if self.processes not in (1, "auto") and self.device not in ("auto", "cuda"):
             raise ValueError(
-                f"device = {self.device!r}: each of several processes takes a device of its own; leave it at 'auto'"
+                f"device = {self.device!r}: each of several processes takes a device of its own; 'auto', or 'cuda'"
             )
         return self
 

@@ -76,7 +76,7 @@ def _build(device: str) -> str:
     return f" ({made}; {driver}; {_TAKE})"
 
 
-_TAKE = "TORCH_INDEX=URL ./run_all.sh, after .venv was removed, takes another build of PyTorch"
+_TAKE = "TORCH_INDEX=URL ./run_all.sh, after .venv was removed, takes another build; -p device cpu does without"
 
 
 def _first_line(error: BaseException) -> str:

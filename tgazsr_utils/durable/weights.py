@@ -91,19 +91,8 @@ def load_clip(
     if precision not in get_args(Precision):
         raise ValueError(f"precision {precision!r} is unknown; choose one of {', '.join(get_args(Precision))}")
     target = pick_device("cpu" if waiting else device)
-    later = cuda_elsewhere() if waiting and device == "auto" else None
-    kind = "cuda" if later else target.type
-    bf16 = kind == "cuda" and (later.bf16 if later else has_bf16(target))
-    if precision == "auto":
-        precision = "amp_bf16" if bf16 else "fp32"
-    if kind == "cuda" and precision.endswith("bf16") and not bf16:
-        raise ValueError(f"precision {precision!r}: this GPU only imitates bfloat16, slowly; 'auto' is fp32 here")
-    if compiled is None:
-        compiled = kind == "cuda" and (later.compiled if later else compiles(str(target)))
-    if compiled:
-        set_up_compiler()
-    numerics = Numerics(kind, precision, compiled)
-    weights = "fp32" if precision == "amp_bf16" else precision
+    numerics = _numerics(target, device, precision, compiled, waiting)
+    weights = "fp32" if numerics.precision == "amp_bf16" else numerics.precision
     side = None if image_size == image_size_of(arch) else image_size
     with _named(arch, pretrained), _quiet():
         source = locate_weights(arch, pretrained)
@@ -116,6 +105,24 @@ def load_clip(
         name: value for name, value in about.items() if name not in ("arch", "mean", "std", "history")
     }
     return clip
+
+
+def _numerics(target: torch.device, device: str, precision: str, compiled: bool | None, waiting: bool) -> Numerics:
+    """How a model will compute on ``target``; or, ``waiting`` there, on what ``device`` is in other processes."""
+    later = cuda_elsewhere() if waiting and device != "cpu" else None
+    if waiting and device == "cuda" and later is None:
+        raise ValueError("device 'cuda' cannot be used: there is none that works")
+    kind = "cuda" if later else target.type
+    bf16 = kind == "cuda" and (later.bf16 if later else has_bf16(target))
+    if precision == "auto":
+        precision = "amp_bf16" if bf16 else "fp32"
+    if kind == "cuda" and precision.endswith("bf16") and not bf16:
+        raise ValueError(f"precision {precision!r}: this GPU only imitates bfloat16, slowly; 'auto' is fp32 here")
+    if compiled is None:
+        compiled = kind == "cuda" and (later.compiled if later else compiles(str(target)))
+    if compiled:
+        set_up_compiler()
+    return Numerics(kind, precision, compiled)
 
 
 def load_alike(clip: Clip, weights: Path) -> Clip:
