@@ -256,15 +256,16 @@ def test_a_gradient_that_is_not_finite_stops_with_its_term_and_the_last_good_che
     assert all(row["gradient_norm"] > 0 for row in about["state"]["history"])
 
 
-@pytest.mark.parametrize("method", ["TGA-ZSR", "FARE-RobustVLM"])
+@pytest.mark.parametrize("method", ["TGA-ZSR", "Comp-TGA", "Vision-based-grad", "FARE-RobustVLM"])
 def test_a_step_waits_for_nothing_and_changes_no_weights_once_one_was_not_finite(mini, train_set, method):
     """As operators show: a number is read where ``Update.values`` is asked for, and nowhere else."""
 
     class Reads(TorchDispatchMode):
-        count = 0
+        count, unordered = 0, []  # the gradient of interpolate has no order on CUDA, so that a seed would not repeat
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             Reads.count += function is torch.ops.aten._local_scalar_dense.default
+            Reads.unordered += [str(function)] if "upsample" in str(function) else []
             return function(*args, **kwargs or {})
 
     objective, tuned = find_objective(method), mini.frozen_copy()
@@ -274,7 +275,7 @@ def test_a_step_waits_for_nothing_and_changes_no_weights_once_one_was_not_finite
     next(updates)  # which encodes prompts
     with Reads():
         update = next(updates)
-    assert Reads.count == 0 and update.values()["loss"] > 0
+    assert not Reads.unordered and Reads.count == 0 and update.values()["loss"] > 0
     with torch.no_grad():
         tuned.visual.ln_post.bias[0], kept = float("inf"), tuned.visual.ln_post.bias[0].clone()
     bad = next(updates)

@@ -65,8 +65,9 @@ def complementary_attention(
 
 def _halfway(maps: Tensor) -> Tensor:
     """Maps ``[B,h,w]`` with the values halfway between patches: ``[B,2h-1,2w-1]``."""
-    size = [2 * n - 1 for n in maps.shape[-2:]]
-    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=True)[:, 0]
+    twice = (torch.eye(n, device=maps.device, dtype=maps.dtype).repeat_interleave(2, 0) for n in maps.shape[-2:])
+    rows, columns = ((each[1:] + each[:-1]) / 2 for each in twice)
+    return rows @ maps @ columns.T
 
 
 def _maps(
@@ -193,8 +194,9 @@ def min_max_at(scores: Tensor, size: int) -> Tensor:
 
 def resize(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Bilinear resize (align_corners=False) of maps ``[B,h,w]`` to a side or (height, width)."""
-    sides = (size, size) if isinstance(size, int) else size
-    return F.interpolate(maps[:, None], size=sides, mode="bilinear", align_corners=False)[:, 0]
+    ends = zip(maps.shape[-2:], (size, size) if isinstance(size, int) else size)
+    rows, columns = (_weights(n, side, 1, False, maps.device, maps.dtype) for n, side in ends)
+    return rows @ maps @ columns.T  # F.interpolate's gradient adds up in no fixed order on CUDA
 
 
 def attention_distance(
