@@ -332,6 +332,32 @@ def test_the_batch_that_fits_is_a_power_of_two_that_follows_the_free_memory(mini
     assert all(n & (n - 1) == 0 for n in found)
 
 
+class CountedMemory:
+    """In place of ``torch.cuda``: each image of an attack takes 32 MiB at its peak, weights and the rest 2 GiB."""
+
+    def __init__(self, free):
+        self.free, self.peak = free, 0
+
+    def attack(self, clip, images, *_):
+        self.peak = 2**31 + len(images) * 2**25
+
+    reset_peak_memory_stats = lambda self, device: None
+    max_memory_allocated = lambda self, device: self.peak
+    memory_reserved, memory_allocated = (lambda self, device: 3 * 2**30), (lambda self, device: 2**30)
+    mem_get_info = lambda self, device: (self.free, 80 * 2**30)
+
+
+@pytest.mark.parametrize("free, fits", [(78 * 2**30, 1024), (6 * 2**30, 128), (0, 32), (-(2**31), 1)])
+def test_on_cuda_the_batch_goes_by_the_peaks_of_small_ones(monkeypatch, free, fits):
+    """Of what is free, 2 GiB that PyTorch holds idle among it, four fifths; whatever the weights take."""
+    memory = CountedMemory(free)
+    clip = SimpleNamespace(device=SimpleNamespace(type="cuda"), image_size=(8, 8), encode_text=lambda prompts: None)
+    zeros = lambda *size, device, **options: torch.zeros(*size, **options)
+    monkeypatch.setattr(evaluation, "torch", SimpleNamespace(cuda=memory, zeros=zeros, int64=torch.int64))
+    monkeypatch.setattr(evaluation, "pgd", memory.attack)
+    assert evaluation.batch_that_fits(clip) == fits
+
+
 def test_an_image_is_attacked_alike_in_every_batch(mini, monkeypatch):
     data, images = load_dataset("letters", "test", n=12), []
     for chunks in (5, torch.arange(12).flip(0).split(4)):
