@@ -22,6 +22,7 @@ from tgazsr_utils.durable.files import DamagedFile, load_tensors
 from tgazsr_utils.durable.finetuning import finetune, tuned_path
 from tgazsr_utils.measuring.loss_mixture import TERMS, TGA, TermGradients, term_gradients
 from tgazsr_utils.measuring.recorded_sweep import KINDS, nearest_measured, recorded_sweep
+from tgazsr_utils.measuring.tables import number_of
 from tgazsr_utils.measuring.tried import Outcome, verdict
 
 __all__ = ["Explorer", "Models"]
@@ -179,7 +180,7 @@ class FineTuner(Panel):
         self._draw(len(self.history))
         a, b = self.place
         shown = f"Shown: how the tuned model was trained, Alpha {a:g}, Beta {b:g}. " if self.history else ""
-        images = f"{len(explorer.train)} images of {explorer.train.key}, {explorer.training.epochs} epoch(s)"
+        images = f"{len(explorer.train)} images of {explorer.train.key}, {number_of(explorer.training.epochs, 'epoch')}"
         self.say(f"{shown}Fine-tuning here takes {images}, and ends in a measurement on {explorer.measured_on}")
 
     def begin(self) -> None:
