@@ -137,6 +137,14 @@ def test_the_readmes_answer_whether_it_holds_is_that_of_the_kept_table():
         assert f"| {model} | {' | '.join(cells)} | {lost[0]:.1f} ({lost[1]:.1f} to {lost[2]:.1f}) |" in readme_rows()
 
 
+def test_the_readmes_other_attacks_are_those_of_the_kept_table():
+    table = pd.read_csv(REFERENCE / "tables" / "other_attacks.csv", index_col="method").iloc[:, :-1]
+    assert {re.split("[-,]", column)[0] for column in table} == {"pgd", "apgd", "square", "standard", "transfer"}
+    assert (table["standard, 3.5/255"] == table.min(axis=1)).all()
+    for method, row in table.iterrows():
+        assert f"| {method} | {' | '.join(f'{value:.1f}' for value in row)} |" in readme_rows()
+
+
 def test_the_readmes_defences_are_those_of_the_kept_table():
     table = pd.read_csv(REFERENCE / "tables" / "defences.csv")
     assert set(table.defence) == {"none", *DEFENCES} and set(table.interval) == {"3 seeds", "images"}
