@@ -21,7 +21,7 @@ from tgazsr_utils.durable.finetuning import finetune
 from tgazsr_utils.durable.fingerprints import fingerprint
 from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring import measure as evaluation
-from tgazsr_utils.measuring.ablations import Sweep, variant
+from tgazsr_utils.measuring.ablations import Sweep, plan, variant
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.parameters import SettingsError, TrainNotebook, validate
@@ -134,7 +134,8 @@ def test_what_goes_wrong_in_one_of_them_is_said(mini, train_set, tmp_path):
         "Broken", lambda step, settings: [Term("CE", 1.0, float("nan") * step.cross_entropy(step.adversarial_tokens))]
     )
     with pytest.raises(
-        RuntimeError, match="one of 2 processes failed: FloatingPointError: loss of Broken is not finite at step 0"
+        FloatingPointError,
+        match="one of 2 processes failed: FloatingPointError: loss of Broken is not finite at step 0",
     ):
         finetune(mini, train_set, broken, SETTINGS, tmp_path, number_of_processes=2)
     assert not list(tmp_path.glob("*.safetensors"))
@@ -245,6 +246,19 @@ def test_the_processes_of_a_notebook_are_started_once(tmp_path, monkeypatch):
     weights = [clip.visual.state_dict() for _, clips in (alone, together) for clip in clips[2:]]
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_learning_rate_too_high_is_left_out_by_several_processes_too(tmp_path, monkeypatch, capfd):
+    """Whichever trained it ahead; a person reads of it once they are done."""
+    given = {"train_images": 8, "batch_size": 4, "warmup_steps": 0, "testdata": ["shapes"], "test_numsteps": 1}
+    given |= {"ablations": ["learning_rate"], "methods": ["FARE"], "lr": 1e-4, "lr_list": [1e-4, 1e3], "overrides": {}}
+    book = open_workbook("03_ablations", given | {"processes": 2, "output": str(tmp_path / "run")})
+    tests = book.tests(2)
+    sweep = Sweep(book.original, book.train, tests, tests, book.run.stored_models, book.bench(tests))
+    rates = plan(book.settings)
+    book.ahead(lambda: sweep.run("learning_rate", rates["learning_rate"]), sweep.trainings(rates))
+    assert "left out: gradient of FARE is not finite at step 1" in capfd.readouterr().out
+    assert [v.training.lr for v, _ in sweep.run("learning_rate", rates["learning_rate"])] == [1e-4]
 
 
 def test_a_sweep_asks_for_models_in_the_same_order_in_all_processes(tmp_path):

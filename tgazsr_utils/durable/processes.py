@@ -198,8 +198,8 @@ def launch(number: int, function: Callable[..., Any], clip: Clip, *arguments: An
     """Calls ``function(clip, *arguments)`` in ``number`` processes of this machine, each with a device of its own.
 
     Functions that a notebook defines are known there, since processes are forked (by accelerate's notebook_launcher);
-    so CUDA must not be in use yet. Raises RuntimeError with the first error of any of them, KeyboardInterrupt on
-    Ctrl-C.
+    so CUDA must not be in use yet. Raises RuntimeError with the first error of any of them, or FloatingPointError if
+    it is one; KeyboardInterrupt on Ctrl-C.
     """
     if torch.cuda.is_initialized():
         raise RuntimeError(
@@ -221,7 +221,8 @@ def launch(number: int, function: Callable[..., Any], clip: Clip, *arguments: An
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         reason = failure.message.get("message", "") if isinstance(failure.message, dict) else failure.message
-        raise RuntimeError(f"one of {number} processes failed: {reason}") from error
+        kind = FloatingPointError if str(reason).startswith("FloatingPointError") else RuntimeError
+        raise kind(f"one of {number} processes failed: {reason}") from error
     except SignalException:
         raise KeyboardInterrupt(f"{number} processes were stopped; the same call goes on from there") from None
     finally:

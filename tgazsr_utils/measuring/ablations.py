@@ -4,6 +4,7 @@ An ablation is one function that lists its variants from the notebook's settings
 compared with. To add one, write such a function and put it into ``ABLATIONS``.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -200,10 +201,10 @@ class Sweep:
                 print(f"left out: {error}", flush=True)
         return done
 
-    def trainings(self, plan: Mapping[str, Sequence[Variant]]) -> list[Callable[[], Clip]]:
+    def trainings(self, plan: Mapping[str, Sequence[Variant]]) -> list[Callable[[], None]]:
         """What a plan trains, each once; none is kept here, as not all of several processes would have it."""
         wanted = [(v, s) for variants in plan.values() for v in variants if v.training is not None for s in v.seeds]
-        return list({self._path(v, s): partial(self._trained, v, s) for v, s in wanted}.values())
+        return list({self._path(v, s): partial(self._ahead, v, s) for v, s in wanted}.values())
 
     def records_of(self, v: Variant) -> list[Record]:
         """What was measured of a variant, all its seeds."""
@@ -225,8 +226,13 @@ class Sweep:
         options = {"number_of_processes": self.bench.number_of_processes}
         return finetune(self.original, self.train, v.method, training, self.models, **options).clip
 
+    def _ahead(self, v: Variant, seed: int) -> None:
+        """Its training; one that diverges is told, or left out, when its turn comes (``run``)."""
+        with contextlib.suppress(FloatingPointError):
+            self._trained(v, seed)
+
     def _tuned(self, v: Variant, seed: int) -> Clip:
-        """The same; the last ones used are kept."""
+        """The model of a variant; the last ones used are kept."""
         path = self._path(v, seed)
         if path not in self._loaded:
             self._loaded[path] = self._trained(v, seed)
