@@ -161,7 +161,7 @@ def test_as_many_processes_as_suit(monkeypatch):
         assert settings.number_of_processes == number and settings.model_options["waiting"] == (number > 1)
     monkeypatch.setattr(processes, "allowed_cpus", lambda: 64)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert processes.that_suit("cpu") == processes.MOST
+    assert processes.that_suit("cpu") == processes.MOST_PROCESSES
     monkeypatch.setattr(sys, "platform", "darwin")
     assert processes.that_suit("cpu") == 1
 

@@ -29,7 +29,7 @@ from tgazsr_utils.core.training import attacked
 from tgazsr_utils.machine import allowed_cpus
 
 Job = TypeVar("Job")
-MOST = 4  # each takes memory of its own
+MOST_PROCESSES = 4  # each takes memory of its own
 _apart: list[bool] = []  # not empty while this process works by itself
 
 
@@ -186,12 +186,12 @@ def wait() -> None:
 
 
 def that_suit(device: str) -> int:
-    """How many processes do most on this machine: of a small model on the CPU, one a processor, up to ``MOST``.
+    """How many processes do most on this machine: of a small model on the CPU, one a processor, to ``MOST_PROCESSES``.
 
     One, where there is a GPU or another device was chosen, and where processes are not forked.
     """
     forked = sys.platform == "linux" and device in ("auto", "cpu") and not torch.cuda.is_available()
-    return min(MOST, allowed_cpus()) if forked and not are_started() else 1
+    return min(MOST_PROCESSES, allowed_cpus()) if forked and not are_started() else 1
 
 
 def launch(number: int, function: Callable[..., Any], clip: Clip, *arguments: Any) -> None:
