@@ -258,5 +258,5 @@ class Workbook:
         """Shows the sentence that answers the notebook's question, and keeps it for the run's report."""
         path = answer_path(self.run.folder, self.notebook)
         write_atomic(path, lambda temporary: temporary.write_text(sentence + "\n", encoding="utf-8"))
-        said, _, rest = sentence.partition(":")
-        display(Markdown(f"**{said}:**{rest}" if rest else sentence))
+        verdict, _, rest = sentence.partition(":")
+        display(Markdown(f"**{verdict}:**{rest}" if rest else sentence))
