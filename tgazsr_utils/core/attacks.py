@@ -185,14 +185,14 @@ def run_attack(
     generator: Generator,
     guard: Guard | None = None,
 ) -> Tensor:
-    """Adversarial images ``[B,3,H,W]`` by the attack that ``settings`` name, with all that they say of it."""
+    """Adversarial images ``[B,3,H,W]`` by the attack that ``settings`` name, of images that must be in [0,1]."""
     options: dict[str, Any] = {"norm": settings.norm, "protocol": protocol, "generator": generator}
     if guard is not None:
         check_guarded(settings.attack)
         options["guard"] = guard
     run = ATTACKS[settings.attack].run
     if run in (pgd, cw):
-        options["trusted"] = True  # a set's pixels are in [0,1]; to see it would wait for the device
+        options["trusted"] = True  # to see it would wait for the device
     if settings.attack_precision == "released-fp16":
         clip, run = clip.under_autocast("amp_fp16"), functools.partial(_as_released, run)
     eps, step_size = settings.test_eps / 255, settings.test_stepsize / 255

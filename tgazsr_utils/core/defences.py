@@ -180,7 +180,7 @@ def csr(clip: Clip, images: Tensor, text: Tensor) -> Tensor:
         where cos(f(x), f(L x)) < 0.85:   x'_0 = x,   x'_(i+1) = project(x'_i + 2/255 sign(gradient of J(x'_i)))
         J(x') = cos(f(x'), f(L x)) - cos(f(x'), f(x))
 
-    Three steps in the 4/255 ball; the x'_i of the highest J, the start among them. Known: straight-through.
+    Three steps in the 4/255 ball; the x'_i of the highest J, start included. Known to an attack: straight-through.
     """
     unit = lambda pixels: F.normalize(_embedded(clip, pixels), dim=1)
     own, smooth = unit(images), unit(low_pass(clip, images, text))

@@ -59,7 +59,7 @@ def autoattack(
         return images
     options = {"norm": NORMS[norm], "eps": eps, "seed": _seed(generator), "device": images.device}
     tracer = sys.gettrace()
-    with _alone(images), _counted(clip, text, version) as logits:
+    with _own_generators(images), _counted(clip, text, version) as logits:
         attack = _configured(logits, version, len(text), steps, options)
         attack.logger.setLevel("ERROR")  # its warnings repeat for each batch, and one is wrong for three classes
         adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
@@ -67,7 +67,7 @@ def autoattack(
     return torch.clamp(adversarial, *ball(images, eps)) if norm == "linf" else adversarial.clamp(0, 1)
 
 
-def _alone(images: Tensor) -> Any:
+def _own_generators(images: Tensor) -> Any:
     """Where the library may seed the global generators."""
     return torch.random.fork_rng(devices=[images.device] if images.is_cuda else [])
 
@@ -131,7 +131,7 @@ def square(
         return images
     options = {"norm": NORMS[norm], "eps": eps, "seed": _seed(generator), "device": images.device}
     adversarial = images.clone()
-    with _alone(images), _counted(clip, text, "square") as logits:
+    with _own_generators(images), _counted(clip, text, "square") as logits:
         attack = SquareAttack(lambda pixels: logits(pixels).nan_to_num(), n_queries=steps, **options)
         leads = attack.margin_and_loss(images, labels)[0] > 0
         if leads.any():

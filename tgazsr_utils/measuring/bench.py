@@ -16,7 +16,7 @@ from tgazsr_utils.measuring.records import AttackCheck, Record, RecordStore
 from tgazsr_utils.measuring.trust import PASSES, check_attack, check_key, sets_to_check
 from tgazsr_utils.progress import progress
 
-AWARE = 10  # passes of a step through a defence, about, where one step on the model alone is one
+AWARE_PASSES = 10  # passes of a step through a defence, about, where one step on the model alone is one
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Bench:
             jobs, costs = [(0, lambda bar: self._check_now(clip))], [PASSES * sum(map(len, self.checked_on))]
         for m in missing:
             jobs += [(len(rows), lambda bar, m=m, rows=rows: self._answer(m, rows, bar)) for rows in m.slices]
-            steps = (m.attack.test_numsteps if m.attack else 0) * (AWARE if m.aware else 1)
+            steps = (m.attack.test_numsteps if m.attack else 0) * (AWARE_PASSES if m.aware else 1)
             costs += [len(rows) * (1 + steps) for rows in m.slices]
         own = processes.own_part(jobs, costs)
         name = f"evaluate {missing[0].method} seed {missing[0].seed}, {missing[-1].label}" if missing else ""
