@@ -103,7 +103,7 @@ def test_a_batchs_size_changes_no_answer(fast, letters, monkeypatch):
     answers = []
     for size in (100, 64, 7):
         monkeypatch.setattr(measure, "batch_that_fits", lambda clip, size=size: size)
-        answers.append(answer(Measurement(fast, letters, ATTACK), range(100))[0].classes)
+        answers.append(answer([Measurement(fast, letters, ATTACK)], range(100))[0][0].classes)
     assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
 
 

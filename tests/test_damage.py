@@ -275,10 +275,10 @@ def test_damaged_unfinished_predictions_are_measured_anew(mini, tmp_path, monkey
     monkeypatch.setattr(evaluation, "batch_that_fits", lambda clip: 4)
     monkeypatch.setattr(evaluation, "SAVE_EVERY", 0.0)
     m, kept = Measurement(mini, load_dataset("letters", "test", n=12), ATTACK), tmp_path / "key_0.safetensors"
-    whole, _ = answer(m, range(12), kept)
+    ((whole, _),) = answer([m], range(12), [kept])
     assert list(tmp_path.iterdir()) == [kept]
     harm(kept, damage)
-    again, _ = answer(m, range(12), kept)
+    ((again, _),) = answer([m], range(12), [kept])
     assert all(torch.equal(a, b) for a, b in zip(again, whole))
     assert f"{kept.name} is damaged" in capsys.readouterr().out
 

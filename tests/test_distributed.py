@@ -12,7 +12,7 @@ from conftest import only_long, train_settings
 
 from tgazsr_utils import open_workbook
 from tgazsr_utils.core.attacks import ATTACKS
-from tgazsr_utils.core.evaluation import predictions
+from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.objectives import Objective, Term
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
@@ -111,16 +111,16 @@ def test_a_large_set_is_measured_in_slices_by_whoever_is_free(mini, tmp_path, mo
         store = RecordStore(tmp_path / str(count))
         m = evaluation.Measurement(mini, data, attack)
         assert m.slices == [range(0, 16), range(16, 32), range(32, 40)]
-        evaluation.answer(m, m.slices[1], store.folder / "unfinished" / f"{m.key}_16.safetensors")
+        evaluation.answer([m], m.slices[1], [store.folder / "unfinished" / f"{m.key}_16.safetensors"])
         asked = []
-        noted = lambda *a, asked=asked: asked.append([len(part) for part in a[3]]) or predictions(*a)
+        noted = lambda *a, asked=asked, batches=ImageSet.batches: asked.append([len(c) for c in a[1]]) or batches(*a)
         with monkeypatch.context() as patch:
-            patch.setattr(evaluation, "predictions", noted)
+            patch.setattr(ImageSet, "batches", noted)
             found = [
                 (r.key, r.hits, r.pixels) for r in Bench(store, count).measure(mini, [data], attack, method="CLIP")
             ]
         assert found == whole and not list((store.folder / "unfinished").iterdir())
-        assert asked == ([[16], [16], [8], [16], [8]] if count == 1 else [])  # of two processes, none is this one
+        assert asked == ([[16], [16], [8]] if count == 1 else [])  # of two processes, none is this one
 
 
 def test_random_weights_are_the_same_in_every_process():

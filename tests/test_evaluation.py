@@ -9,7 +9,7 @@ import torch
 
 from tgazsr_utils.core import evaluation as core_evaluation
 from tgazsr_utils.core.attacks import pgd, run_attack
-from tgazsr_utils.core.evaluation import predict, predictions
+from tgazsr_utils.core.evaluation import predict, predictor
 from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import AttackSettings
@@ -114,9 +114,14 @@ def test_a_rerun_measures_only_what_is_missing(mini, sets, tmp_path, monkeypatch
     store = RecordStore(tmp_path)
     first = Bench(store).measure(mini, sets[:1], ATTACK, method="CLIP")
     asked = []
-    monkeypatch.setattr(bench, "answer", lambda m, *a: asked.append(m.data.key) or answer(m, *a))
+    noted = lambda ms, *a: asked.append([(m.data.key, m.label) for m in ms]) or answer(ms, *a)
+    monkeypatch.setattr(bench, "answer", noted)
     second = Bench(store).measure(mini, sets, ATTACK, method="CLIP")
-    assert asked == ["colours", "colours"] and second[:2] == first and len(list(tmp_path.glob("*.json"))) == 4
+    assert (
+        asked == [[("colours", "none"), ("colours", "pgd-3")]]
+        and second[:2] == first
+        and len(list(tmp_path.glob("*.json"))) == 4
+    )
 
 
 def test_a_damaged_record_is_named(mini, sets, tmp_path):
@@ -271,7 +276,7 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(mini, tmp_path, mon
     monkeypatch.setattr(evaluation, "batch_that_fits", lambda clip: 8)
     monkeypatch.setattr(evaluation, "SAVE_EVERY", 0.0)
     m, kept = Measurement(mini, load_dataset("letters", "test", n=30), ATTACK), tmp_path / "key_0.safetensors"
-    whole, _ = answer(m, range(30))
+    ((whole, _),) = answer([m], range(30))
     assert torch.equal(whole.classes, predict(mini, m.data, ATTACK))
     seen = []
 
@@ -282,19 +287,19 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(mini, tmp_path, mon
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        answer(m, range(30), kept, Stop())
+        answer([m], range(30), [kept], Stop())
     assert list(tmp_path.iterdir()) == [kept]
     attacks = []
     monkeypatch.setattr(core_evaluation, "run_attack", lambda *a: attacks.append(len(a[1])) or run_attack(*a))
-    again, seconds = answer(m, range(30), kept)
+    ((again, seconds),) = answer([m], range(30), [kept])
     assert all(map(torch.equal, again, whole)) and attacks == [8, 6] and seconds > 0
     kept.write_bytes(b"half a file")
-    assert all(map(torch.equal, answer(m, range(30), kept)[0], whole))
+    assert all(map(torch.equal, answer([m], range(30), [kept])[0][0], whole))
 
 
 def test_where_memory_runs_out_the_batch_is_halved_with_the_same_outcome(mini, monkeypatch, capsys):
     m, sizes = Measurement(mini, load_dataset("letters", "test", n=30), ATTACK), []
-    whole, _ = answer(m, range(30))
+    ((whole, _),) = answer([m], range(30))
 
     def small_machine(*arguments):
         sizes.append(len(arguments[1]))
@@ -306,7 +311,7 @@ def test_where_memory_runs_out_the_batch_is_halved_with_the_same_outcome(mini, m
 
     monkeypatch.setattr(core_evaluation, "run_attack", small_machine)
     monkeypatch.setattr(evaluation, "batch_that_fits", lambda clip: 32)
-    halved, _ = answer(m, range(30))
+    ((halved, _),) = answer([m], range(30))
     assert all(map(torch.equal, halved[:3], whole[:3])) and halved.at_once.tolist() == 8 * [8] + 22 * [4]
     assert evaluation.record_of(m, [halved], 1.0).batch == 4
     assert sizes == [30, 16, 8, 8, 4, 4, 4, 4, 4, 2]  # each image attacked once in the end, none lost
@@ -317,40 +322,43 @@ def test_where_memory_runs_out_the_batch_is_halved_with_the_same_outcome(mini, m
 
     monkeypatch.setattr(core_evaluation, "run_attack", broken)
     with pytest.raises(RuntimeError, match="something else"):
-        answer(m, range(30))
+        answer([m], range(30))
 
 
-def test_the_batch_that_fits_is_a_power_of_two_that_follows_the_free_memory(mini, monkeypatch):
-    memory = lambda free: monkeypatch.setattr(
-        evaluation.psutil, "virtual_memory", lambda: SimpleNamespace(available=free)
-    )
-    found = []
-    for free in (1, 2**26, 2**28, 2**40):
-        memory(free)
-        found.append(evaluation.batch_that_fits(mini))
+def test_the_batch_that_fits_is_a_power_of_two_of_all_memory(mini, monkeypatch):
+    """So it is the same each time, but where others have filled a CPU's."""
+
+    def fits(total, free=2**40, group=2**40):
+        memory = SimpleNamespace(total=total, available=free)
+        monkeypatch.setattr(evaluation.psutil, "virtual_memory", lambda: memory)
+        monkeypatch.setattr(evaluation, "allowed_memory", lambda total: min(total, group))
+        return evaluation.batch_that_fits(mini)
+
+    found = [fits(total) for total in (1, 2**26, 2**28, 2**40)]
     assert found[0] == 1 and found == sorted(found) and found[-1] == 128 and 1 < found[1] < found[2] < 128
     assert all(n & (n - 1) == 0 for n in found)
+    assert fits(2**28, free=2**27) == fits(2**28, group=2**28) == found[2] > fits(2**28, free=2**26) >= 1
+    assert fits(2**40, group=2**28) == found[2]
 
 
 class CountedMemory:
     """In place of ``torch.cuda``: each image of an attack takes 32 MiB at its peak, weights and the rest 2 GiB."""
 
-    def __init__(self, free):
-        self.free, self.peak = free, 0
+    def __init__(self, total):
+        self.total, self.peak = total, 0
 
     def attack(self, clip, images, *_):
         self.peak = 2**31 + len(images) * 2**25
 
     reset_peak_memory_stats = lambda self, device: None
     max_memory_allocated = lambda self, device: self.peak
-    memory_reserved, memory_allocated = (lambda self, device: 3 * 2**30), (lambda self, device: 2**30)
-    mem_get_info = lambda self, device: (self.free, 80 * 2**30)
+    get_device_properties = lambda self, device: SimpleNamespace(total_memory=self.total)
 
 
-@pytest.mark.parametrize("free, fits", [(78 * 2**30, 1024), (6 * 2**30, 128), (0, 32), (-(2**31), 1)])
-def test_on_cuda_the_batch_goes_by_the_peaks_of_small_ones(monkeypatch, free, fits):
-    """Of what is free, 2 GiB that PyTorch holds idle among it, four fifths; whatever the weights take."""
-    memory = CountedMemory(free)
+@pytest.mark.parametrize("total, fits", [(80 * 2**30, 1024), (24 * 2**30, 512), (8 * 2**30, 128), (2**25, 1)])
+def test_on_cuda_the_batch_goes_by_the_peaks_of_small_ones(monkeypatch, total, fits):
+    """Seven tenths of the device's memory, whatever else is there; where that is too much, it is halved."""
+    memory = CountedMemory(total)
     clip = SimpleNamespace(device=SimpleNamespace(type="cuda"), image_size=(8, 8), encode_text=lambda prompts: None)
     zeros = lambda *size, device, **options: torch.zeros(*size, **options)
     monkeypatch.setattr(evaluation, "torch", SimpleNamespace(cuda=memory, zeros=zeros, int64=torch.int64))
@@ -358,13 +366,44 @@ def test_on_cuda_the_batch_goes_by_the_peaks_of_small_ones(monkeypatch, free, fi
     assert evaluation.batch_that_fits(clip) == fits
 
 
+def test_an_image_is_read_once_for_clean_and_attacked(mini, tmp_path, monkeypatch):
+    """Also where a stop has left one of them further than the other; the outcome is that of each by itself."""
+    monkeypatch.setattr(evaluation, "batch_that_fits", lambda clip: 4)
+    letters, read = load_dataset("letters", "test", n=10), []
+
+    class Counted:
+        def read(self, chunks, device):
+            for rows in chunks:
+                read.append(rows.tolist())
+                yield rows, letters.images[rows]
+
+    data = replace(letters, images=Counted())
+    ms, rows = [Measurement(mini, data, attack) for attack in (None, ATTACK)], range(10)
+    monkeypatch.setattr(Measurement, "key", property(lambda m: m.label))  # a reader has no identity here
+    alone = [answer([m], rows)[0][0] for m in ms]
+    read.clear()
+    together = answer(ms, rows)
+    assert read == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    for one, (other, seconds) in zip(alone, together):
+        assert all(map(torch.equal, one, other)) and seconds > 0
+    kept = [tmp_path / "none.safetensors", tmp_path / "pgd.safetensors"]
+    part = evaluation._Part(ms[0], rows, kept[0])
+    for tensor, whole in zip(part.answers, alone[0]):
+        tensor[:6] = whole[:6]
+    part.keep()
+    predicted = []
+    monkeypatch.setattr(core_evaluation, "run_attack", lambda *a: predicted.append(len(a[1])) or run_attack(*a))
+    again = [found for found, _ in answer(ms, rows, kept)]
+    assert all(torch.equal(a, b) for one, other in zip(alone, again) for a, b in zip(one, other))
+    assert predicted == [4, 4, 2] and all(path.exists() for path in kept)
+
+
 def test_an_image_is_attacked_alike_in_every_batch(mini, monkeypatch):
     data, images = load_dataset("letters", "test", n=12), []
     for chunks in (5, torch.arange(12).flip(0).split(4)):
         found = torch.empty_like(data.images, dtype=torch.float)
-        for batch, attacked, *_ in predictions(
-            mini, data, ATTACK.model_copy(update={"test_numsteps": 1, "test_stepsize": 0.0}), chunks
-        ):
+        start = ATTACK.model_copy(update={"test_numsteps": 1, "test_stepsize": 0.0})
+        for batch, attacked, *_ in map(predictor(mini, data, start), data.batches(chunks)):
             found[batch.rows] = attacked
         images.append(found)
     assert torch.equal(*images)  # steps of length zero: this is the random start

@@ -58,6 +58,18 @@ def test_processors_are_those_of_the_affinity_within_the_quota(monkeypatch, affi
     assert machine.allowed_cpus() == allowed
 
 
+@pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
+@pytest.mark.parametrize(
+    ("text", "allowed"), [("1000000\n", 10**6), ("9223372036854771712\n", 10**9), ("max\n", 10**9), (None, 10**9)]
+)
+def test_memory_is_that_of_the_control_group(tmp_path, name, text, allowed):
+    """So that a container is not stopped for a batch that its machine could hold."""
+    if text is not None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert machine.allowed_memory(10**9, tmp_path) == allowed
+
+
 def test_without_an_affinity_all_processors_count(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(machine, "_quota", lambda root: None)

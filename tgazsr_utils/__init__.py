@@ -15,7 +15,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 _PUBLIC = {
     "core.attacks": "cw pgd",
-    "core.evaluation": "predict predictions",
+    "core.evaluation": "predict predictor",
     "core.defences": "defence find_defence",
     "core.attention": "attention_distance complementary_attention grad_cam text_guided_attention",
     "core.images": "ImageSet",

@@ -32,6 +32,14 @@ def _quota(root: Path) -> float | None:
     return int(limit) / int(period) if limit.strip().isdecimal() and int(period) else None
 
 
+def allowed_memory(total: int, root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may use of a machine's ``total``: its control group's limit, if that is lower."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of either version
+        with contextlib.suppress(OSError, ValueError):
+            return min(total, int((root / name).read_text(encoding="utf-8")))
+    return total
+
+
 # Threads that wait soon sleep: beside another job, or a browser, spinning made everything up to ten times slower. They
 # do not sleep at once, which costs some percent on an idle machine.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}

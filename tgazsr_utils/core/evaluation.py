@@ -1,6 +1,6 @@
 """Zero-shot predictions on clean images and on those an attack makes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,20 +24,18 @@ class Predicted(NamedTuple):
     backwards: float = 0.0
 
 
-@torch.no_grad()
-def predictions(
+def predictor(
     clip: Clip,
     data: ImageSet,
     attack: AttackSettings | None,
-    chunks: int | Sequence[Tensor],
     protocol: Protocol = "last",
     seed: int = 0,
     source: Clip | None = None,
     defence: Defence | None = None,
     aware: bool = True,
-) -> Iterator[Predicted]:
-    """Zero-shot classes of each batch of ``data`` (see ``ImageSet.batches``), under ``attack`` against ``clip`` if
-    there is one; or against another model, ``source``, whose images ``clip`` then reads (transfer).
+) -> Callable[[Batch], Predicted]:
+    """What tells the zero-shot classes of a batch of ``data`` on ``clip``'s device, under ``attack`` against ``clip``
+    if there is one; or against another model, ``source``, whose images ``clip`` then reads (transfer).
 
     An image's random start depends on the set, ``seed`` and its row alone, not on its batch (but see
     ``Attack.batch``). Classes are read in full precision whatever the attack computes in; so is, under "worst", which
@@ -46,22 +44,24 @@ def predictions(
     reader, text = clip.without_autocast(), clip.encode_text(data.prompts)
     attacker, its_text = (clip, text) if source is None else (source, source.encode_text(data.prompts))
     attacker = attacker if protocol_of(attack, protocol) == "last" else attacker.without_autocast()
-    for batch in data.batches(chunks, clip.device):
-        attacked, rows = batch.images, batch.rows.to(clip.device, non_blocking=True)
+
+    @torch.no_grad()
+    def predicted(batch: Batch) -> Predicted:
+        attacked, rows, known = batch.images, batch.rows.to(clip.device, non_blocking=True), None
         if attack is not None:
-            known = None
             if defence is not None and aware:
                 draws = Noise.named(rows, "defence as an attack draws it", data.key, seed)
                 known = Guard(defence, attacker.without_autocast(), its_text, draws, max(1, defence.draws))
             noise = Noise.named(rows, "evaluation", data.key, seed)
             attacked = run_attack(attacker, batch.images, batch.labels, its_text, attack, protocol, noise, known)
         if defence is None:
-            yield Predicted(batch, attacked, classes_of(reader.logits(attacked, text)))
-        else:
-            counted = Counted.of(reader)
-            guard = Guard(defence, counted, text, Noise.named(rows, "defence", data.key, seed))
-            classes = classes_of(guard.logits(attacked, text))
-            yield Predicted(batch, attacked, classes, counted.forwards / len(rows), counted.backwards / len(rows))
+            return Predicted(batch, attacked, classes_of(reader.logits(attacked, text)))
+        counted = Counted.of(reader)
+        draws = Noise.named(rows, "defence", data.key, seed)
+        classes = classes_of(Guard(defence, counted, text, draws).logits(attacked, text))
+        return Predicted(batch, attacked, classes, counted.forwards / len(rows), counted.backwards / len(rows))
+
+    return predicted
 
 
 def predict(
@@ -74,7 +74,7 @@ def predict(
 ) -> Tensor:
     """Classes ``[N]`` of all images of a set, ``batch`` at once; NO_ANSWER where one cannot be read."""
     classes = torch.full((len(data),), NO_ANSWER)
-    for part in predictions(clip, data, attack, batch, protocol, seed):
+    for part in map(predictor(clip, data, attack, protocol, seed), data.batches(batch, clip.device)):
         classes[part.batch.rows] = part.classes.cpu()
     return classes
 

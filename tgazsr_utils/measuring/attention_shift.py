@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tgazsr_utils.core.attention import Variant, attention_distance, text_guided_attention
-from tgazsr_utils.core.evaluation import predictions
+from tgazsr_utils.core.evaluation import predictor
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.settings import AttackSettings
@@ -48,9 +48,9 @@ def attention_under_attack(
 
     ``flipped``: right when clean, wrong when attacked.
     """
-    text = clip.encode_text(data.prompts)
-    parts = []
-    for batch, attacked, *_ in predictions(clip, data, attack, batch_that_fits(clip), seed=seed):
+    text, parts = clip.encode_text(data.prompts), []
+    batches = data.batches(batch_that_fits(clip), clip.device)
+    for batch, attacked, *_ in map(predictor(clip, data, attack, seed=seed), batches):
         tokens = clip.encode_image(batch.images), clip.encode_image(attacked)
         maps = [text_guided_attention(t, text[batch.labels], variant, grid=clip.grid) for t in tokens]
         answers = [tensor for t in tokens for tensor in clip.similarity(t.pooled, text).float().softmax(1).max(1)]

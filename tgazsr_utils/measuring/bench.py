@@ -108,10 +108,11 @@ class Bench:
         costs: list[float] = []  # in passes of an image
         if unchecked:
             jobs, costs = [(0, lambda bar: self._check_now(clip))], [PASSES * sum(map(len, self.checked_on))]
-        for m in missing:
-            jobs += [(len(rows), lambda bar, m=m, rows=rows: self._answer(m, rows, bar)) for rows in m.slices]
-            steps = (m.attack.test_numsteps if m.attack else 0) * (AWARE_PASSES if m.aware else 1)
-            costs += [len(rows) * (1 + steps) for rows in m.slices]
+        for ms in _read_together(missing):
+            steps = sum(1 + (m.attack.test_numsteps if m.attack else 0) * (AWARE_PASSES if m.aware else 1) for m in ms)
+            for rows in ms[0].slices:
+                jobs.append((len(rows) * len(ms), lambda bar, ms=ms, rows=rows: self._answer(ms, rows, bar)))
+                costs.append(len(rows) * steps)
         own = processes.own_part(jobs, costs)
         name = f"evaluate {missing[0].method} seed {missing[0].seed}, {missing[-1].label}" if missing else ""
         shown = {"unit": "image", "disable": not missing or not processes.is_main()}
@@ -120,19 +121,28 @@ class Bench:
                 job(bar)
         processes.wait()
 
-    def _answer(self, m: Measurement, rows: range, bar: Any) -> None:
+    def _answer(self, ms: Sequence[Measurement], rows: range, bar: Any) -> None:
         """One slice; who does the last one of a measurement writes its record."""
-        bar.set_postfix(set=m.data.key, refresh=False)
-        answer(m, rows, self._path(m, rows), bar)
-        parts = [_whole(self._path(m, other)) for other in m.slices]
-        if all(parts):
-            answers, seconds = zip(*parts)
-            self.store.add(record_of(m, answers, sum(seconds)))
-            for other in m.slices:
-                self._path(m, other).unlink(missing_ok=True)
+        bar.set_postfix(set=ms[0].data.key, refresh=False)
+        answer(ms, rows, [self._path(m, rows) for m in ms], bar)
+        for m in ms:
+            parts = [_whole(self._path(m, other)) for other in m.slices]
+            if all(parts):
+                answers, seconds = zip(*parts)
+                self.store.add(record_of(m, answers, sum(seconds)))
+                for other in m.slices:
+                    self._path(m, other).unlink(missing_ok=True)
 
     def _path(self, m: Measurement, rows: range) -> Path:
         return self.store.folder / "unfinished" / f"{m.key}_{rows.start}.safetensors"
+
+
+def _read_together(wanted: Sequence[Measurement]) -> list[list[Measurement]]:
+    """What one pass over a set's images answers; apart from aware attacks, which take as long as all of the others."""
+    groups: dict[tuple[int, bool], list[Measurement]] = {}
+    for m in wanted:
+        groups.setdefault((id(m.data), m.aware), []).append(m)
+    return list(groups.values())
 
 
 def _whole(path: Path) -> tuple[Answers, float] | None:

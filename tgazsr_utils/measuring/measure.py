@@ -3,7 +3,7 @@
 import inspect
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -17,19 +17,21 @@ from torch import Tensor
 
 from tgazsr_utils.core.attacks import ATTACKS, check_guarded, pgd
 from tgazsr_utils.core.defences import Defence, find_defence
-from tgazsr_utils.core.evaluation import NO_ANSWER, predictions, protocol_of
-from tgazsr_utils.core.images import ImageSet
+from tgazsr_utils.core.evaluation import NO_ANSWER, Predicted, predictor, protocol_of
+from tgazsr_utils.core.images import Batch, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.seeds import digest, seeded
 from tgazsr_utils.core.settings import AttackSettings, Protocol
 from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
 from tgazsr_utils.durable.fingerprints import code_version, fingerprint
 from tgazsr_utils.durable.plugins import source_of
+from tgazsr_utils.machine import allowed_memory
 from tgazsr_utils.measuring import autoattack  # noqa: F401  (adds itself to ATTACKS)
 from tgazsr_utils.measuring.records import Record
 
 LARGEST_BATCH = {"cuda": 1024, "cpu": 128}  # images attacked at once
-FREE_PART = {"cuda": 0.8, "cpu": 0.3}  # of the memory that is free, for their activations
+PART = {"cuda": 0.7, "cpu": 0.25}  # of all memory, for their activations
+FREE_PART = 0.5  # of what is free on a CPU, where nothing tells when it runs out
 # Numbers that the image encoder keeps for each token, channel and block, when its input is differentiated, on a CPU.
 ACTIVATIONS = 32
 SLICE = 4096  # images of one job; a multiple of any ``Attack.batch``
@@ -94,6 +96,11 @@ class Measurement:
     def fixed_batch(self) -> int | None:
         return None if self.attack is None else ATTACKS[self.attack.attack].batch
 
+    def predictor(self) -> Callable[[Batch], Predicted]:
+        return predictor(
+            self.clip, self.data, self.attack, self.read_at, self.seed, self.source, self.defence, self.aware
+        )
+
 
 class Answers(NamedTuple):
     """Of some rows of a set, one entry an image."""
@@ -113,37 +120,27 @@ class Answers(NamedTuple):
         return cls(zeros + NO_ANSWER, states, zeros.clone(), zeros.clone(), *passes)
 
 
-def answer(m: Measurement, rows: range, kept: Path | None = None, bar: Any = None) -> tuple[Answers, float]:
-    """What ``m`` says of these rows, and the seconds it took.
+def answer(
+    ms: Sequence[Measurement], rows: range, kept: Sequence[Path] = (), bar: Any = None
+) -> list[tuple[Answers, float]]:
+    """What each of ``ms`` says of these rows, and the seconds it took; all are of one model and one set.
 
-    ``kept`` names a file that holds what is done every few seconds; if it is there, this goes on from it, with the
-    same outcome. Where memory runs out the batch is halved.
+    An image is read once for all of them. ``kept`` names a file for each that holds what is done every few seconds; if
+    it is there, this goes on from it, with the same outcome. Where memory runs out the batch is halved.
     """
-    answers, seconds = _kept(kept, len(rows))
-    started = saved = time.monotonic()
-    size = m.fixed_batch or batch_that_fits(m.clip)
+    parts = [_Part(m, rows, path) for m, path in zip(ms, kept or [None] * len(ms))]
+    fixed = max(m.fixed_batch or 0 for m in ms)
+    size = fixed or batch_that_fits(ms[0].clip)
     if bar is not None:
-        bar.update(int((answers.states != NOT_YET).sum()))
-    while (answers.states == NOT_YET).any():
+        bar.update(sum(int((~part.left).sum()) for part in parts))
+    while any(part.left.any() for part in parts):
         try:
-            left = _left(answers, rows, size, m.fixed_batch)
-            for batch, _, classes, *passes in predictions(
-                m.clip, m.data, m.attack, left, m.read_at, m.seed, m.source, m.defence, m.aware
-            ):
-                places = batch.rows - rows.start
-                for tensor, values in zip(answers, (classes.cpu(), READ, pixel_sums(batch.images), size, *passes)):
-                    tensor[places] = values
-                if bar is not None:
-                    bar.update(len(places))
-                if kept is not None and time.monotonic() - saved > SAVE_EVERY:
-                    saved = time.monotonic()
-                    _keep(kept, answers, seconds + saved - started)
-            answers.states[answers.states == NOT_YET] = UNREADABLE
+            _answer_all(parts, rows, size, bool(fixed), bar)
         except RuntimeError as error:
             from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # slow to import
 
             memory = should_reduce_batch_size(error) or "CUDA error: out of memory" in str(error)
-            if m.fixed_batch or size == 1 or not memory:
+            if fixed or size == 1 or not memory:
                 raise
             size //= 2
             reduced = True
@@ -152,22 +149,57 @@ def answer(m: Measurement, rows: range, kept: Path | None = None, bar: Any = Non
         if reduced:  # outside of the handler, which holds on to what filled the memory
             clear_device_cache()
             print(f"memory ran out; going on with {size} images at once", flush=True)
-    seconds += time.monotonic() - started
-    if kept is not None:
-        _keep(kept, answers, seconds)
-    return answers, seconds
+    for part in parts:
+        part.keep()
+    return [(part.answers, part.seconds) for part in parts]
 
 
-def _left(answers: Answers, rows: range, size: int, fixed: int | None) -> list[Tensor]:
+class _Part:
+    """What one measurement says of some rows of its set, so far."""
+
+    def __init__(self, m: Measurement, rows: range, path: Path | None):
+        self.m, self.rows, self.path = m, rows, path
+        self.answers, self.seconds = _kept(path, len(rows))
+
+    @property
+    def left(self) -> Tensor:
+        """Which of the rows it has not answered yet."""
+        return self.answers.states == NOT_YET
+
+    def keep(self) -> None:
+        if self.path is not None:
+            save_tensors(self.path, self.answers._asdict(), run=self.path.stem, seconds=self.seconds)
+
+
+def _answer_all(parts: Sequence[_Part], rows: range, size: int, fixed: bool, bar: Any) -> None:
+    """Answers what is left, an image read once for all ``parts``; those that cannot be read are marked so."""
+    data, device = parts[0].m.data, parts[0].m.clip.device
+    left = torch.stack([part.left for part in parts]).any(0)
+    started = saved = time.monotonic()
+    ask = [part.m.predictor() for part in parts]
+    for batch in data.batches(_chunks(left, rows, size, fixed), device):
+        places, sums = batch.rows - rows.start, pixel_sums(batch.images)
+        for part, predicted in zip(parts, ask):
+            if new := int(part.left[places].sum()):
+                _, _, classes, *passes = predicted(batch)
+                for tensor, values in zip(part.answers, (classes.cpu(), READ, sums, size, *passes)):
+                    tensor[places] = values
+                part.seconds, started = part.seconds + time.monotonic() - started, time.monotonic()
+                if bar is not None:
+                    bar.update(new)
+        if time.monotonic() - saved > SAVE_EVERY:
+            saved = time.monotonic()
+            for part in parts:
+                part.keep()
+    for part in parts:
+        part.answers.states[part.left] = UNREADABLE
+
+
+def _chunks(left: Tensor, rows: range, size: int, fixed: bool) -> list[Tensor]:
     """Batches of what is still to do, as rows of the set; with a fixed batch always of the same ones."""
-    left = answers.states == NOT_YET
     if not fixed:
         return list((left.nonzero().flatten() + rows.start).split(size))
     return [part + rows.start for part in torch.arange(len(rows)).split(size) if left[part].any()]
-
-
-def _keep(path: Path, answers: Answers, seconds: float) -> None:
-    save_tensors(path, answers._asdict(), run=path.stem, seconds=seconds)
 
 
 def _kept(path: Path | None, n: int) -> tuple[Answers, float]:
@@ -247,21 +279,21 @@ def evaluate(
     """
     known = {} if defence is None else {"defence": find_defence(defence), "aware": aware and attack is not None}
     m = Measurement(clip, data, attack, protocol, method, seed, source, **known)
-    answers, seconds = zip(*(answer(m, rows) for rows in m.slices))
+    answers, seconds = zip(*(answer([m], rows)[0] for rows in m.slices))
     return record_of(m, answers, sum(seconds))
 
 
 def batch_that_fits(clip: Clip) -> int:
-    """How many images to attack at once: a power of two whose activations fit into FREE_PART of the free memory."""
-    device = clip.device
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    if kind == "cuda":
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + idle
+    """How many images to attack at once: a power of two whose activations fit into PART of the device's memory.
+
+    So it is the same each time on one machine, but for a CPU whose memory others have filled.
+    """
+    if clip.device.type == "cuda":
+        kind, room = "cuda", PART["cuda"] * torch.cuda.get_device_properties(clip.device).total_memory
     else:
-        free = psutil.virtual_memory().available
-    most = free * FREE_PART[kind] / _bytes_an_image(clip)
-    return 2 ** int(math.log2(max(1, min(LARGEST_BATCH[kind], most))))
+        memory, kind = psutil.virtual_memory(), "cpu"
+        room = min(PART["cpu"] * allowed_memory(memory.total), FREE_PART * memory.available)
+    return 2 ** int(math.log2(max(1, min(LARGEST_BATCH[kind], room / _bytes_an_image(clip)))))
 
 
 def _bytes_an_image(clip: Clip) -> float:

@@ -101,7 +101,7 @@ class Tried:
 
 def _answered(m: measure.Measurement, bar: _Bar) -> Record:
     parts = [range(start, min(start + AT_ONCE, len(m.data))) for start in range(0, len(m.data), AT_ONCE)]
-    answers, seconds = zip(*(measure.answer(m, rows, bar=bar) for rows in parts))
+    answers, seconds = zip(*(measure.answer([m], rows, bar=bar)[0] for rows in parts))
     return measure.record_of(m, answers, sum(seconds))
 
 
