@@ -97,9 +97,10 @@ def no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
-    devices.compiles.cache_clear()
+    cached = devices.compiles, devices.compiler_error
+    [function.cache_clear() for function in cached]
     yield
-    devices.compiles.cache_clear()
+    [function.cache_clear() for function in cached]
     torch._dynamo.reset()
 
 
@@ -107,6 +108,11 @@ def test_without_a_compiler_nothing_is_compiled_and_it_is_told_once(no_compiler,
     assert not devices.compiles("cpu") and not devices.compiles("cpu")
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and told.startswith("going on without torch.compile, which does not work here: ")
+    with pytest.raises(
+        ValueError, match=r"^compiled = True: torch.compile does not work here: .*compiler.* \(None: "
+    ) as e:
+        load_clip("mini-clip", "mini", "cpu", compiled=True)
+    assert "\n" not in str(e.value)
 
 
 def test_a_kernel_that_does_not_run_leaves_attention_to_pytorch(monkeypatch, mini):

@@ -1,5 +1,6 @@
 """Several processes on the CPU: the outcome is that of one."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import only_long, train_settings
 
-from tgazsr_utils import open_workbook
+from tgazsr_utils import open_workbook, together
 from tgazsr_utils.core.attacks import ATTACKS
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.objectives import Objective, Term
@@ -218,6 +219,44 @@ def test_torchrun_fills_the_folder_that_a_notebook_then_only_reads(tmp_path, mon
     assert (out / "notebooks" / "04_evaluate_16_datasets.ipynb").exists()
     assert (out / "tables" / "leaderboard.csv").read_bytes() == leaderboard
     assert stored() == made
+
+
+@pytest.mark.long
+def test_the_processes_of_a_run_are_started_once_for_all_its_notebooks(tmp_path, capfd):
+    """What they leave is what one process does, and the notebooks then only read it."""
+
+    def outcome(count):
+        folder, store = tmp_path / str(count) / "run", tmp_path / str(count) / "store"
+        of_run = {"testdata": "[shapes, letters]", "methods": "[TeCoA, TGA-ZSR]"}
+        words = [word for item in of_run.items() for word in ("-p", *item)]
+        assert main(["smoke", "02", "04", *words, "-p", "output", str(folder), "-p", "processes", str(count)]) == 0
+        books = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["notebooks"]
+        assert [book["parameters"]["processes"] for book in books.values()] == [count, count]
+        names = {path.relative_to(store).as_posix() for path in store.rglob("*.*")}
+        return names, (folder / "tables" / "leaderboard.csv").read_bytes(), capfd.readouterr().out
+
+    (alone, table, _), (shared, same, shown) = outcome(1), outcome(2)
+    assert alone == shared and table == same
+    assert shown.count("=== 02_train_tga_zsr, in 2 processes") == 1
+    assert shown.count("=== 04_evaluate_16_datasets, in 2 processes") == 1
+    before, after = shown.split("=== [1/2 · 02_train_tga_zsr")
+    assert "evaluate TGA-ZSR" in before and "evaluate TGA" not in after and "IPython" not in before
+
+
+def test_where_a_runs_processes_fail_its_notebooks_start_their_own(monkeypatch, capsys):
+    def failing(number, function, *arguments):
+        raise RuntimeError(f"one of {number} processes failed:\n no room")
+
+    monkeypatch.setattr(processes, "launch_anew", failing)
+    assert together.ahead({"02_train_tga_zsr": {"processes": 3}, "04_evaluate_16_datasets": {"processes": 2}}) == {}
+    assert capsys.readouterr().err == "one of 3 processes failed: no room; the notebooks go on from there\n"
+
+
+def test_what_torchruns_processes_cannot_do(monkeypatch):
+    together.check({"02_train_tga_zsr": {"device": "cuda", "processes": "auto"}}, fresh=False)  # as full has it
+    for name, values in (("02_train_tga_zsr", {"device": "cpu"}), ("00_pretrain_mini_clip", {})):
+        with pytest.raises(SettingsError, match="under torchrun each process takes its own device"):
+            together.check({name: values}, fresh=False)
 
 
 def test_the_processes_of_a_notebook_are_started_once(tmp_path, monkeypatch):

@@ -2,12 +2,11 @@
 
 Executes a profile's notebooks with papermill, in order, with their progress live; skips what is done and unchanged;
 leaves executed copies, HTML, figures, tables and a manifest in the run's folder, models and records in the store. Under
-torchrun the processes share the work of these notebooks instead (see ``take_part``).
+torchrun the processes share the work of these notebooks instead (see ``together``).
 """
 
 import argparse
 import contextlib
-import io
 import logging
 import os
 import shlex
@@ -20,20 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import papermill
-import torch
 import yaml
 from filelock import FileLock, Timeout
-from IPython.core.interactiveshell import InteractiveShell
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from tgazsr_utils import profiles
+from tgazsr_utils import profiles, together
 from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.datasets.__main__ import fetch_missing
 from tgazsr_utils.display import pages
 from tgazsr_utils.display.report import answer_path
-from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.files import write_atomic, write_json
 from tgazsr_utils.durable.fingerprints import code_version
 from tgazsr_utils.durable.runs import Run
@@ -74,6 +70,7 @@ class Batch:
             self._check_sets()
         profiles.check_effect(given, {name: self.parameters[name] for name in chosen})
         self.manifest_path = folder / "manifest.json"
+        self.ahead: dict[str, float] = {}  # seconds of notebooks whose work several processes have done already
 
     def _parameters(self, notebook: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Of one that does not run, the profile's as they stand, if it could not run with what is given."""
@@ -128,9 +125,12 @@ class Batch:
         minutes = show_plan([(n, why) for n, _, why in self.plan(manifest)], self.parameters, earlier, usual, "runs")
         self.show_store()
         started, total = time.time(), len(minutes)
+        shared = {name: self.parameters[name] for name in minutes if together.asked(self.parameters[name]) > 1}
         for name, inputs, why in self.plan(manifest):
             if why is None:
                 continue
+            if name in shared:
+                self.ahead, shared = together.ahead(shared), {}
             left = [*minutes.values()]
             heading = f"{total - len(left) + 1}/{total} · {name} · {_so_far(started, left)}"
             minutes.pop(name, None)
@@ -177,7 +177,8 @@ class Batch:
         failure = None
         try:
             own = default_parameters(name)
-            changed = {k: v for k, v in entry["parameters"].items() if k not in own or own[k] != v}
+            values = entry["parameters"] | ({"processes": 1} if name in self.ahead else {})
+            changed = {k: v for k, v in values.items() if k not in own or own[k] != v}
             execute(name, changed, self.folder, self.chosen)
         except PapermillExecutionError as error:
             failure = f"stopped in cell {error.exec_count}: {error.ename}: {error.evalue}"
@@ -185,7 +186,8 @@ class Batch:
             failure = "was interrupted; the same command goes on from here"
         except Exception as error:  # a kernel that died or did not start
             failure = f"stopped: {type(error).__name__}: {' '.join(str(error).split())}"
-        entry |= {"status": "failed" if failure else "finished", "seconds": round(time.time() - started, 1)}
+        seconds = time.time() - started + self.ahead.get(name, 0)
+        entry |= {"status": "failed" if failure else "finished", "seconds": round(seconds, 1)}
         if failure:  # said first: the disk may be full
             copy = self.folder / "notebooks" / f"{name}.ipynb"
             print(f"\n{name} {failure}\nexecuted copy: {copy}", file=sys.stderr)
@@ -240,18 +242,17 @@ def export_parameters(profile_name: str, numbers: Sequence[str], given: Mapping[
 def run(profile_name: str, numbers: Sequence[str], given: Mapping[str, Any], fresh: bool) -> int:
     """Runs a profile; 0, or 1 after a notebook failed. Raises SettingsError before anything starts."""
     batch = batch_of(profile_name, numbers, given)
-    folder, chosen, together = batch.folder, batch.chosen, started_together()
-    values = batch.parameters.values()
-    own = any(p.get("device", "auto") != "auto" or p.get("processes", 1) not in (1, "auto") for p in values)
-    if together and (own or fresh or "00_pretrain_mini_clip" in chosen):
-        raise SettingsError(
-            "under torchrun each process takes its own device: no device, no processes, no --fresh, not notebook 00"
-        )
+    folder, parts = batch.folder, {name: batch.parameters[name] for name in batch.chosen}
+    if started := together.are_started():
+        together.check(parts, fresh)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    first = not together or os.environ["RANK"] == "0"  # of the processes of torchrun
+    first = not started or together.is_first()
     try:
         with FileLock(folder.parent / f".{folder.name}.lock", timeout=0) if first else contextlib.nullcontext():
-            return take_part(batch, first) if together else batch.run(fresh)
+            if not started:
+                return batch.run(fresh)
+            together.take_part(parts)
+            return 0
     except Timeout:
         raise SettingsError(
             f"another run writes to {shown(folder)} now; wait for it, or give this one a folder with -p output"
@@ -270,19 +271,6 @@ def with_weights(profile: Profile, chosen: Sequence[str], given: Mapping[str, An
             print(f"{PLUMBING.upper()}: other weights stand in, as {error}", flush=True)
             return profile.model_copy(update={"by_notebook": dict.fromkeys(chosen, profile.without_weights)})
     return profile
-
-
-def started_together() -> bool:
-    """Is this one of several processes that torchrun has started? SettingsError for what another launcher has left."""
-    if torch.distributed.is_torchelastic_launched():
-        return int(os.environ["WORLD_SIZE"]) > 1
-    for name, alone in (("WORLD_SIZE", "1"), ("RANK", "0")):
-        if (value := os.environ.get(name) or alone) != alone:
-            raise SettingsError(
-                f"{name} = {value!r} is set as for several processes, but torchrun has not started this one; unset "
-                f"{name}, or start with torchrun"
-            )
-    return False
 
 
 def folder_of(profile_name: str, profile: Profile, chosen: Sequence[str], given: Mapping[str, Any]) -> Path:
@@ -354,23 +342,6 @@ def execute(notebook: str, parameters: Mapping[str, Any], folder: Path, books: S
         pages.export(executed, html, links)
     except Exception as error:  # the notebook itself is finished
         print(f"no HTML copy of {notebook} could be made: {' '.join(str(error).split())}", file=sys.stderr)
-
-
-def take_part(batch: Batch, first: bool) -> int:
-    """Runs notebooks' cells as one of the processes that torchrun started, which train and measure together.
-
-    Tables and figures are written, executed copies are not; ``./run_all.sh`` makes these from what is stored then.
-    """
-    with processes.joined(), contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
-        for notebook in batch.chosen:
-            print(f"\n=== {notebook}, in {processes.count()} processes", flush=True)
-            shell = InteractiveShell()
-            for cell in profiles.code_cells(notebook):
-                shell.run_cell(cell.source).raise_error()
-                if "parameters" in cell.tags:
-                    given = "\n".join(f"{name} = {value!r}" for name, value in batch.parameters[notebook].items())
-                    shell.run_cell(given).raise_error()
-    return 0
 
 
 def _so_far(started: float, minutes: Sequence[float | None]) -> str:

@@ -53,14 +53,21 @@ def set_up_compiler() -> None:
 
 
 @functools.cache
-def compiles(device: str) -> bool:
-    """Can code be generated for this type of device here? Tried once on a small function: it needs a C compiler."""
+def compiler_error(device: str) -> str | None:
+    """Why no code can be generated for this type of device; None: it can. Tried once: it needs a C compiler."""
     try:
         torch.compile(lambda x: (2 * x).sin().sum())(torch.ones(8, device=device))
-        return True
+        return None
     except Exception as error:  # Inductor lets through whatever its compilers raise
-        print(f"going on without torch.compile, which does not work here: {_first_line(error)}", file=sys.stderr)
-        return False
+        return _first_line(error)
+
+
+@functools.cache
+def compiles(device: str) -> bool:
+    """Can code be generated for this type of device here? If not, it is told that all goes on without."""
+    if error := compiler_error(device):
+        print(f"going on without torch.compile, which does not work here: {error}", file=sys.stderr)
+    return error is None
 
 
 def _build(device: str) -> str:

@@ -207,17 +207,40 @@ def launch(number: int, function: Callable[..., Any], clip: Clip, *arguments: An
             "restart the kernel and load models with load_clip(..., waiting=True), which leaves them on the CPU"
         )
     from accelerate import notebook_launcher  # slow to import, and rarely needed
+
+    work = (sys.stdout, function, clip, *arguments)
+    with _failures(number), contextlib.redirect_stdout(io.StringIO()):  # it speaks of CUDA on any device
+        notebook_launcher(_work, work, num_processes=number, use_port=_free_port())
+
+
+def launch_anew(number: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls ``function(*arguments)``, which can be imported, in ``number`` fresh processes, as torchrun starts them.
+
+    Gives what the first of them does. CUDA may be in use here. Errors are those of ``launch``.
+    """
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # slow to import, and rarely needed
+
+    where = {"rdzv_backend": "static", "rdzv_endpoint": f"127.0.0.1:{_free_port()}", "rdzv_configs": {"rank": 0}}
+    config = LaunchConfig(1, 1, number, run_id="run", max_restarts=0, start_method="spawn", **where)
+    with _failures(number):
+        return elastic_launch(config, function)(*arguments)[0]
+
+
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _failures(number: int) -> Iterator[None]:
+    """Says in one line what went wrong in a process within; leaves handlers of signals as they were."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        work = (sys.stdout, function, clip, *arguments)
-        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of CUDA on any device
-            notebook_launcher(_work, work, num_processes=number, use_port=str(port))
+        yield
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         reason = failure.message.get("message", "") if isinstance(failure.message, dict) else failure.message
@@ -226,9 +249,9 @@ def launch(number: int, function: Callable[..., Any], clip: Clip, *arguments: An
     except SignalException:
         raise KeyboardInterrupt(f"{number} processes were stopped; the same call goes on from there") from None
     finally:
-        for number, handler in handlers.items():  # the launcher leaves its own behind
-            if signal.getsignal(number) is not handler:
-                signal.signal(number, handler)
+        for name, handler in handlers.items():  # the launcher leaves its own behind
+            if signal.getsignal(name) is not handler:
+                signal.signal(name, handler)
 
 
 def _work(shown: TextIO, function: Callable[..., Any], clip: Clip, *arguments: Any) -> None:

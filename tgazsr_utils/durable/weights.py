@@ -27,7 +27,14 @@ from tgazsr_utils.core.libraries import open_clip
 from tgazsr_utils.core.models import Clip, Numerics, tokenize
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import Precision
-from tgazsr_utils.durable.devices import compiles, cuda_elsewhere, has_bf16, pick_device, set_up_compiler
+from tgazsr_utils.durable.devices import (
+    compiler_error,
+    compiles,
+    cuda_elsewhere,
+    has_bf16,
+    pick_device,
+    set_up_compiler,
+)
 from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
 from tgazsr_utils.paths import DATA, resolve
 
@@ -120,6 +127,10 @@ def _numerics(target: torch.device, device: str, precision: str, compiled: bool 
         raise ValueError(f"precision {precision!r}: this GPU only imitates bfloat16, slowly; 'auto' is fp32 here")
     if compiled is None:
         compiled = kind == "cuda" and (later.compiled if later else compiles(str(target)))
+    elif compiled and later is None and (error := compiler_error(str(target))):
+        raise ValueError(
+            f"compiled = True: torch.compile does not work here: {error} (None: it is used where it works)"
+        )
     if compiled:
         set_up_compiler()
     return Numerics(kind, precision, compiled)
