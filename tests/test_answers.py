@@ -66,7 +66,11 @@ def test_what_is_not_there_is_said_and_decides_nothing():
     table = leaderboard(untrusted)
     assert answers.fine_tuning(untrusted, ["TGA-ZSR"]).startswith("Undecided: robust accuracy of TGA-ZSR")
     assert answers.evaluation(untrusted, table, ["TGA-ZSR"], "tuned").startswith("Undecided: robust accuracy is not")
-    assert answers.evaluation(untrusted, table, [], None).startswith("Undecided: nothing was tuned here")
+    assert answers.evaluation(untrusted, table, [], None).startswith(
+        "Undecided: robust accuracy is not counted for TGA-"
+    )
+    alone = measured(CLIP=(2, 38))
+    assert answers.evaluation(alone, leaderboard(alone), [], None).startswith("Undecided: nothing was tuned here; of 1")
     assert answers.ablations(None, {}, "TGA-ZSR", "TeCoA") == "Undecided: seeds were not compared."
 
 
@@ -87,6 +91,12 @@ def test_tuning_helps_harms_or_neither(robust, said):
     assert found.startswith(f"{said}: on 1 set that it was not tuned on, TGA-ZSR is right on {2.5 * robust:.1f} %")
     assert "of 3 models the best average has " in found and "has Best" not in found
     assert found.endswith(" (without Best: given weights may be tuned on anything).")
+    given = answers.evaluation(
+        measured(Best=(30, 40)) + records, table, [], None
+    )  # nothing tuned: of the best of those that were given
+    assert given.startswith(
+        "Yes: on 2 sets (on which its weights were tuned is not known here), Best is right on 75.0 %"
+    )
     both = answers.evaluation(measured(Best=(30, 40)) + records, table, ["Best", "TGA-ZSR"], None)
     assert "of 3 models the best average has Best, 87.5 ± " in both and "and TGA-ZSR is number " in both
 
@@ -159,6 +169,7 @@ def test_robustness_is_real_or_not(lost, said):
     ends = ["robust", "robust_minus_first", "robust_minus_first_low", "robust_minus_first_high"]
     table = pd.DataFrame(rows, ends).T
     sentence = answers.holds(table, 1600)
+    assert said != "Undecided" or "-3.0 points [-8.0, +0.0] on" in sentence  # more attacks win nothing
     assert said != "Yes" or answers.holds(table, 16).startswith("Undecided: ")  # so few images show nothing
     assert sentence.startswith(f"{said}: TGA-ZSR is right on 40.0 % of images under pgd and on {40 + lost[0]:.1f} %")
     assert answers.holds(table.assign(robust=np.nan), 16).startswith("Undecided: robust accuracy of TGA-ZSR is not")

@@ -428,6 +428,16 @@ def test_paired_differences_use_the_same_images(records):
         paired_difference(robust, robust[:1])
 
 
+def test_methods_of_one_weight_are_named(records):
+    """As Vision-based, whose maps train nothing, trains what TeCoA does."""
+    alike = [change(r, method="Alike") for r in records]
+    other = [change(r, method="Other", model="other") for r in records]
+    assert results.of_one_weight([*records, *alike, *other]) == [
+        "CLIP and Alike have the same weights, to the bit: what differs between them trains nothing"
+    ]
+    assert results.of_one_weight([*records, *other]) == []
+
+
 def test_tables_can_be_read(records):
     table = leaderboard(records)
     shown = results.readable(table).loc["CLIP"]

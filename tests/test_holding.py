@@ -77,6 +77,7 @@ def test_the_answer_says_of_whom_the_published_attack_hides_more():
     loses = lambda n: (20 * [1] + 20 * [0], (20 - n) * [1] + (20 + n) * [0])
     said = holding.answer(done(CLIP=loses(0), TeCoA=loses(1), Worse=loses(15), Alike=loses(2))).splitlines()
     assert said[1].startswith("TeCoA: 50.0 % withstands pgd, 47.5 % all of these: -2.5 points [")
+    assert said[1].endswith(", +0.0].")  # more attacks win nothing, whatever the interval says
     assert "The published attack flatters Worse more than TeCoA: +35.0 points [" in said[4] and len(said) == 6
     assert "Whether the published attack flatters Alike more than TeCoA is undecided: +2.5 points [" in said[5]
 

@@ -67,6 +67,7 @@ def test_a_run_that_stopped_has_a_page_of_what_is_there(folder, capsys):
     assert (
         'class="answer yes"' in page and 'class="answer failed"' in page and "stopped in cell 3: ValueError: x" in page
     )
+    assert "the paper gives TGA-ZSR 42.1 and 56.4, TeCoA 28.1 and 45.8, CLIP 4.9 and 64.4." in page
     assert "does tuning keep it in place?" in page and "finished in 1.1 minutes, 2026-01-02" in page
     assert re.search(r'<img src="figures/01_flip_roc.png" alt="AUC 0.89 [^"]*" width="30">', page)
     assert "Does it flip?" not in page  # which the image says itself
@@ -241,12 +242,14 @@ def test_lists_and_mappings_may_be_text_as_plain_papermill_gives_them(tmp_path):
 
 
 def test_the_check_of_the_attack_says_what_each_attack_leaves(monkeypatch, capsys):
-    outcomes = [SimpleNamespace(attack=name, correct=count) for name, count in (("clean", 8), ("PGD-10", 1))]
-    check, kept = SimpleNamespace(n=8, seconds=1.2, outcomes=outcomes), []
+    left = (("clean", 0.0, 8), ("PGD-10", 3.5, 1), ("PGD-20, large", 16.0, 0))
+    outcomes = [SimpleNamespace(attack=name, eps_255=eps, correct=count) for name, eps, count in left]
+    check, kept = SimpleNamespace(n=8, seconds=1.2, outcomes=outcomes, settings={"test_eps": 3.5}), []
     monkeypatch.setattr(bench, "check_attack", lambda *_: check)
     bench.Bench(SimpleNamespace(checks=SimpleNamespace(add=kept.append)))._check_now(None)
     assert kept == [check]
-    assert capsys.readouterr().out == "check of the attack: of 8 images are right, clean 8, PGD-10 1; 1 s\n"
+    left = "clean 8, PGD-10 1, PGD-20, large (epsilon 16/255) 0"
+    assert capsys.readouterr().out == f"check of the attack: of 8 images are right, {left}; 1 s\n"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -134,7 +134,7 @@ def test_two_runs_are_compared(tmp_path, smoke, capsys):
     other = tmp_path / "other"
     (other / "records").mkdir(parents=True)
     manifest = json.loads((out / "manifest.json").read_text())
-    manifest["notebooks"]["04_evaluate_16_datasets"]["parameters"]["lr"] = 0.5
+    manifest["notebooks"]["04_evaluate_16_datasets"]["parameters"] |= {"lr": 0.5, "Alpha": 0.1}
     (other / "manifest.json").write_text(json.dumps(manifest))
     lines = (out / "records" / "04_evaluate_16_datasets.jsonl").read_text().splitlines()
     flipped = [json.loads(line) for line in lines if '"method":"TeCoA"' in line]
@@ -145,6 +145,7 @@ def test_two_runs_are_compared(tmp_path, smoke, capsys):
     assert runner.main(["compare", str(out), str(other)]) == 0
     printed = capsys.readouterr().out
     assert f"04_evaluate_16_datasets: lr is 0.0007 in {out}, 0.5 in {other}" in printed
+    assert f"Alpha is each method's own (TGA-ZSR: 0.08) in {out}, 0.1 in {other}" in printed
     rows = [line for line in printed.splitlines() if line.startswith("TeCoA")]
     assert len(rows) == 1 and "+0.0 [+0.0, +0.0]" not in rows[0]
     assert runner.main(["compare", str(out)]) == 2 and "compare takes two folders" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from tgazsr_utils.core.objectives import PRESET
 from tgazsr_utils.display.report import answer_of
 from tgazsr_utils.display.report import write as write_report
 from tgazsr_utils.durable.devices import device_name
@@ -127,7 +128,8 @@ def compare_runs(first: str, second: str) -> int:
     for notebook in sorted(set(entries[0]) & set(entries[1])):
         a, b = (_of(entry[notebook]) for entry in entries)
         for name in sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key)):
-            print(f"{notebook}: {name} is {a.get(name)!r} in {first}, {b.get(name)!r} in {second}")
+            one, other = (_in_words(name, of.get(name)) for of in (a, b))
+            print(f"{notebook}: {name} is {one} in {first}, {other} in {second}")
     kept = [{path.stem: path for path in folder.glob("records/*.jsonl")} for folder in folders]
     both = sorted(set(kept[0]) & set(kept[1]))
     if not both:
@@ -142,6 +144,12 @@ def compare_runs(first: str, second: str) -> int:
             if only:
                 print(f"only in {folder}: {', '.join(sorted(only))}")
     return 0
+
+
+def _in_words(name: str, value: Any) -> str:
+    if value is not None or name not in PRESET:
+        return repr(value)
+    return f"each method's own (TGA-ZSR: {PRESET[name]})"
 
 
 def environment_of(device: str) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class Workbook:
     def __init__(self, notebook: str, settings: Any, run: Run):
         self.notebook, self.settings, self.run = notebook, settings, run
         self.checks: dict[tuple[str, int], AttackCheck] = {}  # of the attack, by method and seed
+        self._told: set[str] = set()  # methods
         self._tests: dict[tuple[int | None, int], list[ImageSet]] = {}  # by their number and side
         self._measured: dict[tuple[str, int], Clip] = {}  # by method and seed, where others are attacked through them
 
@@ -211,9 +212,10 @@ class Workbook:
         return tuned
 
     def _say_what_is_not_its_own(self, method: Objective, settings: FinetuneSettings) -> None:
-        """Of a method that somebody has added: what it was registered with, and is trained otherwise here."""
-        if method.terms.__module__.startswith("tgazsr_utils."):
+        """Of a method that somebody has added: what it was registered with, and is trained otherwise here; once."""
+        if method.terms.__module__.startswith("tgazsr_utils.") or method.name in self._told:
             return
+        self._told.add(method.name)
         for name in method.preset.keys() - self.settings.overrides.get(method.name, {}).keys():
             own, here = method.preset[name], getattr(settings, name)
             if own != PRESET.get(name) and here not in (None, own):

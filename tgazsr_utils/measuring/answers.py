@@ -154,6 +154,8 @@ def evaluation(records: Sequence[Record], table: pd.DataFrame, methods: Sequence
     best = f"the best average has {ranked[0]}, {_half(table.loc[ranked[0]])}" if ranked else "no average is counted"
     apart = f" (without {' and '.join(given)}: given weights may be tuned on anything)" if given else ""
     method, elsewhere = subject(methods), [r for r in records if r.dataset != tuned_on]
+    where = "that it was not tuned on" if method else "(on which its weights were tuned is not known here)"
+    method = method or next((name for name in table.index if name != UNTUNED), None)  # the best of those given
     if method is None:
         return f"Undecided: nothing was tuned here; of {len(table)} models {best}."
     right, sets = _accuracies(elsewhere), len({r.dataset for r in elsewhere})
@@ -164,7 +166,7 @@ def evaluation(records: Sequence[Record], table: pd.DataFrame, methods: Sequence
     if ranked and ranked[0] != method:
         place = ranked.index(method) + 1 if method in ranked else "none"
         best += f", and {method} is number {place} with {_half(table.loc[method])}"
-    sentence = f"{verdict(more)}: on {sets} {plural} that it was not tuned on, {method} is right on "
+    sentence = f"{verdict(more)}: on {sets} {plural} {where}, {method} is right on "
     sentence += f"{right[method, 'robust']:.1f} % under attack where the untuned model is on "
     return sentence + f"{right[UNTUNED, 'robust']:.1f} % ({_points(more)}); of {len(table)} models {best}{apart}."
 
@@ -237,7 +239,7 @@ def holds(table: pd.DataFrame, images: int) -> str:
     lost = tuple(together[f"robust_minus_first{end}"] for end in ("", "_low", "_high"))
     if np.isnan(first.robust):
         return f"Undecided: robust accuracy of {model} is not counted, as the attack cannot be trusted."
-    lost = (lost[0], min(lost[1], -300 / images), lost[2])
+    lost = (lost[0], min(lost[1], -300 / images), min(lost[2], 0.0))  # nothing is won by more attacks
     real = "Yes" if lost[1] > -SPARED else "No" if lost[2] < 0 else "Undecided"
     return (
         f"{real}: {model} is right on {first.robust:.1f} % of images under {table.loc[model].index[0]} and on "

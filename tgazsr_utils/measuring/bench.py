@@ -78,7 +78,9 @@ class Bench:
         """Keeps what the check finds, and says how many images each of its attacks leaves right."""
         check = check_attack(clip, self.checked_on, self.checked_with)
         self.store.checks.add(check)
-        left = ", ".join(f"{outcome.attack} {outcome.correct}" for outcome in check.outcomes)
+        usual = 0.0, check.settings["test_eps"]
+        at = lambda one: "" if one.eps_255 in usual else f" (epsilon {one.eps_255:g}/255)"
+        left = ", ".join(f"{one.attack}{at(one)} {one.correct}" for one in check.outcomes)
         print(f"check of the attack: of {check.n} images are right, {left}; {check.seconds:.0f} s", flush=True)
 
     def _to_do(self, clip: Clip, wanted: Sequence[Measurement]) -> tuple[set[str], bool]:
@@ -115,8 +117,8 @@ class Bench:
                 costs.append(len(rows) * steps)
         own = processes.own_part(jobs, costs)
         name = f"evaluate {missing[0].method} seed {missing[0].seed}, {missing[-1].label}" if missing else ""
-        shown = {"unit": "image", "disable": not missing or not processes.is_main()}
-        with progress(total=sum(images for images, _ in own), desc=name, **shown) as bar:
+        images = sum(images for images, _ in own)
+        with progress(total=images, desc=name, unit="image", disable=not images or not processes.is_main()) as bar:
             for _, job in own:
                 job(bar)
         processes.wait()

@@ -84,7 +84,8 @@ def answer(done: Done) -> str:
         flattered[model] = attacked(_combined(np.greater, first, together))
         before, after = (per_seed(records).robust.mean() for records in (first, together))
         more, low, high = paired_difference(attacked(together), attacked(first))
-        change = f"{more:+.1f} points" + (f" [{low:+.1f}, {high:+.1f}]" if low < high else "")
+        interval = f" [{low:+.1f}, {min(high, 0.0):+.1f}]" if low < high else ""  # nothing is won by more attacks
+        change = f"{more:+.1f} points{interval}"
         lines.append(f"{model}: {before:.1f} % withstands {name}, {after:.1f} % {ALL}: {change}.")
     others = [model for model in flattered if model not in (UNTUNED, BASELINE) and BASELINE in flattered]
     for model in others:

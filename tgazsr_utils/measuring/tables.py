@@ -291,6 +291,15 @@ def compare(a: Sequence[Record], b: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
+def of_one_weight(records: Sequence[Record]) -> list[str]:
+    """A line for methods whose weights are the same to the bit, such as those whose terms train nothing."""
+    names: dict[tuple[str, int], dict[str, None]] = {}
+    for record in records:
+        names.setdefault((record.model, record.seed), {})[record.method] = None
+    alike = dict.fromkeys(" and ".join(group) for group in names.values() if len(group) > 1)
+    return [f"{group} have the same weights, to the bit: what differs between them trains nothing" for group in alike]
+
+
 def _said(kind: str, a: Sequence[Record], b: Sequence[Record]) -> str:
     try:
         mean, low, high = difference(kind, a, b)
