@@ -8,7 +8,7 @@ from conftest import size
 
 from tgazsr_utils.core import attacks
 from tgazsr_utils.core.attacks import cw, cw_margin, pgd, run_attack
-from tgazsr_utils.core.seeds import Noise
+from tgazsr_utils.core.seeds import Noise, seeded
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.measuring.autoattack import VERSIONS, autoattack, square
@@ -49,6 +49,25 @@ def test_more_steps_find_more_loss(mini, shapes):
         _, adversarial = attack(mini, shapes, steps=steps)
         losses.append(F.cross_entropy(mini.logits(adversarial, text), shapes.labels).item())
     assert losses == sorted(losses)
+
+
+@pytest.mark.parametrize("steps", [100, 99, 45, 24, 15, 8])
+def test_a_batch_that_repeats_itself_is_attacked_no_longer(mini, shapes, monkeypatch, steps):
+    """With steps as long as epsilon, to the bit what all of the steps give; with short ones none is left out."""
+    images, text, made = shapes.images[:8].float() / 255, mini.encode_text(shapes.prompts), []
+    step = attacks._step
+    monkeypatch.setattr(attacks, "_step", lambda *arguments: made.append(1) or step(*arguments))
+    arguments = mini, images, shapes.labels[:8], text, 1 / 255
+
+    def attacked(size, rounds):
+        made.clear()
+        monkeypatch.setattr(attacks, "ROUND", rounds)
+        return pgd(*arguments, size / 255, steps, generator=seeded("cpu", "start")), len(made)
+
+    (whole, every), (found, taken) = attacked(1, 1000), attacked(1, 8)
+    assert torch.equal(whole, found) and every == steps
+    assert taken == steps if steps < 32 else taken < 48
+    assert attacked(0.1, 8)[1] == steps
 
 
 def test_one_step_is_the_signed_gradient_at_the_random_start(mini, shapes):

@@ -243,6 +243,25 @@ def test_the_processes_of_a_run_are_started_once_for_all_its_notebooks(tmp_path,
     assert "evaluate TGA-ZSR" in before and "evaluate TGA" not in after and "IPython" not in before
 
 
+def test_fresh_processes_leave_signals_and_folders_as_they_were(monkeypatch, tmp_path, capfd):
+    """A run under nohup goes on when the terminal is closed; what goes wrong in them is one line."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        handlers = [signal.getsignal(number) for number in processes._SIGNALS]
+        assert processes.launch_anew(2, signal.getsignal, signal.SIGHUP) == signal.SIG_IGN
+        with pytest.raises(RuntimeError, match="^one of 2 processes failed: ValueError: invalid literal") as error:
+            processes.launch_anew(2, int, "x")
+        assert [signal.getsignal(number) for number in processes._SIGNALS] == handlers
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "\n" not in str(error.value) and not capfd.readouterr().err
+    assert not list(tmp_path.glob("torchelastic*")) and "TORCHELASTIC_SIGNALS_TO_HANDLE" not in os.environ
+    with pytest.raises(RuntimeError, match="it was interrupted"):
+        monkeypatch.setattr(together, "take_part", lambda parts: signal.raise_signal(signal.SIGINT))
+        together._take_part_on_one_thread({})
+
+
 def test_where_a_runs_processes_fail_its_notebooks_start_their_own(monkeypatch, capsys):
     def failing(number, function, *arguments):
         raise RuntimeError(f"one of {number} processes failed:\n no room")

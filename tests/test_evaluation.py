@@ -311,11 +311,13 @@ def test_where_memory_runs_out_the_batch_is_halved_with_the_same_outcome(mini, m
 
     monkeypatch.setattr(core_evaluation, "run_attack", small_machine)
     monkeypatch.setattr(evaluation, "batch_that_fits", lambda clip: 32)
+    monkeypatch.setattr(evaluation, "_fitted", {})
     ((halved, _),) = answer([m], range(30))
     assert all(map(torch.equal, halved[:3], whole[:3])) and halved.at_once.tolist() == 8 * [8] + 22 * [4]
     assert evaluation.record_of(m, [halved], 1.0).batch == 4
     assert sizes == [30, 16, 8, 8, 4, 4, 4, 4, 4, 2]  # each image attacked once in the end, none lost
     assert "memory ran out; going on with 16 images at once" in capsys.readouterr().out
+    assert [*evaluation._fitted.values()] == [4]  # from where the next set starts
 
     def broken(*arguments):
         raise RuntimeError("something else")
@@ -360,10 +362,28 @@ def test_on_cuda_the_batch_goes_by_the_peaks_of_small_ones(monkeypatch, total, f
     """Seven tenths of the device's memory, whatever else is there; where that is too much, it is halved."""
     memory = CountedMemory(total)
     clip = SimpleNamespace(device=SimpleNamespace(type="cuda"), image_size=(8, 8), encode_text=lambda prompts: None)
+    monkeypatch.setattr(evaluation, "_place_of", lambda clip: ("cuda",))
     zeros = lambda *size, device, **options: torch.zeros(*size, **options)
     monkeypatch.setattr(evaluation, "torch", SimpleNamespace(cuda=memory, zeros=zeros, int64=torch.int64))
     monkeypatch.setattr(evaluation, "pgd", memory.attack)
     assert evaluation.batch_that_fits(clip) == fits
+    monkeypatch.setattr(evaluation, "_fitted", {("cuda",): 16})  # memory has run out before
+    assert evaluation.batch_that_fits(clip) == min(fits, 16)
+
+
+def test_what_is_said_stands_where_another_part_of_the_pass_fails(mini, tmp_path, monkeypatch):
+    data, rows = load_dataset("letters", "test", n=6), range(6)
+    ms, kept = [Measurement(mini, data, attack) for attack in (None, ATTACK)], [tmp_path / "a.st", tmp_path / "b.st"]
+
+    def fails(*arguments):
+        raise ValueError("an attack of one's own")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core_evaluation, "run_attack", fails)
+        with pytest.raises(ValueError, match="an attack of one's own"):
+            answer(ms, rows, kept)
+    assert not evaluation._Part(ms[0], rows, kept[0]).left.any() and evaluation._Part(ms[1], rows, kept[1]).left.all()
+    assert all(map(torch.equal, answer(ms, rows, kept)[1][0], answer(ms[1:], rows)[0][0]))
 
 
 def test_an_image_is_read_once_for_clean_and_attacked(mini, tmp_path, monkeypatch):
@@ -390,7 +410,7 @@ def test_an_image_is_read_once_for_clean_and_attacked(mini, tmp_path, monkeypatc
     part = evaluation._Part(ms[0], rows, kept[0])
     for tensor, whole in zip(part.answers, alone[0]):
         tensor[:6] = whole[:6]
-    part.keep()
+    evaluation._keep([part])
     predicted = []
     monkeypatch.setattr(core_evaluation, "run_attack", lambda *a: predicted.append(len(a[1])) or run_attack(*a))
     again = [found for found, _ in answer(ms, rows, kept)]

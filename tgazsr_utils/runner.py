@@ -131,6 +131,8 @@ class Batch:
                 continue
             if name in shared:
                 self.ahead, shared = together.ahead(shared), {}
+                spent = {name: seconds / 60 for name, seconds in self.ahead.items() if minutes[name] is not None}
+                minutes |= {name: max(0.0, minutes[name] - already) for name, already in spent.items()}
             left = [*minutes.values()]
             heading = f"{total - len(left) + 1}/{total} · {name} · {_so_far(started, left)}"
             minutes.pop(name, None)
@@ -171,8 +173,8 @@ class Batch:
     def _execute(self, name: str, entry: dict[str, Any], save: Callable[[], Any]) -> bool:
         """Runs a notebook and keeps in ``entry`` what became of it; did it fail?"""
         answer_path(self.folder, name).unlink(missing_ok=True)
-        started, earlier = time.time(), _outputs(self.folder)
-        entry["started"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        started, earlier = time.time() - self.ahead.get(name, 0), _outputs(self.folder)
+        entry["started"] = datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds")
         save()
         failure = None
         try:
@@ -186,8 +188,7 @@ class Batch:
             failure = "was interrupted; the same command goes on from here"
         except Exception as error:  # a kernel that died or did not start
             failure = f"stopped: {type(error).__name__}: {' '.join(str(error).split())}"
-        seconds = time.time() - started + self.ahead.get(name, 0)
-        entry |= {"status": "failed" if failure else "finished", "seconds": round(seconds, 1)}
+        entry |= {"status": "failed" if failure else "finished", "seconds": round(time.time() - started, 1)}
         if failure:  # said first: the disk may be full
             copy = self.folder / "notebooks" / f"{name}.ipynb"
             print(f"\n{name} {failure}\nexecuted copy: {copy}", file=sys.stderr)

@@ -45,7 +45,8 @@ def check(notebooks: Parameters, fresh: bool) -> None:
     own = any(p.get("device", "auto") not in ("auto", "cuda") or asked(p) > 1 for p in notebooks.values())
     if own or fresh or "00_pretrain_mini_clip" in notebooks:
         raise SettingsError(
-            "under torchrun each process takes its own device: no device, no processes, no --fresh, not notebook 00"
+            "under torchrun each process takes its own device: no device (but cuda), no processes, no --fresh, "
+            "not notebook 00"
         )
 
 
@@ -63,14 +64,17 @@ def ahead(notebooks: Parameters) -> dict[str, float]:
     number = max(map(asked, notebooks.values()))
     try:
         return processes.launch_anew(number, _take_part_on_one_thread, notebooks)
-    except (RuntimeError, FloatingPointError) as error:
+    except Exception as error:  # of theirs, or of the launcher's
         print(f"{' '.join(str(error).split())}; the notebooks go on from there", file=sys.stderr, flush=True)
         return {}
 
 
 def _take_part_on_one_thread(notebooks: Parameters) -> dict[str, float]:
     torch.set_num_threads(1)  # as torchrun has it
-    return take_part({name: {**values, "processes": 1} for name, values in notebooks.items()})
+    try:
+        return take_part({name: {**values, "processes": 1} for name, values in notebooks.items()})
+    except KeyboardInterrupt:  # which multiprocessing drops, and the launcher would wait for this process for ever
+        raise RuntimeError("it was interrupted") from None
 
 
 def take_part(notebooks: Parameters) -> dict[str, float]:
@@ -81,6 +85,7 @@ def take_part(notebooks: Parameters) -> dict[str, float]:
             print(f"\n=== {name}, in {processes.count()} processes", flush=True)
             InteractiveShell.clear_instance()  # display() asks for the latest
             started, shell = time.monotonic(), InteractiveShell.instance(display_pub_class=CapturingDisplayPublisher)
+            shell.showtraceback = lambda *_, **__: None  # it is raised
             for cell in profiles.code_cells(name):
                 shell.run_cell(cell.source, silent=True).raise_error()
                 if "parameters" in cell.tags:

@@ -149,9 +149,8 @@ def grad_cam_scores(
         with torch.enable_grad(), math_only:
             logits = clip.similarity(encode(clip, images, compiled=False).pooled, text)  # a hook might not be seen
             chosen = labels if target == "true" else labels[logits[:, labels].argmax(1)]
-            (slope,) = torch.autograd.grad(
-                logits.gather(1, chosen[:, None]).sum(), kept[0], create_graph=differentiable
-            )
+            score = logits.gather(1, chosen[:, None]).sum()
+            (slope,) = torch.autograd.grad(score, kept[0], create_graph=differentiable)
     finally:
         handle.remove()
     dtype = clip.visual.proj.dtype  # maps are of the weights' type, whatever autocast computes in

@@ -168,9 +168,7 @@ def attention(pooled: Tensor, patches: Tensor, text: Tensor, variant: str) -> tu
     """
     B, P, D = patches.shape
     if P > MAX_PATCHES or D > MAX_CHANNELS or text.shape[1] not in (1, 2):
-        raise ValueError(
-            f"{P} patches, {D} channels, {text.shape[1]} texts; at most {MAX_PATCHES}, {MAX_CHANNELS} and 2"
-        )
+        raise ValueError(f"{P} patches, {D} channels, {text.shape[1]} texts; at most {MAX_PATCHES}, {MAX_CHANNELS}, 2")
     maps, scores = (torch.empty(B, text.shape[1], P, dtype=torch.float32, device=patches.device) for _ in range(2))
     norms = maps.new_zeros(B, P)  # of the tokens, for "cosine" alone
     if B:

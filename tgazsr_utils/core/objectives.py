@@ -229,9 +229,7 @@ def objective(
 def find_objective(name: str) -> Objective:
     """The objective of a name. Raises ValueError, with the names there are, for an unknown one."""
     if name == "CLIP":
-        raise ValueError(
-            "method 'CLIP' is the untuned model, which trains nothing and is always measured beside the others"
-        )
+        raise ValueError("method 'CLIP' is the untuned model, which trains nothing and is measured beside all others")
     if name not in OBJECTIVES:
         raise ValueError(f"method {name!r} is unknown; there are: {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
@@ -398,11 +396,5 @@ def attention_regularised(
     distance = lambda side: attention_distance(
         attend(step, side), target, settings.Distance_metric, settings.distance_size, degree
     ).mean()
-    refinement, constraint = (
-        0 * cross_entropy if same.get(side) else distance(side) for side in ("adversarial", "clean")
-    )
-    return [
-        Term("CE", 1.0, cross_entropy),
-        Term("L_AR", settings.Alpha, refinement),
-        Term("L_AMC", settings.Beta, constraint),
-    ]
+    L_AR, L_AMC = (0 * cross_entropy if same.get(side) else distance(side) for side in ("adversarial", "clean"))
+    return [Term("CE", 1.0, cross_entropy), Term("L_AR", settings.Alpha, L_AR), Term("L_AMC", settings.Beta, L_AMC)]

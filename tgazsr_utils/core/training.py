@@ -180,14 +180,12 @@ def steps_in_all(data: ImageSet, settings: FinetuneSettings) -> int:
     return math.ceil(len(data) / settings.batch_size) * settings.epochs
 
 
-def batches(
-    data: ImageSet, settings: FinetuneSettings, start: int, device: torch.device
-) -> Iterator[tuple[int, Batch]]:
-    """Steps and their batches from step ``start`` on; the order depends on seed and epoch alone."""
+def batches(data: ImageSet, settings: FinetuneSettings, done: int, device: torch.device) -> Iterator[tuple[int, Batch]]:
+    """Steps and their batches from step ``done`` on; the order depends on seed and epoch alone."""
     for epoch in range(settings.epochs):
         order = torch.randperm(len(data), generator=seeded("cpu", "training", settings.seed, ORDER, epoch))
         chunks = order.split(settings.batch_size)
         first = epoch * len(chunks)
-        skip = min(max(start - first, 0), len(chunks))
+        skip = min(max(done - first, 0), len(chunks))
         for batch in data.batches(chunks, device, skip):
             yield first + batch.number, batch

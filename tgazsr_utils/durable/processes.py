@@ -9,9 +9,12 @@ work in one process.
 import contextlib
 import copy
 import io
+import logging
+import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -30,6 +33,7 @@ from tgazsr_utils.machine import allowed_cpus
 
 Job = TypeVar("Job")
 MOST_PROCESSES = 4  # each takes memory of its own
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
 _apart: list[bool] = []  # not empty while this process works by itself
 
 
@@ -218,11 +222,14 @@ def launch_anew(number: int, function: Callable[..., Any], *arguments: Any) -> A
 
     Gives what the first of them does. CUDA may be in use here. Errors are those of ``launch``.
     """
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # slow to import, and rarely needed
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs  # slow to import, and rarely needed
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     where = {"rdzv_backend": "static", "rdzv_endpoint": f"127.0.0.1:{_free_port()}", "rdzv_configs": {"rank": 0}}
-    config = LaunchConfig(1, 1, number, run_id="run", max_restarts=0, start_method="spawn", **where)
-    with _failures(number):
+    heeded = ",".join(one.name for one in _SIGNALS if signal.getsignal(one) != signal.SIG_IGN)  # as nohup has it
+    with _failures(number), tempfile.TemporaryDirectory() as logs:
+        of_run = {"run_id": "run", "max_restarts": 0, "signals_to_handle": heeded, "start_method": "spawn"}
+        config = LaunchConfig(1, 1, number, logs_specs=DefaultLogsSpecs(log_dir=logs), **of_run, **where)
         return elastic_launch(config, function)(*arguments)[0]
 
 
@@ -234,11 +241,12 @@ def _free_port() -> str:
 
 @contextlib.contextmanager
 def _failures(number: int) -> Iterator[None]:
-    """Says in one line what went wrong in a process within; leaves handlers of signals as they were."""
+    """Says in one line what went wrong in a process within; leaves signals and what is logged as they were."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers, quiet = {one: signal.getsignal(one) for one in _SIGNALS}, logging.root.manager.disable
+    logging.disable()  # the launcher tells its own authors of what is raised below
     try:
         yield
     except ChildFailedError as error:
@@ -249,9 +257,11 @@ def _failures(number: int) -> Iterator[None]:
     except SignalException:
         raise KeyboardInterrupt(f"{number} processes were stopped; the same call goes on from there") from None
     finally:
-        for name, handler in handlers.items():  # the launcher leaves its own behind
-            if signal.getsignal(name) is not handler:
-                signal.signal(name, handler)
+        logging.disable(quiet)
+        os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)
+        for one, handler in handlers.items():  # the launcher leaves its own behind
+            if signal.getsignal(one) is not handler:
+                signal.signal(one, handler)
 
 
 def _work(shown: TextIO, function: Callable[..., Any], clip: Clip, *arguments: Any) -> None:
@@ -269,8 +279,8 @@ def joined(on_cpu: bool = False) -> Iterator[torch.device]:
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))  # one may have much more to do than another
     try:
         yield state.device
+        state.destroy_process_group()  # not after an error: others would fail of that, and be told of first
     finally:
-        state.destroy_process_group()
         PartialState._reset_state()  # private: accelerate keeps the first state for ever; a second launch needs another
 
 
@@ -285,6 +295,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     numbers = [signal.SIGINT, signal.SIGTERM] if are_started() else [signal.SIGINT]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as of "command &" in sh
     previous = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in numbers}
     try:
         yield lambda: bool(seen)

@@ -140,7 +140,7 @@ class Bench:
 
 
 def _read_together(wanted: Sequence[Measurement]) -> list[list[Measurement]]:
-    """What one pass over a set's images answers; apart from aware attacks, which take as long as all of the others."""
+    """What one pass over a set's images answers; apart from aware attacks, which take many times as long."""
     groups: dict[tuple[int, bool], list[Measurement]] = {}
     for m in wanted:
         groups.setdefault((id(m.data), m.aware), []).append(m)

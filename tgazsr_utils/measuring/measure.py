@@ -143,14 +143,14 @@ def answer(
             if fixed or size == 1 or not memory:
                 raise
             size //= 2
+            _fitted[_place_of(ms[0].clip)] = size
             reduced = True
         else:
             reduced = False
         if reduced:  # outside of the handler, which holds on to what filled the memory
             clear_device_cache()
             print(f"memory ran out; going on with {size} images at once", flush=True)
-    for part in parts:
-        part.keep()
+    _keep(parts)
     return [(part.answers, part.seconds) for part in parts]
 
 
@@ -166,10 +166,6 @@ class _Part:
         """Which of the rows it has not answered yet."""
         return self.answers.states == NOT_YET
 
-    def keep(self) -> None:
-        if self.path is not None:
-            save_tensors(self.path, self.answers._asdict(), run=self.path.stem, seconds=self.seconds)
-
 
 def _answer_all(parts: Sequence[_Part], rows: range, size: int, fixed: bool, bar: Any) -> None:
     """Answers what is left, an image read once for all ``parts``; those that cannot be read are marked so."""
@@ -177,22 +173,31 @@ def _answer_all(parts: Sequence[_Part], rows: range, size: int, fixed: bool, bar
     left = torch.stack([part.left for part in parts]).any(0)
     started = saved = time.monotonic()
     ask = [part.m.predictor() for part in parts]
-    for batch in data.batches(_chunks(left, rows, size, fixed), device):
-        places, sums = batch.rows - rows.start, pixel_sums(batch.images)
-        for part, predicted in zip(parts, ask):
-            if new := int(part.left[places].sum()):
-                _, _, classes, *passes = predicted(batch)
-                for tensor, values in zip(part.answers, (classes.cpu(), READ, sums, size, *passes)):
-                    tensor[places] = values
-                part.seconds, started = part.seconds + time.monotonic() - started, time.monotonic()
-                if bar is not None:
-                    bar.update(new)
-        if time.monotonic() - saved > SAVE_EVERY:
-            saved = time.monotonic()
-            for part in parts:
-                part.keep()
+    try:
+        for batch in data.batches(_chunks(left, rows, size, fixed), device):
+            places, sums = batch.rows - rows.start, pixel_sums(batch.images)
+            for part, predicted in zip(parts, ask):
+                if new := int(part.left[places].sum()):
+                    _, _, classes, *passes = predicted(batch)
+                    for tensor, values in zip(part.answers, (classes.cpu(), READ, sums, size, *passes)):
+                        tensor[places] = values
+                    part.seconds, started = part.seconds + time.monotonic() - started, time.monotonic()
+                    if bar is not None:
+                        bar.update(new)
+            if time.monotonic() - saved > SAVE_EVERY:
+                saved = time.monotonic()
+                _keep(parts)
+    except Exception:  # one of them fails: what the others have said stands
+        _keep(parts)
+        raise
     for part in parts:
         part.answers.states[part.left] = UNREADABLE
+
+
+def _keep(parts: Sequence[_Part]) -> None:
+    for part in parts:
+        if part.path is not None:
+            save_tensors(part.path, part.answers._asdict(), run=part.path.stem, seconds=part.seconds)
 
 
 def _chunks(left: Tensor, rows: range, size: int, fixed: bool) -> list[Tensor]:
@@ -286,14 +291,23 @@ def evaluate(
 def batch_that_fits(clip: Clip) -> int:
     """How many images to attack at once: a power of two whose activations fit into PART of the device's memory.
 
-    So it is the same each time on one machine, but for a CPU whose memory others have filled.
+    So it is the same each time on one machine, but where others have filled its memory: of a CPU FREE_PART of the rest
+    is taken, on CUDA what fitted when memory last ran out.
     """
     if clip.device.type == "cuda":
         kind, room = "cuda", PART["cuda"] * torch.cuda.get_device_properties(clip.device).total_memory
     else:
         memory, kind = psutil.virtual_memory(), "cpu"
         room = min(PART["cpu"] * allowed_memory(memory.total), FREE_PART * memory.available)
-    return 2 ** int(math.log2(max(1, min(LARGEST_BATCH[kind], room / _bytes_an_image(clip)))))
+    most = min(LARGEST_BATCH[kind], room / _bytes_an_image(clip), _fitted.get(_place_of(clip), math.inf))
+    return 2 ** int(math.log2(max(1, most)))
+
+
+_fitted: dict[tuple[Any, ...], int] = {}  # images at once after memory had run out, by ``_place_of`` a model
+
+
+def _place_of(clip: Clip) -> tuple[Any, ...]:
+    return clip.device, clip.arch, clip.image_size, clip.numerics
 
 
 def _bytes_an_image(clip: Clip) -> float:
