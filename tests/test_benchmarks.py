@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import busy  # noqa: E402
 import released  # noqa: E402
+import repeats  # noqa: E402
 import run  # noqa: E402
 
 
@@ -44,6 +45,15 @@ def test_what_needs_no_process_of_its_own():
     training = run.measured("training", "mini-clip", "cpu")
     assert training["images_a_second"] > 0 and training["batch"] == training["steps"] == 8
     assert "not_measured" in run.measured("kernel", "mini-clip", "cpu")
+
+
+def test_how_soon_iterates_repeat(mini, shapes):
+    assert repeats.first_that_came_back([*"abcbc"]) == (4, 2) and repeats.first_that_came_back([*"abc"]) == (0, 0)
+    data = shapes.subset(4)
+    long, short = (repeats.repeats(mini, data, 1.0, step, steps=60) for step in (1.0, 0.1))
+    assert long["share_that_repeat"] == long["share_of_two"] == 1 and 3 <= long["median_step"] <= long["last_at"] < 60
+    assert long["last_at"] <= long["steps_of_the_whole_batch"] < 60
+    assert short["share_that_repeat"] == 0 and short["steps_of_the_whole_batch"] == 60 and short["last_at"] is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel's time is that of a CUDA device")

@@ -105,7 +105,7 @@ def _scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-ROUND = 8  # steps
+ROUND = 4  # steps
 
 
 def _last_iterate(clip: Clip, current: Tensor, ascent: _Ascent, steps: int) -> Tensor:
