@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import train_settings
 
-from tgazsr_utils.core import encoder
+from tgazsr_utils.core import attacks, encoder
 from tgazsr_utils.core.attacks import pgd
 from tgazsr_utils.core.images import ball
 from tgazsr_utils.core.objectives import find_objective
@@ -107,6 +107,17 @@ def test_a_batchs_size_changes_no_answer(fast, letters, monkeypatch):
     assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
 
 
+@pytest.mark.parametrize("model", ["fast", "exact"])
+def test_rounds_that_are_left_out_of_an_attack_change_nothing(model, letters, monkeypatch, request):
+    clip, made = request.getfixturevalue(model), []
+    images, labels = letters.images[:8].cuda() / 255, letters.labels[:8].cuda()
+    text, rows = clip.encode_text(letters.prompts), torch.arange(8, device="cuda")
+    for rounds in (attacks.ROUND, 1000):
+        monkeypatch.setattr(attacks, "ROUND", rounds)
+        made.append(pgd(clip, images, labels, text, 1 / 255, 1 / 255, 100, generator=Noise.named(rows, "start")))
+    assert torch.equal(*made)
+
+
 def test_the_batch_that_is_chosen_fits(fast, letters):
     chosen = batch_that_fits(fast)
     assert chosen == measure.LARGEST_BATCH["cuda"] or math.log2(chosen).is_integer()
@@ -122,6 +133,7 @@ def test_where_memory_runs_out_the_batch_is_halved(exact, letters, monkeypatch, 
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     monkeypatch.setattr(measure, "batch_that_fits", lambda clip: 128)
+    monkeypatch.setattr(measure, "_fitted", {})
     torch.cuda.set_per_process_memory_fraction(min(1.0, (room + 2**26) / total))
     try:
         found = evaluate(exact, letters, ATTACK)
