@@ -182,6 +182,21 @@ def test_the_readmes_photo_table_is_that_of_the_kept_tables():
     assert {as_row(name, row) for name, row in readable(table).iterrows()} <= readme_rows()
 
 
+def test_how_soon_attacks_repeat_is_that_of_the_kept_benchmark():
+    rows = json.loads((ROOT / "data" / "reference" / "benchmarks" / "repeats.json").read_text())["rows"]
+    for r in rows:
+        line = f"| {r['model']} | {r['set']} | {r['eps_255']:g} | {r['step_255']:g} | "
+        line += f"{100 * r['share_that_repeat']:.0f} % of {r['images']} | {r['median_step']:g} | {r['last_at']:g} | {100 * r['share_of_two']:.0f} % | "
+        assert f"{line}{r['steps_of_the_whole_batch']} |" in documents()
+    published = [r for r in rows if r["eps_255"] == r["step_255"] == 1]
+    medians, last = [r["median_step"] for r in published], max(r["last_at"] for r in published)
+    among = f"{min(medians):g} to {max(medians):g} steps"
+    assert documents().count(among) == 2 and f"and after {last:g} at the latest" in documents()
+    assert all(r["share_that_repeat"] == 1 and r["share_of_two"] == 1 for r in published)
+    taken = [r["steps_of_the_whole_batch"] for r in published if "mini" in r["model"]]
+    assert f"for {min(taken)} to {max(taken)} percent of the work" in documents()
+
+
 def test_the_readmes_step_is_that_of_the_kept_benchmark():
     found = json.loads((ROOT / "data" / "reference" / "benchmarks" / "cpu.json").read_text())
     operations, step, released = found["operations"], found["step"], found["released"]
