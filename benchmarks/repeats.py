@@ -1,7 +1,7 @@
 """How soon do the iterates of PGD repeat, to the bit? ``python benchmarks/repeats.py``, half an hour on a CPU.
 
-A sign step moves all pixels by one length, so iterates lie on a grid, and with steps as long as epsilon, as published, on
-few of its points: once one comes back, the rest of the hundred steps goes round in a circle. Of the mini-CLIP before
+A sign step moves all pixels by one length, so iterates lie on a grid, and with steps as long as epsilon, as published,
+on few of its points: once one comes back, the rest of the hundred steps goes round in a circle. Of the mini-CLIP before
 and after tuning, and of ViT-B/32 with random weights, whatever may be said of those: the share of images whose iterate
 has come back within STEPS steps, when (median, nine in ten, last), how many circles have two iterates, and how many
 steps ``pgd`` takes of a whole batch. Writes ``repeats.json`` into --output.
