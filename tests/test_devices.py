@@ -99,6 +99,7 @@ def no_compiler(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     cached = devices.compiles, devices.compiler_error
     [function.cache_clear() for function in cached]
+    torch._dynamo.reset()  # of what another test has compiled
     yield
     [function.cache_clear() for function in cached]
     torch._dynamo.reset()

@@ -294,8 +294,9 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    numbers = [signal.SIGINT, signal.SIGTERM] if are_started() else [signal.SIGINT]
-    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as of "command &" in sh
+    numbers = [signal.SIGINT]
+    if are_started():  # what their launcher ignores, as of "command &" in sh, they ignore: it would wait for them
+        numbers = [one for one in (*numbers, signal.SIGTERM) if signal.getsignal(one) != signal.SIG_IGN]
     previous = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in numbers}
     try:
         yield lambda: bool(seen)

@@ -158,7 +158,7 @@ class _Part:
     """What one measurement says of some rows of its set, so far."""
 
     def __init__(self, m: Measurement, rows: range, path: Path | None):
-        self.m, self.rows, self.path = m, rows, path
+        self.m, self.path = m, path
         self.answers, self.seconds = _kept(path, len(rows))
 
     @property
