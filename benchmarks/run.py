@@ -28,6 +28,7 @@ import psutil
 import torch
 from PIL import Image
 from released import released_step
+from scipy.stats import theilslopes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -136,9 +137,12 @@ def noise_files(folder: str, part: str, images: int, classes: int) -> None:
         Image.fromarray(torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy()).save(path)
 
 
-def median_growth(kept: list[float]) -> float:
-    """From one round to the next. An allocator takes a new arena now and then; what leaks does so in every round."""
-    return statistics.median(after - before for before, after in zip(kept, kept[1:]))
+def growth(kept: list[float]) -> float:
+    """From one round to the next: the smaller of the median step and the median slope of all pairs (Theil-Sen).
+
+    What leaks is in both, as it does so in every round; an allocator takes an arena now and then, and gives one back.
+    """
+    return min(statistics.median(after - before for before, after in zip(kept, kept[1:])), theilslopes(kept).slope)
 
 
 def count(function: Callable[[], Any]) -> int:
@@ -329,7 +333,7 @@ def explorer(arch: str, device: torch.device) -> dict[str, Any]:
     for _ in range(5):
         timed(shown.Alpha, 25), timed(shown.attack.eps, 25)
         kept.append(psutil.Process().memory_info().rss / 2**20)
-    return found | {"mib_kept_by_200_moves": 4 * median_growth(kept)}
+    return found | {"mib_kept_by_200_moves": 4 * growth(kept)}
 
 
 def evaluation(arch: str, device: torch.device) -> dict[str, Any]:
@@ -346,7 +350,7 @@ def evaluation(arch: str, device: torch.device) -> dict[str, Any]:
             evaluate(clip, data, attack, method="CLIP", seed=number)
             gc.collect()
             kept.append(psutil.Process().memory_info().rss / 2**20)
-    found = {"images": rounds * images, "mib_kept": kept[-1] - kept[1], "mib_kept_a_round": median_growth(kept[1:])}
+    found = {"images": rounds * images, "mib_kept": kept[-1] - kept[1], "mib_kept_a_round": growth(kept[1:])}
     return found | {"mib_after_each_round": kept}
 
 
