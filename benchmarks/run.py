@@ -9,6 +9,8 @@ import tgazsr_utils  # noqa: F401  (before PyTorch: it says how threads wait)
 
 # isort: split
 import argparse
+import contextlib
+import ctypes
 import functools
 import gc
 import multiprocessing
@@ -28,7 +30,6 @@ import psutil
 import torch
 from PIL import Image
 from released import released_step
-from scipy.stats import theilslopes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -137,12 +138,17 @@ def noise_files(folder: str, part: str, images: int, classes: int) -> None:
         Image.fromarray(torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy()).save(path)
 
 
-def growth(kept: list[float]) -> float:
-    """From one round to the next: the smaller of the median step and the median slope of all pairs (Theil-Sen).
+def median_growth(kept: list[float]) -> float:
+    """From one round to the next. An allocator takes a new arena now and then; what leaks does so in every round."""
+    return statistics.median(after - before for before, after in zip(kept, kept[1:]))
 
-    What leaks is in both, as it does so in every round; an allocator takes an arena now and then, and gives one back.
-    """
-    return min(statistics.median(after - before for before, after in zip(kept, kept[1:])), theilslopes(kept).slope)
+
+def resident() -> float:
+    """MiB that this process holds: what is free within is given back first, where the C library can (glibc)."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return psutil.Process().memory_info().rss / 2**20
 
 
 def count(function: Callable[[], Any]) -> int:
@@ -332,8 +338,8 @@ def explorer(arch: str, device: torch.device) -> dict[str, Any]:
     kept = []
     for _ in range(5):
         timed(shown.Alpha, 25), timed(shown.attack.eps, 25)
-        kept.append(psutil.Process().memory_info().rss / 2**20)
-    return found | {"mib_kept_by_200_moves": 4 * growth(kept)}
+        kept.append(resident())
+    return found | {"mib_kept_by_200_moves": 4 * median_growth(kept)}
 
 
 def evaluation(arch: str, device: torch.device) -> dict[str, Any]:
@@ -348,9 +354,8 @@ def evaluation(arch: str, device: torch.device) -> dict[str, Any]:
             data = load_dataset("set", "test", folder, image_size=clip.image_size[0], decode=False)
             evaluate(clip, data, None, method="CLIP", seed=number)
             evaluate(clip, data, attack, method="CLIP", seed=number)
-            gc.collect()
-            kept.append(psutil.Process().memory_info().rss / 2**20)
-    found = {"images": rounds * images, "mib_kept": kept[-1] - kept[1], "mib_kept_a_round": growth(kept[1:])}
+            kept.append(resident())
+    found = {"images": rounds * images, "mib_kept": kept[-1] - kept[1], "mib_kept_a_round": median_growth(kept[1:])}
     return found | {"mib_after_each_round": kept}
 
 
