@@ -1,9 +1,13 @@
 """A GPU that is counted and cannot be used; what a device is called, without occupying it."""
 
+import re
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
+from conftest import own_environment
 
 from tgazsr_utils.durable import devices, weights
 from tgazsr_utils.durable.devices import Able, device_name, pick_device
@@ -91,29 +95,31 @@ def test_a_gpu_that_only_pretends_to_have_bf16_gets_fp32(counted, monkeypatch, c
     assert not load_clip("mini-clip", "mini", waiting=True).numerics.compiled  # there is no compiler
 
 
-@pytest.fixture
-def no_compiler(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("CC", "CXX"):
-        monkeypatch.delenv(name, raising=False)
-    cached = devices.compiles, devices.compiler_error
-    [function.cache_clear() for function in cached]
-    torch._dynamo.reset()  # of what another test has compiled
-    yield
-    [function.cache_clear() for function in cached]
-    torch._dynamo.reset()
+ASKED_TWICE_THEN_FOR_IT = """
+from tgazsr_utils import load_clip
+from tgazsr_utils.durable import devices
+print(devices.compiles("cpu"), devices.compiles("cpu"))
+try:
+    load_clip("mini-clip", "mini", "cpu", compiled=True)
+except ValueError as error:
+    print(error)
+"""
 
 
-def test_without_a_compiler_nothing_is_compiled_and_it_is_told_once(no_compiler, capsys):
-    assert not devices.compiles("cpu") and not devices.compiles("cpu")
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and told.startswith("going on without torch.compile, which does not work here: ")
-    with pytest.raises(
-        ValueError, match=r"^compiled = True: torch.compile does not work here: .*compiler.* \(None: "
-    ) as e:
-        load_clip("mini-clip", "mini", "cpu", compiled=True)
-    assert "\n" not in str(e.value)
+def test_without_a_compiler_nothing_is_compiled_and_it_is_told_once(tmp_path):
+    """In processes of their own: PyTorch keeps which compiler it found. What one has left cached proves nothing."""
+    own = {name: value for name, value in own_environment().items() if name not in ("CC", "CXX")}
+    own["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [sys.executable, "-c", ASKED_TWICE_THEN_FOR_IT]
+    found, lacked = (
+        subprocess.run(command, capture_output=True, text=True, env=own | more)
+        for more in ({}, {"PATH": str(tmp_path)})
+    )
+    assert (found.stdout, found.stderr) == ("True True\n", "")
+    answer, refused = lacked.stdout.splitlines()
+    assert answer == "False False" and lacked.stderr.count("\n") == 1
+    assert lacked.stderr.startswith("going on without torch.compile, which does not work here: ")
+    assert re.match(r"compiled = True: torch.compile does not work here: .*compiler.* \(None: ", refused)
 
 
 def test_a_kernel_that_does_not_run_leaves_attention_to_pytorch(monkeypatch, mini):

@@ -59,7 +59,7 @@ def compiler_error(device: str) -> str | None:
         torch.compile(lambda x: (2 * x).sin().sum())(torch.ones(8, device=device))
         return None
     except Exception as error:  # Inductor lets through whatever its compilers raise
-        return _first_line(error)
+        return _first_line(getattr(error, "inner_exception", error))
 
 
 @functools.cache
