@@ -36,25 +36,40 @@ def test_the_quota_of_a_control_group_of_version_2(tmp_path, text, quota):
     ("limit", "period", "quota"), [("300000\n", "100000\n", 3.0), ("-1\n", "100000\n", None), ("100000\n", "0\n", None)]
 )
 def test_the_quota_of_a_control_group_of_version_1(tmp_path, limit, period, quota):
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(limit, encoding="utf-8")
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text(period, encoding="utf-8")
+    (tmp_path / "cpu.cfs_quota_us").write_text(limit, encoding="utf-8")
+    (tmp_path / "cpu.cfs_period_us").write_text(period, encoding="utf-8")
     assert machine._quota(tmp_path) == quota
 
 
 def test_where_nothing_is_told_there_is_no_quota(tmp_path):
     assert machine._quota(tmp_path) is None
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("100000\n", encoding="utf-8")  # without its period
+    (tmp_path / "cpu.cfs_quota_us").write_text("100000\n", encoding="utf-8")  # without its period
     assert machine._quota(tmp_path) is None
 
 
+@pytest.fixture
+def limits(tmp_path, monkeypatch):
+    """Sets the limits of control groups, {file: text}, and says in which this process is."""
+
+    def tell(files, own=None):
+        monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
+        monkeypatch.setattr(machine, "OWN_CGROUP", tmp_path / "own")
+        for name, text in files.items():
+            (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "cgroup" / name).write_text(text, encoding="utf-8")
+        if own is not None:
+            (tmp_path / "own").write_text(own, encoding="utf-8")
+
+    return tell
+
+
 @pytest.mark.parametrize(
-    ("affinity", "quota", "allowed"), [(8, None, 8), (8, 2.0, 2), (8, 1.5, 2), (8, 0.1, 1), (2, 4.0, 2), (1, None, 1)]
+    ("affinity", "quota", "allowed"),
+    [(8, "max", 8), (8, "200000", 2), (8, "150000", 2), (8, "10000", 1), (2, "400000", 2), (1, "max", 1)],
 )
-def test_processors_are_those_of_the_affinity_within_the_quota(monkeypatch, affinity, quota, allowed):
+def test_processors_are_those_of_the_affinity_within_the_quota(monkeypatch, limits, affinity, quota, allowed):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(affinity)), raising=False)
-    monkeypatch.setattr(machine, "_quota", lambda root: quota)
+    limits({"cpu.max": f"{quota} 100000\n"})
     assert machine.allowed_cpus() == allowed
 
 
@@ -62,17 +77,39 @@ def test_processors_are_those_of_the_affinity_within_the_quota(monkeypatch, affi
 @pytest.mark.parametrize(
     ("text", "allowed"), [("1000000\n", 10**6), ("9223372036854771712\n", 10**9), ("max\n", 10**9), (None, 10**9)]
 )
-def test_memory_is_that_of_the_control_group(tmp_path, name, text, allowed):
+def test_memory_is_that_of_the_control_group(limits, name, text, allowed):
     """So that a container is not stopped for a batch that its machine could hold."""
-    if text is not None:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    assert machine.allowed_memory(10**9, tmp_path) == allowed
+    limits({} if text is None else {name: text})
+    assert machine.allowed_memory(10**9) == allowed
+
+
+@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_jobs_limits_are_seen_in_its_own_control_group(monkeypatch, limits, version, above):
+    """As under a scheduler such as Slurm: the root tells none; the job's folder does, or one above the step's."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    told, job = ("job/step", "job") if above else ("job", "job")
+    if version == 2:
+        files = {f"{job}/cpu.max": "300000 100000\n", f"{job}/memory.max": "1000\n", f"{told}/memory.max": "1000\n"}
+        own = f"0::/{told}\n"
+    else:
+        files = {f"cpu/{job}/cpu.cfs_quota_us": "300000\n", f"cpu/{job}/cpu.cfs_period_us": "100000\n"}
+        files |= {f"memory/{job}/memory.limit_in_bytes": "1000\n", "memory/memory.limit_in_bytes": "5000\n"}
+        own = f"5:memory:/{told}\n4:cpu,cpuacct:/{told}\n1:name=systemd:/other\n0::/\n"
+    limits(files | {"other/memory.max": "7\n", "other/cpu.max": "100000 100000\n"}, own)
+    assert (machine.allowed_cpus(), machine.allowed_memory(10**9)) == (3, 1000)
+
+
+@pytest.mark.parametrize("own", ["0::/gone/since\n", "not a line\n", "", "0::/../..\n"])
+def test_a_control_group_that_is_not_found_limits_nothing(monkeypatch, limits, own):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    limits({"memory.max": "max\n"}, own)
+    assert (machine.allowed_cpus(), machine.allowed_memory(10**9)) == (8, 10**9)
 
 
 def test_without_an_affinity_all_processors_count(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(machine, "_quota", lambda root: None)
+    monkeypatch.setattr(machine, "_groups", lambda controller: [])
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert machine.allowed_cpus() == 6
     monkeypatch.setattr(os, "cpu_count", lambda: None)

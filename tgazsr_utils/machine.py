@@ -10,34 +10,50 @@ import platform
 import subprocess
 from pathlib import Path
 
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
 
 def allowed_cpus() -> int:
-    """Processors that this process may use: its affinity, and its control group's quota (a container's limit)."""
+    """Processors that this process may use: its affinity, and its control groups' quota (a container's, a job's)."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota(Path("/sys/fs/cgroup"))
-    return max(1, min(count, math.ceil(quota))) if quota else count
+    quotas = [quota for folder in _groups("cpu") if (quota := _quota(folder))]
+    return max(1, min(count, *map(math.ceil, quotas))) if quotas else count
 
 
-def _quota(root: Path) -> float | None:
+def allowed_memory(total: int) -> int:
+    """Bytes that this process may use of a machine's ``total``: its control groups' lowest limit, if there is one."""
+    for folder in _groups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # of either version
+            with contextlib.suppress(OSError, ValueError):
+                total = min(total, int((folder / name).read_text(encoding="utf-8")))
+    return total
+
+
+def _groups(controller: str) -> list[Path]:
+    """Folders that may tell a limit: of this process's control group of either version, and of all above it."""
+    found = [CGROUPS, CGROUPS / controller]  # all that a container sees, whose own group is the root
+    with contextlib.suppress(OSError, ValueError):
+        for line in OWN_CGROUP.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)  # "0::/job" of version 2, "5:cpu,cpuacct:/job" of version 1
+            if not controllers or controller in controllers.split(","):
+                root = CGROUPS / controller if controllers else CGROUPS
+                own = root / path.lstrip("/")
+                found += [folder for folder in (own, *own.parents) if root in folder.parents]
+    return found
+
+
+def _quota(folder: Path) -> float | None:
     """Processors' worth of time that a control group of either version grants; None: no limit is told."""
     try:
-        limit, period = (root / "cpu.max").read_text(encoding="utf-8").split()
+        limit, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
     except (OSError, ValueError):
         try:
             limit, period = (
-                (root / "cpu" / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period")
+                (folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period")
             )
         except OSError:
             return None
     return int(limit) / int(period) if limit.strip().isdecimal() and int(period) else None
-
-
-def allowed_memory(total: int, root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may use of a machine's ``total``: its control group's limit, if that is lower."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of either version
-        with contextlib.suppress(OSError, ValueError):
-            return min(total, int((root / name).read_text(encoding="utf-8")))
-    return total
 
 
 # Threads that wait soon sleep: beside another job, or a browser, spinning made everything up to ten times slower. They
