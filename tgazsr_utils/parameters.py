@@ -3,13 +3,14 @@
 import difflib
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from tgazsr_utils.core.attacks import check_guarded
 from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.settings import (
+    ADDED_ATTACKS,
     AttackSettings,
     Count,
     Eps255,
@@ -54,7 +55,13 @@ def _not_blank(value: str) -> str:
     return value
 
 
-ExactName = Annotated[str, AfterValidator(exact_name)]
+def _other_attack(value: str) -> str:
+    known = [*get_args(AttackSettings.model_fields["attack"].annotation), *sorted(ADDED_ATTACKS), TRANSFER]
+    if (name := value if value in ADDED_ATTACKS else exact_name(value)) not in known:
+        raise ValueError(f"should be one of {', '.join(known)}")
+    return name
+
+
 Distinct = Annotated[list[Item], Field(min_length=1), AfterValidator(_distinct)]
 Labels = Annotated[Distinct[Annotated[str, AfterValidator(_not_blank)]], BeforeValidator(_listed)]  # or "dog, teapot"
 
@@ -267,7 +274,7 @@ class EvaluateNotebook(MeasureSettings):
     models: dict[str, Any] = {}  # name -> weights as ``pretrained`` has them, or {arch: ..., pretrained: ...}
     interpolate: Annotated[list[Fraction], AfterValidator(_distinct)] = []  # w: measured too, (1 - w) theta0 + w theta
     # measured too, with these steps; "transfer": PGD made against each other model of the run
-    other_attacks: Annotated[list[ExactName], AfterValidator(_distinct)] = []
+    other_attacks: Annotated[list[Annotated[str, AfterValidator(_other_attack)]], AfterValidator(_distinct)] = []
     test_eps_list: Annotated[list[Length255], AfterValidator(_distinct)] = []  # of all attacks, besides test_eps
     # at test time, that models are measured behind as well
     defences: Annotated[list[str], BeforeValidator(_listed), AfterValidator(_distinct)] = []
