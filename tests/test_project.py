@@ -147,6 +147,18 @@ def test_the_readmes_other_attacks_are_those_of_the_kept_table():
         assert f"| {method} | {' | '.join(f'{value:.1f}' for value in row)} |" in readme_rows()
 
 
+def test_the_readmes_last_iterates_are_those_of_the_kept_table():
+    table = pd.read_csv(REFERENCE / "tables" / "last_or_worst.csv", index_col=[0, 1])
+    for attack, part in table.groupby(level=0):
+        cells = [
+            f"{part.robust[attack, name]:.1f} ± {part.robust_ci[attack, name]:.1f}"
+            for name in ("TeCoA", "TGA-ZSR", "CLIP")
+        ]
+        assert f"| {attack} | {' | '.join(cells)} |" in readme_rows()
+    last, worst = (table.robust.filter(like=kind) for kind in ("last", "worst"))
+    assert len(last) == len(worst) == 6 and (last.to_numpy() - worst.to_numpy()).max() < 0.25
+
+
 def test_the_readmes_defences_are_those_of_the_kept_table():
     table = pd.read_csv(REFERENCE / "tables" / "defences.csv")
     assert set(table.defence) == {"none", *DEFENCES} and set(table.interval) == {"3 seeds", "images"}
