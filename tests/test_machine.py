@@ -90,7 +90,7 @@ def test_a_jobs_limits_are_seen_in_its_own_control_group(monkeypatch, limits, ve
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     told, job = ("job/step", "job") if above else ("job", "job")
     if version == 2:
-        files = {f"{job}/cpu.max": "300000 100000\n", f"{job}/memory.max": "1000\n", f"{told}/memory.max": "1000\n"}
+        files = {f"{job}/cpu.max": "300000 100000\n", f"{job}/memory.max": "1000\n", f"{told}/cgroup.procs": ""}
         own = f"0::/{told}\n"
     else:
         files = {f"cpu/{job}/cpu.cfs_quota_us": "300000\n", f"cpu/{job}/cpu.cfs_period_us": "100000\n"}
