@@ -1,4 +1,4 @@
-"""How soon do the iterates of PGD repeat, to the bit? ``python benchmarks/repeats.py``, half an hour on a CPU.
+"""How soon do the iterates of PGD repeat, to the bit? ``python benchmarks/repeats.py``, minutes on a CPU.
 
 A sign step moves all pixels by one length, so iterates lie on a grid, and with steps as long as epsilon, as published,
 on few of its points: once one comes back, the rest of the hundred steps goes round in a circle. Of the mini-CLIP before
