@@ -1,8 +1,16 @@
+import argparse
+import collections
 import contextlib
+import copy
+import datetime
+import enum
 import hashlib
 import json
 import re
 import socket
+import types
+import uuid
+from pathlib import Path, PureWindowsPath
 
 import huggingface_hub
 import numpy as np
@@ -10,6 +18,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from tgazsr_utils import open_workbook
@@ -150,53 +159,131 @@ def test_weights_that_say_their_architecture_need_none_given(tmp_path, monkeypat
         weights.described_architecture("local-dir:nowhere")
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_released_checkpoints_hold_an_image_encoder(mini, vit_b_32, tmp_path, prefix):
-    """As released: OpenAI's names for the image encoder, beside optimiser state (REFERENCE Q7)."""
-    encoder = {prefix + name: value + 0.01 for name, value in mini.visual.state_dict().items()}
-    optimizer = torch.optim.SGD(mini.visual.parameters(), lr=0.1).state_dict()
-    path = tmp_path / "model_best.pth.tar"
-    torch.save(
-        {"epoch": 3, "best_acc1": np.float64(42.0), "vision_encoder_state_dict": encoder, "optimizer": optimizer}, path
-    )
-    clip = load_clip("mini-clip", path, "cpu")
-    torch.testing.assert_close(clip.visual.proj, mini.visual.proj + 0.01)
-    assert load_clip("mini-clip", path, "cpu", image_size=112).grid == (14, 14)
-    assert torch.equal(clip.model.text_projection, mini.model.text_projection)
-    openai_names = {
-        "class_embedding",
-        "positional_embedding",
-        "proj",
-        "conv1.weight",
-        "ln_pre.weight",
-        "ln_post.bias",
-        "transformer.resblocks.0.attn.in_proj_weight",
-        "transformer.resblocks.0.mlp.c_fc.weight",
-    }
-    assert openai_names <= set(vit_b_32.visual.state_dict())
+def released_by_the_tecoa_line(encoder, order=0):
+    """TeCoA, PMG-AFT, TGA-ZSR, Comp-TGA, UCAT: an empty prompter's dictionary beside the image encoder's."""
+    parameters = [nn.Parameter(value.clone()) for value in encoder.values()]
+    sgd = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    sum(p.sum() for p in parameters).backward()
+    sgd.step()
+    sgd.param_groups[0]["lr"] = np.float64(1e-4)
+    parts = {"epoch": 10, "state_dict": {}, "add_prompter": {}, "best_acc1": torch.tensor(31.5)}
+    parts |= {"optimizer": sgd.state_dict(), "vision_encoder_state_dict": encoder}
+    return dict(list(parts.items())[::-1]) if order else parts
+
+
+def encoder_of(full):
+    return {name.removeprefix("visual."): value for name, value in full.items() if name.startswith("visual.")}
+
+
+class _Edict(dict):
+    """A dictionary of somebody's own class, as EasyDict and Lightning's hyper-parameters are."""
+
+
+def named(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+# How the weights lie in the file (of all weights, and of the image encoder alone) -> what is said of it.
+RELEASED = {
+    "tecoa line": (lambda w, e: released_by_the_tecoa_line(e), "image encoder, from vision_encoder_state_dict"),
+    "empty dictionary later": (
+        lambda w, e: released_by_the_tecoa_line(e, 1),
+        "image encoder, from vision_encoder_state_dict",
+    ),
+    "data parallel": (
+        lambda w, e: released_by_the_tecoa_line(named("module.", e)),
+        "image encoder, from vision_encoder_state_dict.module",
+    ),
+    "AdvFLYP": (lambda w, e: {"state_dict": {}, "partial_state_dict": w}, "all weights, from partial_state_dict"),
+    "AdvFLYP, image encoder": (
+        lambda w, e: {"state_dict": {}, "partial_state_dict": named("visual.", e)},
+        "image encoder, from partial_state_dict",
+    ),
+    "RobustVLM": (lambda w, e: e, "image encoder"),
+    "open_clip training": (
+        lambda w, e: {"epoch": 3, "name": "x", "state_dict": named("module.", w)},
+        "all weights, from state_dict.module",
+    ),
+    "PyTorch's tutorial": (
+        lambda w, e: {"model_state_dict": w, "loss": torch.tensor(1.5)},
+        "all weights, from model_state_dict",
+    ),
+    "net": (lambda w, e: {"net": w, "acc": 3}, "all weights, from net"),
+    "module": (lambda w, e: {"module": w, "acc": 3}, "all weights, from module"),
+    "two levels": (lambda w, e: {"checkpoint": {"model": w}}, "all weights, from checkpoint.model"),
+    "in a list": (lambda w, e: [{"lr": 0.1}, w], "all weights, from 1"),
+    "somebody's dictionary": (lambda w, e: {"m": _Edict(w)}, "all weights, from m"),
+    "a prompt beside": (
+        lambda w, e: {"state_dict": named("clip_model.", w) | {"prompt_learner.ctx": torch.zeros(4, 128)}},
+        "all weights, from state_dict.clip_model; not loaded: prompt_learner",
+    ),
+    "a head beside": (
+        lambda w, e: {"model": w | {"head.weight": torch.zeros(2)}},
+        "all weights, from model; not loaded: head",
+    ),
+    "an encoder and a head": (
+        lambda w, e: named("backbone.encoder.", e) | {"fc.weight": torch.zeros(2)},
+        "image encoder, from backbone.encoder; not loaded: fc",
+    ),
+    "compiled": (lambda w, e: named("module._orig_mod.", w), "all weights, from module._orig_mod"),
+    "and EMA": (
+        lambda w, e: {"model_ema": {k: v + 1 for k, v in w.items()}, "model": w},
+        "all weights, from model; not from model_ema, which fits as well",
+    ),
+    "only EMA": (lambda w, e: {"state_dict_ema": w}, "all weights, from state_dict_ema"),
+    "beside the original": (
+        lambda w, e: {"state_dict": named("model_orig.", {k: 0 * v for k, v in e.items()}) | named("model.", e)},
+        "image encoder, from state_dict.model; not from state_dict.model_orig, which fits as well",
+    ),
+    "twice the same": (lambda w, e: {"model": w, "best": w}, "all weights, from model"),
+    "a larger teacher beside": (
+        lambda w, e: {"a": {k: torch.cat([v, v]) if v.ndim else v for k, v in w.items()}, "b": w},
+        "all weights, from b",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_weights_are_found_wherever_they_lie_in_a_file(mini, tmp_path, name, capsys):
+    full = {name: value + 0.01 for name, value in mini.model.state_dict().items()}
+    make, said = RELEASED[name]
+    torch.save(make(full, encoder_of(full)), tmp_path / "w.pth.tar")
+    clip = load_clip("mini-clip", tmp_path / "w.pth.tar", "cpu")
+    assert capsys.readouterr().out == f"w.pth.tar: {said}\n"
+    assert torch.equal(clip.visual.proj, full["visual.proj"])
+    whole = said.startswith("all weights")
+    assert torch.equal(clip.model.text_projection, (full if whole else mini.model.state_dict())["text_projection"])
+    assert load_clip("mini-clip", tmp_path / "w.pth.tar", "cpu", image_size=112).grid == (14, 14)
+
+
+def test_the_rest_of_an_image_encoder_comes_from_openai(mini, vit_b_32, tmp_path):
+    torch.save(encoder_of(mini.model.state_dict()), tmp_path / "w.pt")
+    assert {"class_embedding", "positional_embedding", "proj", "conv1.weight"} <= set(vit_b_32.visual.state_dict())
     with pytest.raises(ValueError, match="cannot be loaded into ViT-B-16-plus: .*no 'openai' weights"):
-        load_clip("ViT-B-16-plus", path, "cpu")
+        load_clip("ViT-B-16-plus", tmp_path / "w.pt", "cpu")
 
 
-USUAL = ["", "module.", "_orig_mod.", "model.", "module._orig_mod."]
+def test_an_encoder_with_a_layer_more_is_refused(mini, tmp_path):
+    encoder = encoder_of(mini.model.state_dict())
+    more = {name.replace("resblocks.4", "resblocks.5"): value for name, value in encoder.items()}
+    torch.save(encoder | more, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="Unexpected key.*resblocks.5"):
+        load_clip("mini-clip", tmp_path / "w.pt", "cpu")
 
 
-@pytest.mark.parametrize(
-    "encoder_only, prefix",
-    [*((False, p) for p in USUAL), *((True, p) for p in USUAL), (True, "visual."), (True, "module.visual.")],
-)
-@pytest.mark.parametrize("outer", [None, "state_dict", "model"])
-def test_weights_are_found_below_usual_names(mini, tmp_path, encoder_only, prefix, outer):
-    """RobustVLM releases an image encoder alone; training code puts prefixes before names, and dictionaries around."""
-    changed = {name: value + 0.01 for name, value in mini.model.state_dict().items()}
-    if encoder_only:
-        changed = {name.removeprefix("visual."): v for name, v in changed.items() if name.startswith("visual.")}
-    state = {prefix + name: value for name, value in changed.items()}
-    torch.save({outer: state, "epoch": 3} if outer else state, tmp_path / "w.pt")
-    clip = load_clip("mini-clip", tmp_path / "w.pt", "cpu")
-    assert torch.equal(clip.visual.proj, mini.visual.proj + 0.01)
-    expected = mini.model.text_projection + (0 if encoder_only else 0.01)
-    assert torch.equal(clip.model.text_projection, expected)
+@pytest.mark.parametrize("suffix", [".pt", ".pth.tar", ".bin", ".ckpt", "", ".safetensors"])
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "torch before 1.6"])
+def test_files_are_recognised_by_their_content_also_behind_links(mini, tmp_path, kind, suffix):
+    full = {name: value + 0.01 for name, value in mini.model.state_dict().items()}
+    blob = tmp_path / "blobs" / "0a1b2c"
+    blob.parent.mkdir()
+    if kind == "safetensors":
+        save_file(full, blob)
+    else:
+        torch.save(full, blob, _use_new_zipfile_serialization=kind == "torch")
+    link = tmp_path / f"open_clip_model{suffix}"
+    link.symlink_to(blob)
+    assert torch.equal(load_clip("mini-clip", link, "cpu").visual.proj, full["visual.proj"])
 
 
 class _RunsCode:
@@ -204,12 +291,51 @@ class _RunsCode:
         return pytest.fail, ("pickled code was executed",)
 
 
-def test_a_file_that_needs_pickled_code_is_refused(tmp_path):
+@pytest.mark.parametrize("form", [True, False])
+def test_a_file_that_needs_pickled_code_is_refused(tmp_path, form):
     path = tmp_path / "model.pth.tar"
-    torch.save({"vision_encoder_state_dict": {}, "args": _RunsCode()}, path)
+    content = {"vision_encoder_state_dict": {}, "args": _RunsCode()}
+    torch.save(content, path, _use_new_zipfile_serialization=form)
     with pytest.raises(ValueError, match="would run code .* refused") as error:
         load_clip("mini-clip", path, "cpu")
     assert "\n" not in str(error.value)
+
+
+class _Colour(enum.Enum):
+    RED = 1
+
+
+BESIDE = {
+    "arguments": argparse.Namespace(lr=1e-5, out=Path("runs/x"), colour=_Colour.RED),
+    "path": Path("data/sets"),
+    "windows path": PureWindowsPath("C:/data"),
+    "by path": {Path("a"): 1},
+    "simple namespace": types.SimpleNamespace(a=1),
+    "default dictionary": collections.defaultdict(list, {"loss": [1.0]}),
+    "counts": collections.Counter("aab"),
+    "the last losses": collections.deque([1.0, 2.0], maxlen=3),
+    "dictionary of one's own": _Edict(lr=1),
+    "a set": {1, 2},
+    "time": datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc),
+    "duration": datetime.timedelta(seconds=3),
+    "version of PyTorch": torch.__version__,
+    "type": torch.float16,
+    "device": torch.device("cpu"),
+    "random state": np.random.RandomState(0).get_state(),
+    "generator": torch.Generator().get_state(),
+    "id": uuid.UUID(int=3),
+    "module of one's own": nn.Linear(2, 2),
+    "schedule": torch.optim.lr_scheduler.StepLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1), 3),
+    "a function that is not called": json.dumps,
+}
+
+
+@pytest.mark.parametrize("form", [True, False])
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_lies_beside_weights_is_data(mini, tmp_path, name, form):
+    path = tmp_path / "w.pth"
+    torch.save({"args": BESIDE[name], "model": mini.model.state_dict()}, path, _use_new_zipfile_serialization=form)
+    assert fingerprint(load_clip("mini-clip", path, "cpu")) == fingerprint(mini)
 
 
 FOREIGN = {
@@ -233,8 +359,10 @@ def test_files_that_are_no_weights_are_named_for_what_they_are(tmp_path, name):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ([1, 2], "holds a list, not weights by name"),
+        ([1, 2], "holds no weights"),
         ({"epoch": 3}, "holds no weights"),
+        ({"model": {}, "state_dict": {}}, "holds no weights"),
+        ({"model": {"conv1.weight": torch.zeros(1)}}, "among its 1 tensors is conv1.weight"),
         ({"base.q_proj.lora_A.weight": torch.zeros(1)}, "LoRA parts only"),
         ({"vision_model.embeddings.class_embedding": torch.zeros(1)}, "a transformers model"),
     ],
@@ -271,17 +399,53 @@ class _Archived(nn.Module):
         return x
 
 
-def test_torchscript_is_taken_only_as_the_very_file_that_openai_publishes(mini, tmp_path, monkeypatch):
+@pytest.fixture
+def mini_quickgelu(monkeypatch):
+    """The name of the mini model's architecture with OpenAI's activation."""
+    config = open_clip.get_model_config("mini-clip") | {"quick_gelu": True}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "mini-clip-quickgelu", config)
+    return "mini-clip-quickgelu"
+
+
+def test_torchscript_is_taken_only_as_the_very_file_that_openai_publishes(mini, mini_quickgelu, tmp_path, monkeypatch):
     path = tmp_path / "ViT.pt"
     state = {name: value.half() for name, value in mini.model.state_dict().items()}
     torch.jit.save(torch.jit.script(_Archived(state | {"context_length": torch.tensor(32)})), path)
     with pytest.raises(ValueError, match="a TorchScript archive, which is code") as error:
-        load_clip("mini-clip", path, "cpu")
+        load_clip(mini_quickgelu, path, "cpu")
     assert "weights_only" not in str(error.value)
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: {"url": f"https://example.org/{sha}/ViT.pt"})
-    loaded = load_clip("mini-clip", path, "cpu").model.state_dict()
+    loaded = load_clip(mini_quickgelu, path, "cpu").model.state_dict()
     assert all(torch.equal(loaded[name], value.float()) for name, value in state.items())
+    with pytest.raises(ValueError, match="OpenAI's CLIP, another architecture than mini-clip: quick_gelu is True"):
+        load_clip("mini-clip", path, "cpu")
+
+
+def test_weights_are_refused_by_another_architecture_that_their_shapes_fit(mini, mini_quickgelu, tmp_path, monkeypatch):
+    heads = copy.deepcopy(open_clip.get_model_config("mini-clip"))
+    heads["vision_cfg"]["head_width"] *= 2
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "mini-clip-heads", heads)
+    path = save_clip(mini, tmp_path / "w.safetensors")
+    for arch, differs in [(mini_quickgelu, "quick_gelu is False, not True"), ("mini-clip-heads", "head_width is")]:
+        with pytest.raises(ValueError, match=f"of mini-clip, another architecture than {arch}: .*{differs}"):
+            load_clip(arch, path, "cpu")
+
+
+@pytest.mark.parametrize(
+    "arch, tag, message",
+    [
+        (
+            "ViT-B-32",
+            "openai",
+            "of ViT-B-32-quickgelu, another architecture than ViT-B-32: quick_gelu is True, not Fal",
+        ),
+        ("ViT-B-16", "dfn2b", "of ViT-B-16-quickgelu, another architecture than ViT-B-16: quick_gelu is True"),
+    ],
+)
+def test_published_weights_of_another_activation_are_refused_before_a_download(arch, tag, message):
+    with pytest.raises(ValueError, match=message):
+        load_clip(arch, tag, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -339,7 +503,7 @@ def test_bad_names_are_refused_in_one_line(arguments, message):
 
 
 def test_a_long_reason_ends_with_a_whole_word(mini, tmp_path):
-    torch.save(dict(list(mini.model.state_dict().items())[40:]), tmp_path / "part.pt")
+    torch.save(dict(list(mini.model.state_dict().items())[:9]), tmp_path / "part.pt")
     with pytest.raises(ValueError, match=r"part.pt' cannot be loaded into mini-clip: .* \.\.\.$") as error:
         load_clip("mini-clip", tmp_path / "part.pt", "cpu")
     assert str(error.value).split()[-2] in str(error.value.__cause__).split()

@@ -1,26 +1,21 @@
-"""Weights: where they are found, what a file holds, how they get into a model. No code of a file is ever run."""
+"""Weights: where they are found and how they get into a model; ``weight_files`` reads what files hold."""
 
-import codecs
 import contextlib
 import difflib
 import functools
 import hashlib
 import json
 import logging
-import pickle
 import re
 import socket
 import textwrap
-import warnings
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tgazsr_utils.core.libraries import open_clip
@@ -35,8 +30,16 @@ from tgazsr_utils.durable.devices import (
     pick_device,
     set_up_compiler,
 )
-from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
-from tgazsr_utils.paths import DATA, resolve
+from tgazsr_utils.durable.files import DamagedFile, save_tensors
+from tgazsr_utils.durable.weight_files import (
+    TORCHSCRIPT,
+    Found,
+    find_weights_in,
+    is_safetensors,
+    read_weight_file,
+    said_of,
+)
+from tgazsr_utils.paths import DATA, ROOT, resolve
 
 MINI_ARCH = "mini-clip"
 SHIPPED = {"mini": DATA / "mini_clip.safetensors", "mini-tga-zsr": DATA / "mini_tga_zsr.safetensors"}
@@ -47,29 +50,14 @@ _DIGESTS = {
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SCHEMAS, _CONFIG = ("hf-hub:", "local-dir:"), "open_clip_config.json"
 _PATIENCE = 10  # seconds for a server to say something
-_PREFIXES = ("module.", "model.", "_orig_mod.", "visual.")
-_OUTER = ("state_dict", "model", "vision_encoder_state_dict")  # dictionaries that training code puts weights into
-_SIZES = ("input_resolution", "context_length", "vocab_size")  # that OpenAI's archives hold beside weights
-_KINDS = {  # a part of their tensors' names -> weights of other kinds
-    "lora_": "LoRA parts only; merge them into the weights they belong to",
-    "vision_model.": "a transformers model; take the same weights as open_clip has them, or convert it",
-}
-TORCHSCRIPT = "a TorchScript archive, which is code; save its state_dict() as safetensors where you trust it"
-_BEGINNINGS = {  # of files that are no weights
-    b"<": "a web page, as some servers send in place of a download",
-    b"version https://git-lfs": "a pointer of Git LFS, not the weights it stands for: git lfs pull fetches them",
-    b"\x1f\x8b": "packed by gzip; unpack it first",
-}
-# Released checkpoints keep NumPy's numbers and arrays beside the weights, under names that depend on its version.
-_scalar, _array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
-_NUMPY = [
-    np.dtype,
-    np.ndarray,
-    *{type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
-    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *((_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    codecs.encode,  # of an array's bytes, in older pickles
-]
+_OF_OPENAI = {"input_resolution", "context_length", "vocab_size"}  # beside the weights in OpenAI's archives
+_NOT_OF_TRAINING = {
+    "arch",
+    "model_cfg",
+    "mean",
+    "std",
+    "history",
+}  # metadata that tell nothing of how weights were made
 
 
 def load_clip(
@@ -103,14 +91,14 @@ def load_clip(
     side = None if image_size == image_size_of(arch) else image_size
     with _named(arch, pretrained), _quiet():
         source = locate_weights(arch, pretrained)
+        about = read_metadata(source) if isinstance(source, Path) else {}
+        if isinstance(source, Path) and (recorded := _recorded(source, about)):
+            _check_architecture(arch, *recorded)
         model = _build(arch, source, seed, precision=weights, device=target, force_image_size=side)
-        about = read_metadata(source) if isinstance(source, Path) and source.suffix == ".safetensors" else {}
     clip = Clip(model, arch, numerics).to(target).eval().requires_grad_(False)
     for name in about.keys() & {"mean", "std"}:
         getattr(clip, name).copy_(torch.tensor(about[name]).view(3, 1, 1))
-    clip.training_record = {
-        name: value for name, value in about.items() if name not in ("arch", "mean", "std", "history")
-    }
+    clip.training_record = {name: value for name, value in about.items() if name not in _NOT_OF_TRAINING}
     return clip
 
 
@@ -150,10 +138,8 @@ def _build(arch: str, source: str | Path | None, seed: int, **options: Any) -> n
         return _with_weights_of(source, arch, seed, options)
     if source is not None and source.startswith(_SCHEMAS):
         with contextlib.nullcontext() if source.startswith("local-dir:") else _download():
-            model = open_clip().create_model(source, **options, require_pretrained=True)
-        if repr(model) != repr(open_clip().create_model(arch, **options)):
-            raise ValueError(f"what it holds is another architecture than {arch}")
-        return model
+            _check_architecture(arch, source, open_clip().get_model_config(source))
+            return open_clip().create_model(source, **options, require_pretrained=True)
     device = options["device"]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -163,43 +149,50 @@ def _build(arch: str, source: str | Path | None, seed: int, **options: Any) -> n
 
 def _with_weights_of(path: Path, arch: str, seed: int, options: dict[str, Any]) -> nn.Module:
     """A model with the weights of a file: all of them, or those of the image encoder, the rest then from OpenAI."""
-    state = _unwrapped(_read_checkpoint(path, arch))
-    encoder_only = "class_embedding" in state
-    if not encoder_only:
-        model = _build(arch, None, seed, **options)
-    elif arch != MINI_ARCH and "openai" not in open_clip().list_pretrained_tags_by_model(arch):
-        raise ValueError(f"this file holds an image encoder only, and {arch} has no 'openai' weights for the rest")
-    else:
+    state = _read(path, arch)
+    model = _build(arch, None, seed, **options)
+    found = _that_fit(find_weights_in(state), model)
+    best = found[0]
+    if _OF_OPENAI & best.tensors.keys():
+        _check_architecture(arch, "OpenAI's CLIP", model_config(arch) | {"quick_gelu": True})
+    if not best.whole:
+        if arch != MINI_ARCH and "openai" not in open_clip().list_pretrained_tags_by_model(arch):
+            raise ValueError(f"this file holds an image encoder only, and {arch} has no 'openai' weights for the rest")
         model = _build(arch, SHIPPED["mini"] if arch == MINI_ARCH else "openai", seed, **options)
-        state = {f"visual.{name}": value for name, value in state.items()}
+    parts = {name.split(".")[0] for name in model.state_dict()}
     # In fp32, since position embeddings in fp16 cannot be interpolated on the CPU.
-    state = {name: value.float() for name, value in state.items()}
+    state = {name: value.float() for name, value in best.tensors.items() if name.split(".")[0] in parts}
     open_clip().model.resize_pos_embed(state, model)
-    if encoder_only:
-        model.visual.load_state_dict({name.removeprefix("visual."): value for name, value in state.items()})
-    else:
-        model.load_state_dict(state)
+    rest = {} if best.whole else {n: v for n, v in model.state_dict().items() if not n.startswith("visual.")}
+    model.load_state_dict(rest | state)
+    if path not in SHIPPED.values() and "arch" not in read_metadata(path):
+        left = {name.split(".")[0] for name in best.tensors} - parts - _OF_OPENAI - {"attn_mask"}
+        _tell_once(path, f"{path.name}: {said_of(found, sorted(left))}")
     return model
 
 
-def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
-    """Weights without the dictionaries and the prefixes of every name that training code puts around them.
+@functools.cache
+def _tell_once(_path: Path, line: str) -> None:
+    print(line, flush=True)
 
-    What is left of an image encoder alone is its own state dict, as RobustVLM, TeCoA and TGA-ZSR release it.
-    """
-    while inner := [state[name] for name in _OUTER if isinstance(state, dict) and isinstance(state.get(name), dict)]:
-        state = inner[0]
-    if not isinstance(state, dict):
-        raise ValueError(f"this file holds a {type(state).__name__}, not weights by name")
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}  # beside them: epoch, accuracy
-    if kind := next((kind for part, kind in _KINDS.items() if any(part in name for name in state)), None):
-        raise ValueError(f"this file holds {kind}")
-    if not state:
-        raise ValueError("this file holds no weights")
-    state = {name: value for name, value in state.items() if name not in _SIZES}
-    while prefix := next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
+
+def _that_fit(found: list[Found], model: nn.Module) -> list[Found]:
+    """Those of a model's shapes; all of them, if there is none, as what differs is said when they are put in."""
+    own = {name: value.shape for name, value in model.visual.state_dict().items() if name != "positional_embedding"}
+    fits = lambda one: all(getattr(one.tensors.get(f"visual.{n}"), "shape", None) == shape for n, shape in own.items())
+    return [one for one in found if fits(one)] or found
+
+
+def _read(path: Path, arch: str) -> Any:
+    """What a weights file holds; of TorchScript archives the very file that OpenAI publishes, whose code is known."""
+    if path in _DIGESTS and digest(path) != _DIGESTS[path]:
+        raise DamagedFile(f"{path} is damaged (its content is not what ships)")
+    try:
+        return read_weight_file(path)
+    except ValueError as error:
+        if TORCHSCRIPT not in str(error) or not _is_openais(path, arch):
+            raise
+    return dict(torch.jit.load(path, map_location="cpu").state_dict())
 
 
 def _is_openais(path: Path, arch: str) -> bool:
@@ -208,38 +201,32 @@ def _is_openais(path: Path, arch: str) -> bool:
     return hashlib.sha256(path.read_bytes()).hexdigest() in published
 
 
-def _foreign(path: Path) -> str | None:
-    """What a file is, if that is known and no checkpoint of weights."""
-    with open(path, "rb") as file:
-        beginning = file.read(64).lstrip()
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return TORCHSCRIPT
-    return next((kind for start, kind in _BEGINNINGS.items() if beginning.startswith(start)), None)
+def _check_architecture(arch: str, whose: str, config: Mapping[str, Any]) -> None:
+    """Raises ValueError if weights are of another architecture than ``arch``; only the images' size may differ."""
+    ours, theirs = _flat(model_config(arch)), _flat(config)
+    names = sorted(ours.keys() | theirs.keys() - {"vision_cfg.image_size"})
+    if differs := [f"{n} is {theirs.get(n)}, not {ours.get(n)}" for n in names if ours.get(n) != theirs.get(n)]:
+        raise ValueError(f"these weights are of {whose}, another architecture than {arch}: {'; '.join(differs)}")
 
 
-def _read_checkpoint(path: Path, arch: str) -> dict[str, Any]:
-    """What a weights file holds. Raises ValueError for one that would run code, DamagedFile for a damaged one."""
-    open(path, "rb").close()  # safetensors calls a file missing that it may not read
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            ours = "digest" in (file.metadata() or {})
-        if not ours and path in _DIGESTS and digest(path) != _DIGESTS[path]:
-            raise DamagedFile(f"{path} is damaged (its content is not what ships)")
-        return load_tensors(path)[0] if ours else load_file(path)
-    if kind := _foreign(path):
-        if kind == TORCHSCRIPT and _is_openais(path, arch):  # its code is known then
-            return torch.jit.load(path, map_location="cpu").state_dict()
-        raise ValueError(f"this file is {kind}")
-    try:
-        with torch.serialization.safe_globals(_NUMPY):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler lets through whatever a file of another kind makes it do
-        if isinstance(error, pickle.UnpicklingError) and ("Unsupported" in str(error) or "GLOBAL" in str(error)):
-            raise ValueError("reading this file would run code that it brings along, which is refused") from None
-        raise DamagedFile("this file is no PyTorch checkpoint, or is damaged") from error
-    return checkpoint
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An open_clip configuration with its defaults, each value by a name such as "vision_cfg.width"."""
+    kinds = {"vision_cfg": open_clip().model.CLIPVisionCfg, "text_cfg": open_clip().model.CLIPTextCfg}
+    flat = {"quick_gelu": False} | {name: value for name, value in config.items() if name not in kinds}
+    for part, kind in kinds.items():
+        flat |= {f"{part}.{name}": value for name, value in (asdict(kind()) | config.get(part, {})).items()}
+    return flat
+
+
+def _recorded(path: Path, about: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """(name, configuration) of the architecture that a file, or the Hub's description beside it, says it is of."""
+    if "arch" in about:
+        config = about.get("model_cfg") or open_clip().get_model_config(about["arch"])
+        return (about["arch"], config) if config else None
+    beside = path.parent / _CONFIG
+    if path.name.startswith("open_clip_") and beside.is_file():
+        return str(beside), json.loads(beside.read_text(encoding="utf-8"))["model_cfg"]
+    return None
 
 
 @contextlib.contextmanager
@@ -283,12 +270,10 @@ def _named(arch: str, pretrained: str | Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip warns of random weights even where others are put in afterwards; only one of its warnings matters."""
-    logging.disable(logging.ERROR)  # what it calls an error it raises, too
+    """open_clip warns of random weights even where others are put in afterwards; what it calls an error it raises."""
+    logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*QuickGELU")  # the weights would run, with wrong numbers
-            yield
+        yield
     finally:
         logging.disable(logging.NOTSET)
 
@@ -296,9 +281,14 @@ def _quiet() -> Iterator[None]:
 def locate_weights(arch: str, pretrained: str | Path | None) -> str | Path | None:
     """A weights file that is there, or a name that open_clip knows for ``arch``. Raises ValueError for other things."""
     tags = open_clip().list_pretrained_tags_by_model(arch)
+    if pretrained in tags:  # open_clip only warns of another activation
+        quick = open_clip().get_pretrained_cfg(arch, pretrained).get("quick_gelu", False)
+        other = f"{arch}-quickgelu" if quick else arch.removesuffix("-quickgelu")
+        _check_architecture(arch, other, model_config(arch) | {"quick_gelu": quick})
     if pretrained is None or pretrained in tags or str(pretrained).startswith(_SCHEMAS):
         return pretrained
-    path = SHIPPED.get(str(pretrained)) or resolve(pretrained)
+    # Links are not followed: beside them lies what describes the weights.
+    path = SHIPPED.get(str(pretrained)) or ROOT / Path(pretrained).expanduser()
     if not path.is_file():
         known = ", ".join([*tags, *(SHIPPED if arch == MINI_ARCH else [])]) or "none"
         raise ValueError(f"{str(pretrained)!r} is neither a file ({path}) nor a name known for {arch} ({known})")
@@ -375,11 +365,14 @@ def save_clip(clip: Clip, path: Path, precision: str = "fp32", **metadata: Any) 
         k: v.detach().to(_TYPES[precision]).contiguous() for k, v in clip.model.state_dict().items()
     }
     own = {"arch": clip.arch, "mean": clip.mean.flatten().tolist(), "std": clip.std.flatten().tolist()}
+    own["model_cfg"] = model_config(clip.arch)
     return save_tensors(path, weights, **metadata, **own)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """What ``save_clip`` wrote beside the weights; nothing for a foreign file. Raises ValueError for a damaged one."""
+    if not is_safetensors(path):
+        return {}
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -390,8 +383,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def training_in_words(weights: str | Path | None) -> str:
     """What a file of weights says of how they were tuned; nothing, if it does not, or if they are no such file."""
-    file = Path(str(weights))
-    about = read_metadata(file) if file.suffix == ".safetensors" else {}
+    file = SHIPPED.get(str(weights)) or resolve(str(weights))
+    about = read_metadata(file) if file.is_file() else {}
     words, settings, steps = [str(about.get("method", ""))], about.get("settings", {}), len(about.get("history", []))
     if steps and settings.get("epochs"):
         epochs, each = settings["epochs"], round(steps / settings["epochs"])
