@@ -20,7 +20,7 @@ from tgazsr_utils.datasets.files import KeptAtFileSize, fit, resident
 from tgazsr_utils.datasets.layouts import list_datasets
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.datasets.published_sets import clean_name
-from tgazsr_utils.durable.fingerprints import fingerprint
+from tgazsr_utils.durable.fingerprints import data_key, fingerprint
 
 
 def test_class_folders_are_found_named_and_split(photo_root):
@@ -281,6 +281,16 @@ def test_a_file_that_changes_under_its_name_and_size_is_decoded_anew(large):
     Image.fromarray(255 - np.asarray(Image.open(path).convert("RGB"))).save(path)
     pad()
     assert path.stat().st_size == 50_000 and not torch.equal(next(load().batches(1)).images, first)
+
+
+def test_a_record_of_a_large_set_is_of_its_files_as_they_are(large):
+    load, _ = large
+    first = load()
+    path = Path(first.images.files.source.where[int(first.images.files.chosen[0])])
+    assert data_key(load()) == data_key(first) and data_key(load(keep=None)) == data_key(first)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert data_key(load()) != data_key(first) and data_key(load(keep=None)) != data_key(first)
+    assert fingerprint(load()) == fingerprint(first)  # which is compared between machines
 
 
 def test_first_images_do_not_wait_for_others_and_what_is_decoded_stays(large, monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import io
+import os
 import re
 import socket
 import subprocess
@@ -28,7 +29,7 @@ from tgazsr_utils.datasets.files import decoded
 from tgazsr_utils.datasets.layouts import list_datasets
 from tgazsr_utils.datasets.loading import choose_datasets, load_dataset
 from tgazsr_utils.datasets.published_sets import DATASETS, FURTHER, KNOWN, read_specs
-from tgazsr_utils.durable.fingerprints import fingerprint
+from tgazsr_utils.durable.fingerprints import data_key, fingerprint
 from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring.measure import evaluate
 
@@ -355,6 +356,13 @@ def test_a_large_set_is_read_as_it_is_needed_with_the_same_outcome(root, monkeyp
     chunks = [torch.tensor([i]) for i in (5, 0, 3, 2, 1, 4, 0, 1)]  # enough to read ahead
     for a, b in zip(kept.batches(chunks, skip=2), lazy.batches(chunks, skip=2), strict=True):
         assert a.number == b.number and all(torch.equal(x, y) for x, y in zip(a[1:], b[1:]))
+    pcam = load_dataset("PCAM", "test", root)
+    kept_in = next((root / "pcam").glob("*test*_x.h5"))
+    for change in (lambda: os.utime(kept_in, ns=(0, 2**62)), lambda: os.truncate(kept_in, kept_in.stat().st_size - 1)):
+        before = data_key(load_dataset("PCAM", "test", root))
+        change()
+        assert data_key(load_dataset("PCAM", "test", root)) != before
+    assert fingerprint(load_dataset("PCAM", "test", root)) != fingerprint(pcam)
     some = lazy.subset(3)
     assert some.labels.tolist() == [0, 1, 2] and some.available == 6 and len(decoded(some).images) == 3
 

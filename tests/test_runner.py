@@ -391,14 +391,9 @@ def test_the_fingerprint_follows_every_input(tmp_path, monkeypatch):
     assert fingerprint("01_attention_shift", parameters | {"output": "elsewhere"}, "") != first
     assert fingerprint("01_attention_shift", parameters | {"seed": 1}, "") != first
     assert fingerprint("01_attention_shift", parameters, "other") != first
-    folder = tmp_path / "data"
-    folder.mkdir()
-    with_data = parameters | {"data_root": str(folder)}
-    before = fingerprint("01_attention_shift", with_data, "")
-    words = parameters | {"prompt": str(folder), "dataset": 300 * "a"}  # which name no files
+    words = parameters | {"prompt": str(tmp_path), "dataset": 300 * "a"}  # which name no files
     worded = fingerprint("01_attention_shift", words, "")
-    (folder / "new.png").write_bytes(b"x")
-    assert fingerprint("01_attention_shift", with_data, "") != before
+    (tmp_path / "new.png").write_bytes(b"x")
     assert fingerprint("01_attention_shift", words, "") == worded
     monkeypatch.setattr(runner, "code_version", lambda: "other")
     assert fingerprint("01_attention_shift", parameters, "") != first
@@ -588,9 +583,44 @@ def test_all_attacks_at_all_epsilons_stand_in_one_table_and_none_is_measured_twi
     assert [r.key for r in again["measured"]] == [r.key for r in found["measured"]]
 
 
-def test_a_file_among_the_given_models_is_an_input(tmp_path):
-    path = tmp_path / "mine.pt"
-    parameters = parameters_of("04_evaluate_16_datasets", load_profile("mini"), "x", {"models": {"mine": str(path)}})
+CHANGES = {  # of what a notebook reads -> what is done to it
+    "another image": lambda root: (root / "sets/s/a/2.bmp").write_bytes(b"12"),
+    "an image less": lambda root: (root / "sets/s/a/1.bmp").unlink(),
+    "another name": lambda root: (root / "sets/s/a/1.bmp").rename(root / "sets/s/a/3.bmp"),
+    "another image of the same size": lambda root: written_later(root / "sets/s/a/1.bmp", b"34"),
+    "an image behind a link": lambda root: written_later(root / "elsewhere/b/1.bmp", b"34"),
+    "an image behind a link of its own": lambda root: written_later(root / "elsewhere/1.bmp", b"34"),
+    "descriptions": lambda root: written_later(root / "descriptions.json", b'{"b": ["x"], "a": ["x"]}'),
+    "weights": lambda root: written_later(root / "mine.pt", b"34"),
+    "a file in a folder of weights": lambda root: written_later(root / "model/open_clip_config.json", b"[]"),
+    "the latest weights": lambda root: (root / "out/models/TeCoA_seed0_2.safetensors").write_bytes(b"2"),
+    "a plugin": lambda root: written_later(root / "plugin.py", b"2"),
+}
+
+
+def written_later(path, content):
+    time = path.stat().st_mtime_ns
+    assert len(content) == path.stat().st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(time, time + 1))  # also where a file system's clock has not moved on
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_all_that_a_notebook_reads_is_an_input(tmp_path, name):
+    contents = {f"sets/s/{of}/{i}.bmp": "12" for of in "ac" for i in (0, 1)} | {"elsewhere/b/1.bmp": "12"}
+    contents |= {"elsewhere/1.bmp": "12", "descriptions.json": '{"a": ["x"], "b": ["x"]}', "mine.pt": "12"}
+    contents |= {"model/open_clip_config.json": "{}", "out/models/TeCoA_seed0_1.safetensors": "1", "plugin.py": "1"}
+    for path, text in contents.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    (tmp_path / "sets/s/b").symlink_to(tmp_path / "elsewhere/b")
+    (tmp_path / "sets/s/a/link.bmp").symlink_to(tmp_path / "elsewhere/1.bmp")
+    (tmp_path / "sets/s/circle").symlink_to(tmp_path / "sets")
+    models = {"mine": str(tmp_path / "mine.pt"), "folder": f"local-dir:{tmp_path}/model", "latest": "latest:TeCoA"}
+    parameters = default_parameters("04_evaluate_16_datasets") | {"models": models, "output": str(tmp_path / "out")}
+    parameters |= {"data_root": str(tmp_path / "sets"), "plugins": [str(tmp_path / "plugin.py")]}
+    parameters |= {"descriptions": str(tmp_path / "descriptions.json")}
     before = fingerprint("04_evaluate_16_datasets", parameters, "")
-    path.write_bytes(b"weights")
+    assert fingerprint("04_evaluate_16_datasets", parameters, "") == before
+    CHANGES[name](tmp_path)
     assert fingerprint("04_evaluate_16_datasets", parameters, "") != before

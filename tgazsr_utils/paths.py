@@ -1,5 +1,6 @@
 """Where the workbook lies, and what relative paths are relative to."""
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -22,4 +23,20 @@ def resolve(path: str | Path) -> Path:
         raise ValueError(f"path {str(path)[:120]!r}: {error}") from None
     if longest > 255 or len(str(found).encode()) > 4000:
         raise ValueError(f"path {str(path)[:120]!r}... is too long for one: {len(str(path))} characters")
+    return found
+
+
+def files_below(folder: Path) -> list[tuple[str, int, int]]:
+    """(relative path, size in bytes, time of modification in ns) of each file below a folder, also behind links."""
+    found, seen = [], set()
+    for here, inner, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:  # links may lead in a circle
+            inner.clear()
+            continue
+        seen.add(real)
+        inner.sort()
+        for path in (os.path.join(here, name) for name in sorted(names)):
+            state = os.stat(path) if os.path.exists(path) else None
+            found.append((os.path.relpath(path, folder), *((state.st_size, state.st_mtime_ns) if state else (-1, 0))))
     return found

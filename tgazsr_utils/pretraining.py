@@ -18,7 +18,7 @@ from tgazsr_utils.core.training import warmup_cosine
 from tgazsr_utils.datasets import miniworld
 from tgazsr_utils.datasets.files import decoded
 from tgazsr_utils.durable.checkpoints import Checkpoints
-from tgazsr_utils.durable.fingerprints import code_version, fingerprint
+from tgazsr_utils.durable.fingerprints import code_version, data_key
 from tgazsr_utils.durable.processes import deferred_interrupt
 from tgazsr_utils.durable.weights import load_clip, model_config
 from tgazsr_utils.parameters import PretrainNotebook
@@ -76,7 +76,7 @@ def photo_pairs(sets: Sequence[ImageSet], batch_size: int, seed: int, image_size
         fits = classes[chosen][:, None] == classes[chosen][None]
         return Pairs(augment(images[chosen], image_size, generator), captions, fits)
 
-    return PairSource(batch, digest([fingerprint(data) for data in sets], image_size))
+    return PairSource(batch, digest([data_key(data) for data in sets], image_size))
 
 
 def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -47,7 +47,7 @@ from tgazsr_utils.manifests import (
 )
 from tgazsr_utils.measuring.challenge import challenge, submit
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, named_weights
-from tgazsr_utils.paths import ROOT, resolve
+from tgazsr_utils.paths import ROOT, files_below, resolve
 from tgazsr_utils.profiles import PROFILES, Profile, cells_digest, default_parameters, parameters_of, shown
 from tgazsr_utils.progress import HEADLESS
 
@@ -305,16 +305,19 @@ def start_over(folder: Path) -> None:
 
 def fingerprint(notebook: str, parameters: Mapping[str, Any], before: str) -> str:
     """Names a notebook's inputs: its cells, its parameters and the files they name, the code, what runs before it."""
-    weights = [path for *_, path in named_weights(parameters)]
-    values = filter(None, [parameters.get("data_root"), *weights, *parameters.get("plugins", [])])
-    paths = [Path(SHIPPED.get(value) or resolve(value)) for value in values]
+    weights = [_place_of(path, parameters) for *_, path in named_weights(parameters) if path]
+    named = [parameters.get("data_root"), parameters.get("descriptions"), *weights, *parameters.get("plugins", [])]
+    paths = [Path(SHIPPED.get(value) or resolve(value)) for value in filter(None, named)]
     contents = [path for path in paths if path.is_file()]
-    listings = [
-        [f"{p.relative_to(path)} {p.stat().st_size if p.exists() else 'missing'}" for p in sorted(path.rglob("*"))]
-        for path in paths
-        if path.is_dir()
-    ]
+    listings = [files_below(path) for path in paths if path.is_dir()]
     return digest(cells_digest(notebook), parameters, *contents, listings, code_version(), before)
+
+
+def _place_of(weights: str, parameters: Mapping[str, Any]) -> str:
+    """The file, or folder, that weights are read from; other names as they are."""
+    with contextlib.suppress(ValueError):  # none there yet
+        weights = find_weights(weights, Run(resolve(parameters["output"] or "runs")).models)
+    return weights.removeprefix("local-dir:")
 
 
 def execute(notebook: str, parameters: Mapping[str, Any], folder: Path, books: Sequence[str] = ()) -> None:

@@ -29,7 +29,8 @@ class Source:
     classes: list[str]  # raw names
     where: list[str]  # what to call each image in an error: its file
     open: Callable[[int], Image.Image]
-    contents: list[Any]  # what tells these images from others: for a fingerprint
+    contents: list[Any]  # what tells these images from others, on any machine: for a fingerprint
+    modified: Sequence[int] = ()  # times of their files, in ns; none, where contents are digests of the images
     boxes: list[Box] | None = None
     left_out: tuple[str, ...] = ()  # what is there and not taken, a line each
 
@@ -187,11 +188,14 @@ def from_files(
 ) -> Source:
     """Images in files, told from others by their names below ``root`` and sizes; published sets are read as such."""
     paths = [str(path) for path in files]
-    sizes = [os.stat(path).st_size if os.path.exists(path) else _MISSING for path in paths]
+    states = [os.stat(path) if os.path.exists(path) else None for path in paths]
+    sizes, modified = zip(*((s.st_size, s.st_mtime_ns) if s else (_MISSING, 0) for s in states)) if states else ((), ())
     contents = [f"{os.path.relpath(path, root)} {size}" for path, size in zip(paths, sizes)]
     read = read_as_published if published else read_rgb
     where, classes, told = (list(map(readable, texts)) for texts in (paths, classes, left_out))
-    return Source(list(labels), classes, where, lambda index: read(paths[index]), contents, boxes, tuple(told))
+    return Source(
+        list(labels), classes, where, lambda index: read(paths[index]), contents, modified, boxes, tuple(told)
+    )
 
 
 def readable(text: str) -> str:

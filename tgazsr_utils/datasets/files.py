@@ -114,6 +114,10 @@ class Files:
         contents = [self.source.contents[i] for i in self.chosen.tolist()]
         return [contents, [self.side, self.preprocess, self.on_bad_image]]
 
+    def modified(self) -> list[int]:
+        """When their files were written, in ns."""
+        return [self.source.modified[i] for i in self.chosen.tolist()] if self.source.modified else []
+
 
 @dataclass(frozen=True, eq=False)
 class KeptAtFileSize:
@@ -132,6 +136,9 @@ class KeptAtFileSize:
 
     def identity(self) -> list[Any]:
         return self.files.identity()
+
+    def modified(self) -> list[int]:
+        return self.files.modified()
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,12 +177,13 @@ class DecodedOnce:
     def identity(self) -> list[Any]:
         return self.files.identity()
 
+    def modified(self) -> list[int]:
+        return self.files.modified()
+
     @cached_property
     def path(self) -> Path:
         """Named by all that the pixels depend on: files, with their times, the code of this room, Pillow."""
-        where = [self.files.source.where[i] for i in self.files.chosen.tolist()]
-        times = [os.stat(file).st_mtime_ns if os.path.isfile(file) else 0 for file in where]
-        return self.folder / f"{digest(*self.identity(), times, _CODE, PIL.__version__)}.uint8"
+        return self.folder / f"{digest(*self.identity(), self.modified(), _CODE, PIL.__version__)}.uint8"
 
     @property
     def shape(self) -> torch.Size:

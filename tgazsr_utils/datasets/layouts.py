@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from tgazsr_utils.core.libraries import torchvision
+from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.datasets import miniworld
 from tgazsr_utils.datasets.class_folders import (
     Box,
@@ -26,7 +27,7 @@ from tgazsr_utils.datasets.class_folders import (
 )
 from tgazsr_utils.datasets.published_sets import KNOWN, DatasetSpec, clean_name
 from tgazsr_utils.datasets.torchvision_sets import read_lists
-from tgazsr_utils.paths import resolve
+from tgazsr_utils.paths import files_below, resolve
 
 TEST_FRACTION = 0.2  # of each class, for folders that come without a split
 
@@ -179,7 +180,11 @@ def _through_torchvision(key: str, spec: DatasetSpec, place: Path, split: Split)
         labels = [label for _, label in in_order]
         return from_files(files, labels, classes, place, published=True)
     where = [f"{key} {split} number {i}" for i in range(len(lists.labels))]
-    return Source(lists.labels, classes, where, lists.open, lists.contents or where)
+    if lists.contents is not None:
+        return Source(lists.labels, classes, where, lists.open, lists.contents)
+    files = files_below(place)  # such as HDF5, which are read as images are needed
+    contents = [f"{one} of {digest([(name, size) for name, size, _ in files])}" for one in where]
+    return Source(lists.labels, classes, where, lists.open, contents, [max(time for *_, time in files)] * len(where))
 
 
 def class_names(source: Source, spec: DatasetSpec | None) -> tuple[tuple[str, ...], tuple[str, ...]]:

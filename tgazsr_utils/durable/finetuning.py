@@ -20,7 +20,7 @@ from tgazsr_utils.core.training import NotFinite, Update, batches, optimizer_of,
 from tgazsr_utils.datasets.files import resident
 from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.checkpoints import Checkpoints
-from tgazsr_utils.durable.fingerprints import code_version, fingerprint
+from tgazsr_utils.durable.fingerprints import code_version, data_key, fingerprint
 from tgazsr_utils.durable.original_cache import OriginalCache
 from tgazsr_utils.durable.plugins import source_of
 from tgazsr_utils.durable.weights import load_alike, read_metadata, save_clip
@@ -44,7 +44,7 @@ def tuned_path(folder: Path, objective: Objective, settings: FinetuneSettings, d
     parts = [part for part in (objective.terms, objective.attack) if part is not None]
     source = source_of(objective) or [inspect.getsource(part) for part in parts]
     texts = {name: getattr(data, name) for name in objective.reads}
-    depends = [settings.model_dump(), texts, fingerprint(data), fingerprint(original), original.numerics]
+    depends = [settings.model_dump(), texts, data_key(data), fingerprint(original), original.numerics]
     key = digest(source, *depends, code_version(__name__))
     return folder / f"{objective.name}_seed{settings.seed}_{key}.safetensors"
 

@@ -42,6 +42,15 @@ def fingerprint(of: Clip | ImageSet) -> str:
     return _known[of][1]
 
 
+def data_key(data: ImageSet) -> str:
+    """Names an image set in the keys of the store: as ``fingerprint``, with the times of files that are read later.
+
+    A fingerprint is the same on every machine; a key changes with files that are replaced by others of the same size.
+    """
+    times = [] if isinstance(data.images, Tensor) else data.images.modified()
+    return digest(fingerprint(data), times) if times else fingerprint(data)
+
+
 def code_version(asking: str | None = None) -> str:
     """Names the source that the results of a module (its ``__name__``) depend on; None: all of the package.
 

@@ -204,7 +204,7 @@ def _is_openais(path: Path, arch: str) -> bool:
 def _check_architecture(arch: str, whose: str, config: Mapping[str, Any]) -> None:
     """Raises ValueError if weights are of another architecture than ``arch``; only the images' size may differ."""
     ours, theirs = _flat(model_config(arch)), _flat(config)
-    names = sorted(ours.keys() | theirs.keys() - {"vision_cfg.image_size"})
+    names = sorted((ours.keys() | theirs.keys()) - {"vision_cfg.image_size"})
     if differs := [f"{n} is {theirs.get(n)}, not {ours.get(n)}" for n in names if ours.get(n) != theirs.get(n)]:
         raise ValueError(f"these weights are of {whose}, another architecture than {arch}: {'; '.join(differs)}")
 

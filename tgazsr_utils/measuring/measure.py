@@ -23,7 +23,7 @@ from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.seeds import digest, seeded
 from tgazsr_utils.core.settings import AttackSettings, Protocol
 from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
-from tgazsr_utils.durable.fingerprints import code_version, fingerprint
+from tgazsr_utils.durable.fingerprints import code_version, data_key, fingerprint
 from tgazsr_utils.durable.plugins import source_of
 from tgazsr_utils.machine import allowed_memory
 from tgazsr_utils.measuring import autoattack  # noqa: F401  (adds itself to ATTACKS)
@@ -68,7 +68,7 @@ class Measurement:
         if (one := self.defence) is not None:  # perhaps defined in a notebook's cell, or a plugin
             source = source_of(one) or inspect.getsource(one.run)
             parts += [one.name, source, one.differentiable, one.draws, self.aware]
-        return digest(self.method, fingerprint(self.clip), self.clip.numerics, fingerprint(self.data), *parts)
+        return digest(self.method, fingerprint(self.clip), self.clip.numerics, data_key(self.data), *parts)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tgazsr_utils.core.images import Batch, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.seeds import Noise, digest
 from tgazsr_utils.core.settings import AttackSettings
-from tgazsr_utils.durable.fingerprints import code_version, fingerprint
+from tgazsr_utils.durable.fingerprints import code_version, data_key, fingerprint
 from tgazsr_utils.durable.plugins import source_of
 from tgazsr_utils.measuring.autoattack import square
 from tgazsr_utils.measuring.measure import batch_that_fits
@@ -57,7 +57,7 @@ def sets_to_check(sets: Sequence[ImageSet], images: int) -> list[ImageSet]:
 
 
 def check_key(clip: Clip, sets: Sequence[ImageSet], attack: AttackSettings) -> str:
-    data = [fingerprint(part) for part in sets]
+    data = [data_key(part) for part in sets]
     attacked_with = [attack.model_dump(), source_of(ATTACKS[attack.attack])]
     return digest(fingerprint(clip), clip.numerics, data, *attacked_with, code_version(__name__))
 
