@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from conftest import own_environment, run_all, size
 from PIL import Image
 
@@ -18,6 +19,7 @@ from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.libraries import open_clip
 from tgazsr_utils.datasets.__main__ import copy_samples
 from tgazsr_utils.display import style
+from tgazsr_utils.durable.fingerprints import fingerprint as fingerprint_of
 from tgazsr_utils.parameters import SettingsError
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.profiles import default_parameters, given_value, load_profile, parameters_of
@@ -558,6 +560,18 @@ def test_without_methods_nothing_is_trained_and_given_models_are_measured_at_the
     assert table["clean", "CLIP", "tuned"] == -table["clean", "tuned", "CLIP"]
     assert table[:, "CLIP", "large"].isna().all() and table[:, "large", "tuned"].isna().all()
     assert set(found["table"].index) == {"CLIP", "tuned", "large"}
+
+
+def test_a_published_name_among_the_models_is_of_the_notebooks_architecture(mini, tmp_path, monkeypatch, capsys):
+    torch.save(mini.model.state_dict(), tmp_path / "published.pt")
+    published = {"openai": {"url": (tmp_path / "published.pt").as_uri()}}
+    monkeypatch.setitem(open_clip().pretrained._PRETRAINED, "mini-clip", published)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where it is downloaded to
+    values = {"methods": [], "models": {"x": "openai"}, "testdata": ["shapes"], "test_images": 6, "check_images": 0}
+    values |= {"test_numsteps": 1, "output": str(tmp_path / "out"), "device": "cpu"}
+    found = run_cells("04_evaluate_16_datasets", default_parameters("04_evaluate_16_datasets") | values)
+    assert {r.method: r.model for r in found["records"]} == dict.fromkeys(["CLIP", "x"], fingerprint_of(mini))
+    assert "x: not trained here\n" in capsys.readouterr().out
 
 
 def test_all_attacks_at_all_epsilons_stand_in_one_table_and_none_is_measured_twice(tmp_path, monkeypatch):
