@@ -79,7 +79,7 @@ _REBUILT = {  # the only functions that are called
 _INERT = {"_codecs.encode", "copyreg._reconstructor"}  # functions that only make data
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # in Python: the one in C takes as much memory as a damaged index says
     """Calls nothing that a file names but what rebuilds tensors, and imports nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -94,7 +94,7 @@ class _Unpickler(pickle.Unpickler):
         return _Data if harmless or isinstance(known, type) or name[:1].isupper() else _Function
 
 
-_PICKLE = types.SimpleNamespace(
+_PICKLE = types.SimpleNamespace(  # what torch.load takes for the pickle module
     __name__="pickle", Unpickler=_Unpickler, load=lambda file, **options: _Unpickler(file, **options).load()
 )
 
