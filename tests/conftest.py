@@ -104,10 +104,10 @@ def own_environment():
     return os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": path}
 
 
-def run_all(*arguments):
+def run_all(*arguments, **environment):
     """run_all.sh, to its end."""
     command = ["bash", str(ROOT / "run_all.sh"), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=own_environment())
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=own_environment() | environment)
 
 
 class Smoke(NamedTuple):
@@ -116,23 +116,31 @@ class Smoke(NamedTuple):
     folder: Path
     arguments: list[str]  # of run_all.sh
     log: str
+    errors: str
 
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
-    """Run once in a session, by the worker that asks first; for many tests to look at. Its folder has a nasty name."""
+    """Run once in a session, by the worker that asks first; for many tests to look at.
+
+    Its folder has a nasty name, a site has another kernel "python3", and the user a matplotlibrc for papers.
+    """
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
-    folder, outcome = shared / 'it\'s "odd" $(touch ran) `touch ran`; touch ran\\n', shared / "smoke.json"
+    folder, outcome = shared / 'it\'s "odd" {run} {} {0 $(touch ran) `touch ran`; touch ran\\n', shared / "smoke.json"
     arguments = ["smoke", "-p", "output", str(folder)]
     with FileLock(shared / "smoke.lock"):
         if not outcome.exists():
-            done = run_all(*arguments)
+            site, rc = shared / "site" / "kernels" / "python3", shared / "matplotlibrc"
+            site.mkdir(parents=True)
+            (site / "kernel.json").write_text('{"argv": ["false"], "display_name": "the site", "language": "python"}')
+            rc.write_text("text.usetex: True\nbackend: tkagg\nsavefig.bbox: standard\nfont.size: 40\n")
+            done = run_all(*arguments, JUPYTER_PATH=str(shared / "site"), MATPLOTLIBRC=str(rc))
             outcome.write_text(json.dumps([done.returncode, done.stdout, done.stderr]), encoding="utf-8")
     code, log, errors = json.loads(outcome.read_text(encoding="utf-8"))
     assert code == 0, errors
-    return Smoke(folder, arguments, log)
+    return Smoke(folder, arguments, log, errors)
 
 
 @pytest.fixture(autouse=True)

@@ -61,7 +61,7 @@ def test_what_is_not_there_is_said_and_decides_nothing():
     assert "moves more where answers stay" in answers.attention_shift(frame, {"original": (0.2, 0.1, 0.3)})
     few = answers.attention_shift(frame, {"original": (1.0, 1.0, 1.0)})
     assert "is not shown to tell which answers flip, AUC 1.00" in few
-    assert "answers are all alike" in answers.attention_shift(frame, {"original": NO_AREA})
+    assert "no answers to tell apart" in answers.attention_shift(frame, {"original": NO_AREA})
     untrusted = [r for r in measured(CLIP=(2, 38), TGA_ZSR=(20, 36)) if r.attack == "none" or r.method == "CLIP"]
     table = leaderboard(untrusted)
     assert answers.fine_tuning(untrusted, ["TGA-ZSR"]).startswith("Undecided: robust accuracy of TGA-ZSR")

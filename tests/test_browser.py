@@ -45,7 +45,7 @@ def settings_folders(folder, theme):
         "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
         "JUPYTER_CONFIG_DIR": "config",
     }
-    return {name: str(folder / part) for name, part in own.items()} | {"JUPYTER_PREFER_ENV_PATH": "1"}
+    return {name: str(folder / part) for name, part in own.items()}
 
 
 def answers(url):

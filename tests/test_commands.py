@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from conftest import run_all
 
-from tgazsr_utils import listing, profiles, runner
+from tgazsr_utils import commands, listing, profiles, runner
 from tgazsr_utils.core.attacks import ATTACKS
 from tgazsr_utils.core.objectives import OBJECTIVES
 from tgazsr_utils.durable import plugins
@@ -19,9 +19,10 @@ from tgazsr_utils.paths import ROOT
 from tgazsr_utils.profiles import PROFILES, default_parameters, settings_of
 
 
-def package(*arguments, cwd=ROOT):
-    command, path = [sys.executable, "-m", "tgazsr_utils", *map(str, arguments)], str(ROOT)
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+def package(*arguments, cwd=ROOT, **environment):
+    command = [sys.executable, "-m", "tgazsr_utils", *map(str, arguments)]
+    own = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=own)
 
 
 def add_notebook(folder, name, *sources, tags=("parameters",)):
@@ -193,3 +194,12 @@ def test_other_verbs_of_the_package(tmp_path):
     assert collected.returncode == 0 and "test_machine.py" in collected.stdout
     lab = package("--lab", "--version", cwd=tmp_path)
     assert lab.returncode == 0 and re.match(r"\d+\.\d+", lab.stdout)
+
+
+@pytest.mark.parametrize("level", ["1", "2"])
+def test_python_without_assertions_and_docstrings_runs_and_helps(level, tmp_path):
+    assert package("--help", PYTHONOPTIMIZE=level).stdout == commands.__doc__
+    given = ("-p", "ablations", "[seeds]", "-p", "methods", "[TeCoA]", "-p", "output", tmp_path / "out")
+    done = package("smoke", "03", *given, PYTHONOPTIMIZE=level)
+    assert done.returncode == 0, done.stderr
+    assert "03_seeds.png" in done.stdout and "How much is chance?" in (tmp_path / "out" / "index.html").read_text()

@@ -3,9 +3,11 @@
 import re
 from xml.etree import ElementTree
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -110,6 +112,31 @@ def test_captions_say_which_model_is_the_tuned_one(tmp_path):
     assert strips.tuned_in_words("some/where.pt", tmp_path / "some" / "where.pt") == "tuned: where.pt"
     assert strips.tuned_in_words("openai", "openai") == "tuned: openai"
     assert training_in_words(SHIPPED["mini"]) == training_in_words(None) == ""
+
+
+def test_a_figure_that_fails_says_so_in_its_place(tmp_path, capsys, monkeypatch):
+    plt.close("all")
+    picture = style.save(plots.accuracy_bars(pd.DataFrame(), "Does it help?"), tmp_path, "bars")
+    assert re.match("accuracy_bars could not be drawn: [A-Z]", picture.alt) and picture.alt in capsys.readouterr().err
+    figure = plots.captioned_images(torch.zeros(2, 3, 8, 8), ["a", "b"], "What?", "")
+    monkeypatch.setattr(figure, "savefig", lambda *_, **__: 1 / 0)
+    assert style.save(figure, tmp_path, "pairs").alt == "pairs could not be drawn: ZeroDivisionError: division by zero"
+    assert len(list((tmp_path / "figures").iterdir())) == 4 and not plt.get_fignums()
+
+
+@pytest.mark.parametrize("clean", [0, 100])
+@pytest.mark.parametrize("robust", [0, 100, np.nan])
+@pytest.mark.parametrize("methods", [["CLIP"], ["CLIP", "TeCoA"]])
+def test_degenerate_accuracies_are_drawn(methods, clean, robust, tmp_path, capsys):
+    of = {"clean": clean, "robust": robust, "average": (clean + robust) / 2, "robust_ci": np.nan}
+    of |= {"clean_ci": 0.0, "average_ci": 0.0}
+    style.save(plots.trade_off(pd.DataFrame([of] * len(methods), index=methods), "What does it cost?"), tmp_path, "a")
+    pairs = [(kind, a, b) for kind in ("robust", "clean") for a in methods for b in methods]
+    frame = pd.DataFrame(pairs, columns=["kind", "method", "other"])
+    difference = robust - robust
+    frame = frame.assign(difference=difference, low=difference, high=difference)
+    style.save(plots.difference_matrix(frame, "Is it more than chance?"), tmp_path, "b")
+    assert "could not be drawn" not in capsys.readouterr().err
 
 
 def test_a_kept_figure_carries_its_words_in_both_files_and_in_the_notebook(attacked, tmp_path):

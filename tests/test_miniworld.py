@@ -199,3 +199,10 @@ def test_the_shipped_model_composes_words_it_never_saw_together(mini):
     unseen = torch.tensor([pair in mw.HELD_OUT_PAIRS for pair in mw.TASKS["colour_shapes"].classes])[data.labels]
     right = predict(mini, data, None) == data.labels
     assert right[unseen].float().mean() >= 0.6
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**40 + 1, 2**62, 2**63 - 1])
+def test_large_seeds_draw_as_small_ones_do(seed):
+    first, again, other = (load_dataset("shapes", "test", n=4, seed=s).images for s in (seed, seed, seed - 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert len(load_dataset("shapes", "train", n=4, seed=seed).captions) == 4

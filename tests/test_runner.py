@@ -403,7 +403,7 @@ def test_the_fingerprint_follows_every_input(tmp_path, monkeypatch):
 
 def test_the_whole_workbook_runs_in_the_smoke_profile(smoke, capfd):
     """This test alone may run it again."""
-    out, given, log = smoke
+    out, given, log, _ = smoke
     manifest = json.loads((out / "manifest.json").read_text())
     assert [e["status"] for e in manifest["notebooks"].values()] == ["finished"] * 7
     assert {"torch", "open_clip_torch"} <= set(manifest["notebooks"]["02_train_tga_zsr"]["environment"]["packages"])
@@ -595,6 +595,11 @@ def test_all_attacks_at_all_epsilons_stand_in_one_table_and_none_is_measured_twi
     monkeypatch.setattr("tgazsr_utils.measuring.bench.answer", None)
     again = run_cells("04_evaluate_16_datasets", values | {"output": str(tmp_path / "b"), "test_eps_list": [1]})
     assert [r.key for r in again["measured"]] == [r.key for r in found["measured"]]
+
+
+def test_a_log_holds_what_the_user_needs_and_nothing_else(smoke):
+    lines = [*smoke.log.splitlines(), *smoke.errors.splitlines()]
+    assert not [line for line in lines if "Warning" in line or "could not be drawn" in line or "site-packages" in line]
 
 
 CHANGES = {  # of what a notebook reads -> what is done to it

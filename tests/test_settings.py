@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from pydantic import ValidationError
 
@@ -18,7 +20,8 @@ from tgazsr_utils.parameters import (
     untuned,
     validate,
 )
-from tgazsr_utils.profiles import check_effect, default_parameters, names_set_in
+from tgazsr_utils.profiles import check_effect, default_parameters, given_value, names_set_in
+from tgazsr_utils.strict_yaml import load_yaml
 
 KNOWN = FinetuneSettings.model_fields
 GOOD = {"test_eps": 1.0, "test_stepsize": 1.0, "test_numsteps": 10}
@@ -243,6 +246,33 @@ def test_which_methods_compare_attention_is_known(name, mini, shapes):
     idle = without_effect(validate(EvaluateNotebook, values))
     assert (weights(0.5) == weights(0.25)) == ("Alpha" in idle)
     assert ("train_eps" in idle) == (objective.attack is None)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        *[
+            ("010", 10),
+            ("-007", -7),
+            ("+3", 3),
+            ("1_000", 1000),
+            ("[007, 008, 010]", [7, 8, 10]),
+            ("{a: 010}", {"a": 10}),
+        ],
+        *[("1e-3", 1e-3), ("1E-3", 1e-3), (".5", 0.5), ("5.", 5.0), ("010.5", 10.5), ("-.inf", -math.inf)],
+        *[("1:40", "1:40"), ("190:20:30", "190:20:30"), ("1:40.5", "1:40.5"), ("0x10", "0x10"), ("0b1", "0b1")],
+        *[("true", True), ("null", None), ("~", None), ("'010'", "010"), ("e5", "e5"), (".", ".")],
+    ],
+)
+def test_numbers_are_decimal(text, value):
+    assert load_yaml(text) == value and type(load_yaml(text)) is type(value)
+
+
+@pytest.mark.parametrize("text", ["1:40", "0x10", "1__0"])
+def test_other_notations_of_numbers_are_refused(text):
+    values = default_parameters("04_evaluate_16_datasets") | {"seed": given_value("seed", text)}
+    with pytest.raises(SettingsError, match=f"seed = '{text}': .*valid integer"):
+        validate(NOTEBOOKS["04_evaluate_16_datasets"], values)
 
 
 ARCH = {"arch": "ViT-L-14-quickgelu", "pretrained": "openai"}

@@ -34,26 +34,25 @@ one for the CPU 0.2. TORCH_INDEX=URL takes it from that package index instead.
 """
 
 import importlib.util
-import io
 import os
 import runpy
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from tgazsr_utils import clean_notebook, start_page
 from tgazsr_utils.paths import NOTEBOOKS, ROOT
+from tgazsr_utils.surroundings import own_kernel, print_anything
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """All verbs; but for those that need no PyTorch they are the runner's."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks an arrow shows "?" in its place
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    print_anything()
     asked = [verb for verb in ("--test", "--lab", "--demo") if verb in given]
     if {"--help", "-h"} & {*given}:
-        print(__doc__, end="")
+        print(Path(__file__).read_text(encoding="utf-8").split('"""')[1], end="")  # also where Python drops docstrings
         return 0
     if len(asked) > 1:
         print(f"error: {' and '.join(asked[:2])} are two calls", file=sys.stderr)
@@ -83,7 +82,8 @@ def _lab(arguments: list[str]) -> int:
     )
     # Containers and rented machines run as root; it stays on this machine, behind its token.
     root = ["--ServerApp.allow_root=True"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    return _become("jupyterlab", ["--ServerApp.ip=127.0.0.1", *root, *_start(), *arguments])
+    with tempfile.TemporaryDirectory(prefix="tgazsr-") as folder, own_kernel(folder):
+        return _become("jupyterlab", ["--ServerApp.ip=127.0.0.1", *root, *_start(), *arguments])
 
 
 def _start() -> list[str]:

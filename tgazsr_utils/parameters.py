@@ -149,8 +149,6 @@ class ModelSettings(WorkbookSettings, PluginSettings):
 
 
 class PretrainNotebook(WorkbookSettings):
-    """00_pretrain_mini_clip"""
-
     sets: list[str] | None  # image sets under data_root to learn from; None: all (or the mini-world)
     steps: Count  # of pre-training
     batch_size: Count
@@ -178,8 +176,6 @@ class CandidateSettings(ModelSettings):
 
 
 class AttentionShiftNotebook(CandidateSettings, AttackSettings):
-    """01_attention_shift"""
-
     dataset: str
     test_images: Count
     shown_images: Annotated[int, Number, Field(ge=1, le=12)]  # in the figure
@@ -188,8 +184,6 @@ class AttentionShiftNotebook(CandidateSettings, AttackSettings):
 
 
 class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
-    """02_train_tga_zsr"""
-
     dataset: str  # the one set that is tuned on
     train_images: Count | None  # None: all (the mini-world renders 1000)
     test_images: Count | None  # of each test set; None: all
@@ -268,8 +262,6 @@ class MeasureSettings(TrainNotebook):
 
 
 class EvaluateNotebook(MeasureSettings):
-    """04_evaluate_16_datasets"""
-
     methods: Annotated[list[str], AfterValidator(_distinct)]  # that are trained and measured; may be none
     models: dict[str, Any] = {}  # name -> weights as ``pretrained`` has them, or {arch: ..., pretrained: ...}
     interpolate: Annotated[list[Fraction], AfterValidator(_distinct)] = []  # w: measured too, (1 - w) theta0 + w theta
@@ -313,8 +305,6 @@ class EvaluateNotebook(MeasureSettings):
 
 
 class AblationNotebook(MeasureSettings):
-    """03_ablations"""
-
     ablations: str | Distinct[str]  # "cut": a few runs of each; "all"; a list of ABLATIONS, or one: all runs of these
     Alpha_list: Distinct[NonNegative]  # compared
     Beta_list: Distinct[NonNegative]  # compared
@@ -345,8 +335,6 @@ class AblationNotebook(MeasureSettings):
 
 
 class HoldNotebook(MeasureSettings):
-    """06_does_it_hold"""
-
     Alpha_list: Annotated[list[NonNegative], AfterValidator(_distinct)]  # of TGA-ZSR, each with its own Beta
     Beta_list: Annotated[list[NonNegative], AfterValidator(_distinct)]  # of TGA-ZSR, each with its own Alpha
     test_numsteps_list: Distinct[Count]  # compared
@@ -354,23 +342,20 @@ class HoldNotebook(MeasureSettings):
 
 
 class ExplorerNotebook(CandidateSettings, FinetuneSettings, AttackSettings):
-    """05_alpha_beta_explorer"""
-
     dataset: str
     train_images: Count | None  # for fine-tuning at the sliders' place
     test_images: Count  # to choose from
 
 
-_BOOKS = (
-    PretrainNotebook,
-    AttentionShiftNotebook,
-    TrainNotebook,
-    AblationNotebook,
-    EvaluateNotebook,
-    ExplorerNotebook,
-    HoldNotebook,
-)
-NOTEBOOKS: dict[str, type[WorkbookSettings]] = {book.__doc__: book for book in _BOOKS}  # by the name that each states
+NOTEBOOKS: dict[str, type[WorkbookSettings]] = {
+    "00_pretrain_mini_clip": PretrainNotebook,
+    "01_attention_shift": AttentionShiftNotebook,
+    "02_train_tga_zsr": TrainNotebook,
+    "03_ablations": AblationNotebook,
+    "04_evaluate_16_datasets": EvaluateNotebook,
+    "05_alpha_beta_explorer": ExplorerNotebook,
+    "06_does_it_hold": HoldNotebook,
+}
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 TEXT = (str, str | None)  # of parameters that are text, whatever it looks like

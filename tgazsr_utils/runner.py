@@ -50,6 +50,7 @@ from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, named_weights
 from tgazsr_utils.paths import ROOT, files_below, resolve
 from tgazsr_utils.profiles import PROFILES, Profile, cells_digest, default_parameters, parameters_of, shown
 from tgazsr_utils.progress import HEADLESS
+from tgazsr_utils.surroundings import own_kernel, print_anything
 
 
 class Batch:
@@ -236,7 +237,7 @@ def export_parameters(profile_name: str, numbers: Sequence[str], given: Mapping[
         path = batch.folder / "parameters" / f"{name}.yaml"
         write_atomic(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
         source, target = shown(profiles.file_of(name)), shown(batch.folder / f"{name}.ipynb")
-        print(shlex.join(["papermill", source, target, "-f", shown(path)]))
+        print(shlex.join(["papermill", _verbatim(source), _verbatim(target), "-f", shown(path)]))
     return 0
 
 
@@ -329,7 +330,7 @@ def execute(notebook: str, parameters: Mapping[str, Any], folder: Path, books: S
     output = {"progress_bar": False, "stdout_file": sys.stdout, "stderr_file": sys.stderr}
     # A socket's whole path has to fit into 107 bytes, or 103 on macOS.
     short = None if len(os.fsencode(tempfile.gettempdir())) < 70 else "/tmp"
-    with tempfile.TemporaryDirectory(prefix="tgazsr-", dir=short) as sockets:
+    with tempfile.TemporaryDirectory(prefix="tgazsr-", dir=short) as sockets, own_kernel(sockets):
         ipc = {} if os.name == "nt" else {"transport": "ipc", "ip": f"{sockets}/kernel"}  # no open port
         manager = Config({"KernelManager": {"shutdown_wait_time": 60.0, **ipc}})
         kernel = {"kernel_name": "python3", "language": "python", "cwd": ROOT, "config": manager}
@@ -337,7 +338,7 @@ def execute(notebook: str, parameters: Mapping[str, Any], folder: Path, books: S
         kernel["extra_arguments"] = ["--IPKernelApp.log_level=50", "--InteractiveShell.colors=nocolor"]
         source = profiles.file_of(notebook)
         try:
-            papermill.execute_notebook(source, executed, dict(parameters), **kernel, **output)
+            papermill.execute_notebook(_verbatim(source), _verbatim(executed), dict(parameters), **kernel, **output)
         except BaseException:
             with contextlib.suppress(Exception):  # what went wrong first is what is to be told
                 pages.export(executed, html, links)
@@ -346,6 +347,11 @@ def execute(notebook: str, parameters: Mapping[str, Any], folder: Path, books: S
         pages.export(executed, html, links)
     except Exception as error:  # the notebook itself is finished
         print(f"no HTML copy of {notebook} could be made: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _verbatim(path: Path) -> str:
+    """A path as papermill takes it, which fills in what is in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _so_far(started: float, minutes: Sequence[float | None]) -> str:
@@ -396,14 +402,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", nargs="?", const="all", choices=["all", *SECTIONS], help="say what there is")
     allowed = "a profile, notebook numbers, -p NAME VALUE, --fresh, --dry-run, --export-parameters, --list, --by WHO"
     parser.error = lambda message: parser.exit(2, f"error: {message}; there are {allowed}; --help says more\n")
+    print_anything()
     options = parser.parse_intermixed_args(arguments)
     profile, numbers = options.profile, options.numbers
     if profile.isdigit():
         profile, numbers = "mini", [profile, *numbers]
     os.environ[HEADLESS] = "1"
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of what no cell lists; all is checked here
-    # This environment's kernel, not one of the same name in the home folder.
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     try:
         if profile in ("compare", "submit", "challenge"):
             return on_runs(profile, numbers, options.by)

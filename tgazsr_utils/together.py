@@ -70,7 +70,7 @@ def ahead(notebooks: Parameters) -> dict[str, float]:
 
 
 def _take_part_on_one_thread(notebooks: Parameters) -> dict[str, float]:
-    torch.set_num_threads(1)  # as torchrun has it
+    processes.use_one_thread()  # as torchrun has it
     try:
         return take_part({name: {**values, "processes": 1} for name, values in notebooks.items()})
     except KeyboardInterrupt:  # which multiprocessing drops, and the launcher would wait for this process for ever

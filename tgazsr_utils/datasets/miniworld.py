@@ -391,7 +391,8 @@ def _drawn(name: str, n: int, split: str, seed: int) -> tuple[Tensor, Tensor, to
     """Labels and attributes, and what is to draw the rest."""
     task = TASKS[name]
     stream = {"train": 1, "test": 2}[split]
-    generator = torch.Generator().manual_seed(((seed * 2 + stream) * 64 + list(TASKS).index(name)) * 1_000_003 + n)
+    own_seed = ((seed * 2 + stream) * 64 + list(TASKS).index(name)) * 1_000_003 + n
+    generator = torch.Generator().manual_seed(own_seed % 2**63)
     order = torch.randperm(len(task.classes), generator=generator)
     labels = order[torch.arange(n) % len(order)]
     attributes = sample_attributes(n, generator)

@@ -19,12 +19,13 @@ from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from tgazsr_utils.datasets.published_sets import in_means
-from tgazsr_utils.display.style import PUBLISHED, headed, looks, of_each, or_dash, signed
+from tgazsr_utils.display.style import PUBLISHED, drawn, headed, looks, of_each, or_dash, signed
 
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "h")
 
 
+@drawn
 def captioned_images(
     images: Tensor, captions: Sequence[str], title: str, caption: str = "", columns: int = 6
 ) -> Figure:
@@ -39,6 +40,7 @@ def captioned_images(
     return headed(figure, title, caption, f"{len(images)} images: {'; '.join(captions)}")
 
 
+@drawn
 def pretraining_curve(history: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Contrastive loss against the step, as measured and as a running mean of 50 steps."""
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
@@ -56,6 +58,7 @@ def _from_to(name: str, curve: pd.Series) -> str:
     return f"{name} from {known.iloc[0]:.2f} to {known.iloc[-1]:.2f}" if len(known) else f"{name}: not measured"
 
 
+@drawn
 def fragility(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Accuracy against epsilon, a thin line a set and a thick one for the mean; columns "clean" and "eps E"."""
     eps, markers = [0.0, *(float(c.removeprefix("eps ")) for c in table.columns[1:])], cycle(MARKERS)
@@ -82,6 +85,7 @@ _SHIFT_LABELS = {
 }
 
 
+@drawn
 def shift_against_eps(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Mean of each shift measure against epsilon, one line a model; bars are 95 % bootstrap intervals over images."""
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
@@ -119,6 +123,7 @@ def _areas(flipped: np.ndarray, score: np.ndarray) -> np.ndarray:
     return (ranks - ones * (ones + 1) / 2) / (ones * (flipped.shape[1] - ones))
 
 
+@drawn
 def flip_roc(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """ROC of "attention moved by more than t" as a sign that the prediction flipped, among images right when clean."""
     figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
@@ -138,6 +143,7 @@ def flip_roc(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
     return headed(figure, title, caption, "; ".join(labels))
 
 
+@drawn
 def energy_boxes(frame: pd.DataFrame, region: str, title: str, caption: str = "") -> Figure:
     """Share of attention inside the object's ``region`` ("mask" or "box"), two boxes a model; the line is chance."""
     sides, style = {"energy_clean": "clean", "energy_adv": "attacked"}, looks(frame.model)
@@ -169,6 +175,7 @@ _CLEAN_AND_ATTACKED = (
 )
 
 
+@drawn
 def loss_terms(histories: dict[str, pd.DataFrame], title: str, caption: str = "") -> Figure:
     """Unweighted loss terms and batch accuracy under attack against the step, a method a line, running means of 10."""
     terms = list(dict.fromkeys(c for h in histories.values() for c in h if c == "CE" or c.startswith("L_")))
@@ -200,6 +207,7 @@ def loss_terms(histories: dict[str, pd.DataFrame], title: str, caption: str = ""
     return headed(figure, title, caption, "; ".join(numbers))
 
 
+@drawn
 def accuracy_bars(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Clean and robust accuracy of each method on one set, with Wilson intervals; ``frame``: tables.to_frame."""
     methods = list(dict.fromkeys(frame.method))
@@ -224,6 +232,7 @@ def accuracy_bars(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
     return headed(figure, title, caption, "; ".join(numbers))
 
 
+@drawn
 def accuracy_heatmap(frame: pd.DataFrame, title: str, caption: str = "", tuned_on: str | None = None) -> Figure:
     """Accuracy by method and set, robust above clean, mean over seeds; blank where not all seeds are counted.
 
@@ -259,6 +268,7 @@ def _names_upright(axis: Axes) -> None:
     plt.setp(axis.get_yticklabels(), rotation=0)
 
 
+@drawn
 def trade_off(
     table: pd.DataFrame, title: str, published: Mapping[str, pd.DataFrame] | None = None, caption: str = ""
 ) -> Figure:
@@ -270,8 +280,8 @@ def trade_off(
     figure, axis = plt.subplots(figsize=(8.2, 5.4), layout="constrained")
     published = published or {}
     every = pd.concat([table, *published.values()])
-    highest = every.average.max()
-    area = lambda average: 60 if np.isnan(average) else 260 * max(average, 0) / highest  # square points
+    highest = max(1.0, every.average.max())
+    area = lambda average: 60 if np.isnan(average) else max(9, 260 * average / highest)  # square points
     reach = {kind: np.array(between_0_and_100(table[kind], table[f"{kind}_ci"])) for kind in ("clean", "robust")}
     for n, ((method, row), look) in enumerate(zip(table.iterrows(), looks(table.index).values())):
         bars = {"xerr": reach["clean"][:, [n]], "yerr": reach["robust"][:, [n]], "capsize": 3, "alpha": 0.7}
@@ -302,6 +312,7 @@ def between_0_and_100(mean: pd.Series, half: pd.Series) -> list[pd.Series]:
     return [half.fillna(0).clip(upper=room) for room in (mean, 100 - mean)]
 
 
+@drawn
 def sources(table: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Accuracy of each method as each source has it, a panel for clean images and for each attack; a line joins them.
 
@@ -343,6 +354,7 @@ def _equal_averages(axis: Axes) -> None:
     axis.plot([], [], color="grey", lw=0.7, alpha=0.5, label="equal average")
 
 
+@drawn
 def difference_matrix(differences: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Row minus column, robust above clean, with half the interval; bold where it leaves out zero.
 

@@ -13,13 +13,14 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from tgazsr_utils.display.pictures import coloured, pixels
-from tgazsr_utils.display.style import headed, looks
+from tgazsr_utils.display.style import drawn, headed, looks
 from tgazsr_utils.durable.weights import SHIPPED, training_in_words
 from tgazsr_utils.measuring.attention_shift import AttentionUnderAttack
 
 _GAP = 0.16  # between one model's pictures and the next's, in pictures
 
 
+@drawn
 def attention_strips(
     attacked: Mapping[str, AttentionUnderAttack],
     rows: Sequence[int],

@@ -1,15 +1,18 @@
 """How all figures look, what each is called, and how they are kept: one place for colours, markers and small print."""
 
 import base64
+import functools
 import html
 import io
 import re
+import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -22,6 +25,7 @@ from tgazsr_utils.measuring.recorded_sweep import KINDS
 DPI = 300
 # Without formulas: a class name may hold dollars.
 _RC = {"figure.dpi": 100, "svg.hashsalt": "tgazsr", "text.parse_math": False, "legend.title_fontsize": 10}
+matplotlib.rcdefaults()  # whatever a matplotlibrc of one's own says, such as text.usetex
 sns.set_theme(style="whitegrid", palette="colorblind", rc=_RC)
 
 
@@ -135,20 +139,59 @@ class Picture:
         return f'<img alt="{alt}" style="max-width: 100%" src="data:image/svg+xml;base64,{source}">'
 
 
+Draw = TypeVar("Draw", bound=Callable[..., Figure])
+
+
+def drawn(draw: Draw) -> Draw:
+    """Has a figure that cannot be drawn say so in its place: nothing that was measured is lost for it."""
+
+    @functools.wraps(draw)
+    def safe(*args: Any, **named: Any) -> Figure:
+        others = plt.get_fignums()
+        try:
+            return draw(*args, **named)
+        except Exception as error:
+            for number in set(plt.get_fignums()) - set(others):
+                plt.close(number)
+            return _undrawn(draw.__name__, error)
+
+    return safe
+
+
+def _undrawn(name: str, error: Exception) -> Figure:
+    """A figure of why there is none."""
+    problem = f"{name} could not be drawn: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    print(problem, file=sys.stderr, flush=True)
+    figure = plt.figure(figsize=(6.5, 1.5))
+    figure.text(0.02, 0.5, _wrapped(problem, figure, 12), va="center")
+    figure.set_label(problem)
+    return figure
+
+
 def save(figure: Figure, folder: Path, name: str) -> Picture:
     """Writes ``<folder>/figures/<name>.png`` and ``.svg``, which say what they show, too; closes the figure."""
+    try:
+        files = _rendered(figure, name)
+    except Exception as error:
+        plt.close(figure)
+        figure = _undrawn(name, error)
+        files = _rendered(figure, name)
+    plt.close(figure)
+    for suffix, content in files.items():
+        path = folder / "figures" / f"{name}.{suffix}"
+        write_atomic(path, lambda temporary, content=content: Path(temporary).write_bytes(content))
+    return Picture(files["svg"].decode(), figure.get_label())
+
+
+def _rendered(figure: Figure, name: str) -> dict[str, bytes]:
     title, alt = " ".join(figure.get_suptitle().split()), figure.get_label()
     about = {"Title": title or name, "Description": alt}
-    drawn = {}
+    files = {}
     for suffix, metadata in (("png", about), ("svg", about | {"Date": None})):
         file = io.BytesIO()
         figure.savefig(file, format=suffix, dpi=DPI, bbox_inches="tight", metadata=metadata)
-        drawn[suffix] = file.getvalue()
+        files[suffix] = file.getvalue()
         figure.set_layout_engine("none")  # laid out once, for both: that takes as long as drawing
-    plt.close(figure)
     described = f"</title>\n <desc>{html.escape(alt, quote=False)}</desc>"
-    drawn["svg"] = drawn["svg"].replace(b"</title>", described.encode(), 1)
-    for suffix, content in drawn.items():
-        path = folder / "figures" / f"{name}.{suffix}"
-        write_atomic(path, lambda temporary, content=content: Path(temporary).write_bytes(content))
-    return Picture(drawn["svg"].decode(), alt)
+    files["svg"] = files["svg"].replace(b"</title>", described.encode(), 1)
+    return files

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tgazsr_utils.display.plots import between_0_and_100
-from tgazsr_utils.display.style import LOOKS, Look, headed, looks, of_each, within
+from tgazsr_utils.display.style import LOOKS, Look, drawn, headed, looks, of_each, within
 from tgazsr_utils.measuring.recorded_sweep import KINDS
 
 
@@ -141,6 +141,7 @@ def learning_rates(table: pd.DataFrame, title: str, caption: str = "") -> Figure
     return headed(figure, title, caption, of_each(named))
 
 
+@drawn
 def of_ablation(name: str, table: pd.DataFrame, seeds: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """The figure of an ablation: a map over Alpha and Beta, curves over budgets or rates, or a line a variant.
 

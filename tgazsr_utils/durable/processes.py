@@ -264,9 +264,15 @@ def _failures(number: int) -> Iterator[None]:
                 signal.signal(one, handler)
 
 
+def use_one_thread() -> None:
+    """One thread for this process; accelerate, where the variable is not set, takes others and warns of it."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
 def _work(shown: TextIO, function: Callable[..., Any], clip: Clip, *arguments: Any) -> None:
     sys.stdout = shown
-    torch.set_num_threads(1)  # the threads of the process that was forked are not here, and waiting for them never ends
+    use_one_thread()  # the threads of the process that was forked are not here, and waiting for them never ends
     with joined(on_cpu=clip.numerics.device == "cpu") as device:
         function(clip.to(device), *arguments)
 

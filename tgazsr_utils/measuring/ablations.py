@@ -71,22 +71,37 @@ def variant(
     return Variant(label, method, training, attacked, protocol or s.protocol, seeds, few_images, in_cut, transfer)
 
 
+Variants = Callable[[AblationSettings], Iterator[Variant]]
+ABLATIONS: dict[str, Variants] = {}
+_QUESTIONS: dict[str, str] = {}
+
+
+def _asks(question: str) -> Callable[[Variants], Variants]:
+    """Registers an ablation under its function's name."""
+
+    def register(function: Variants) -> Variants:
+        ABLATIONS[function.__name__], _QUESTIONS[function.__name__] = function, question
+        return function
+
+    return register
+
+
+@_asks("Which of the two attention terms does what?")
 def loss_parts(s: AblationSettings) -> Iterator[Variant]:
-    """Which of the two attention terms does what?"""
     yield variant(s, {"loss": "CE"}, "TeCoA")
     yield variant(s, {"loss": "CE + L_AR"}, Beta=0.0)
     yield variant(s, {"loss": "CE + L_AMC"}, Alpha=0.0)
     yield variant(s, {"loss": "CE + L_AR + L_AMC"})
 
 
+@_asks("Does it matter how the distance of two maps is measured? Alpha and Beta stay what they are for l2.")
 def distance(s: AblationSettings) -> Iterator[Variant]:
-    """Does it matter how the distance of two maps is measured? Alpha and Beta stay what they are for l2."""
     for metric in ("l2", "l1", "cos"):
         yield variant(s, {"distance": metric}, Distance_metric=metric, in_cut=metric != "l1")
 
 
+@_asks("Which attention is worth holding in place?")
 def attention(s: AblationSettings) -> Iterator[Variant]:
-    """Which attention is worth holding in place?"""
     yield variant(s, {"attention": "reference"}, attention_variant="reference")
     yield variant(s, {"attention": "cosine"}, attention_variant="cosine")
     yield variant(s, {"attention": "complementary"}, "Comp-TGA")
@@ -95,8 +110,8 @@ def attention(s: AblationSettings) -> Iterator[Variant]:
     yield variant(s, {"attention": "none (TeCoA)"}, "TeCoA")
 
 
+@_asks("How much weight should each attention term have?")
 def alpha_beta(s: AblationSettings) -> Iterator[Variant]:
-    """How much weight should each attention term have?"""
     base = base_training(s)
     quick = {*product((0.0, base.Alpha), (0.0, base.Beta)), (max(s.Alpha_list), max(s.Beta_list))}
     grid = product(sorted({*s.Alpha_list, base.Alpha}), sorted({*s.Beta_list, base.Beta}))
@@ -108,8 +123,8 @@ def alpha_beta(s: AblationSettings) -> Iterator[Variant]:
             yield variant(s, label, in_cut=in_cut, **label)
 
 
+@_asks("How do the budgets and steps of training and of testing act together?")
 def epsilon(s: AblationSettings) -> Iterator[Variant]:
-    """How do the budgets and steps of training and of testing act together?"""
     base = base_training(s)
     stride = base.train_stepsize / base.train_eps if base.train_eps else 1.0
     budgets = product([*_first(base.train_eps, s.train_eps_list), UNTUNED], _first(s.test_eps, s.test_eps_list))
@@ -129,23 +144,23 @@ def epsilon(s: AblationSettings) -> Iterator[Variant]:
         yield variant(s, label, method, attack=attack, few_images=True, in_cut=quick, **trained)
 
 
+@_asks("Must the whole image encoder be tuned? Tensors: its weights and biases, from the output; a block has twelve.")
 def tuned_part(s: AblationSettings) -> Iterator[Variant]:
-    """Must the whole image encoder be tuned? Tensors: its weights and biases, from the output; a block has twelve."""
     for last in _first(0, sorted(s.last_num_ft_list, reverse=True)):
         label = {"tuned": f"last {last} tensors" if last else "whole encoder"}
         yield variant(s, label, last_num_ft=last, in_cut=last in (0, s.last_num_ft_list[-1]))
 
 
+@_asks("How much is chance?")
 def seeds(s: AblationSettings) -> Iterator[Variant]:
-    """How much is chance?"""
     consecutive = range(s.seed, s.seed + (2 if s.ablations == "cut" else 3))
     several = s.seeds if s.seeds and len(s.seeds) > 1 else list(consecutive)
     for method in s.methods:
         yield variant(s, {"method": method}, method, own=True, seeds=several)
 
 
+@_asks("Which learning rate suits each method? One grid for all, on the sets that are measured.")
 def learning_rate(s: AblationSettings) -> Iterator[Variant]:
-    """Which learning rate suits each method? One grid for all, on the sets that are measured."""
     for method in s.methods:
         own = base_training(s, method).lr
         for lr in _first(own, s.lr_list):
@@ -156,14 +171,9 @@ def _first(base: Any, values: Sequence | Iterator) -> list:
     return [base, *(value for value in values if value != base)]
 
 
-ABLATIONS: dict[str, Callable[[AblationSettings], Iterator[Variant]]] = {
-    f.__name__: f for f in (loss_parts, distance, attention, alpha_beta, epsilon, tuned_part, seeds, learning_rate)
-}
-
-
 def question(name: str) -> str:
     """What an ablation asks."""
-    return ABLATIONS[name].__doc__.splitlines()[0]
+    return _QUESTIONS[name]
 
 
 def plan(s: AblationSettings) -> dict[str, list[Variant]]:

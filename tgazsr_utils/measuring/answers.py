@@ -93,9 +93,9 @@ def attention_shift(frame: pd.DataFrame, auc: Mapping[str, Interval]) -> str:
         "No": "attention moves more where answers stay",
         "Undecided": "the shift is not shown to tell which answers flip",
     }
-    area = auc["original"]
+    area = auc.get("original", 3 * (np.nan,))  # none, if no image is right when clean
     known = verdict(area, 0.5) if area[1] < area[2] else "Undecided"  # the bootstrap of few images may have no width
-    of_flips = "answers are all alike" if np.isnan(area[0]) else f"{tells[known]}, AUC {_shown(area)}"
+    of_flips = "no answers to tell apart" if np.isnan(area[0]) else f"{tells[known]}, AUC {_shown(area)}"
     return f"{less}: {sentence} (l2 distance of maps, {len(moved['original'])} images); {of_flips}."
 
 
