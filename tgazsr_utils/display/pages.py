@@ -8,6 +8,7 @@ from functools import lru_cache
 from html import escape
 from pathlib import Path
 
+import matplotlib
 import nbformat
 from jinja2 import DictLoader
 from matplotlib.font_manager import FontProperties
@@ -64,7 +65,9 @@ def _picture(formula: str) -> str:
     text = f"${_ALIASES.sub(lambda found: _ALIAS[found[0]] + ' ', formula)}$"
     font, drawn = FontProperties(size=_SIZE), io.BytesIO()
     _, height, depth, *_ = MathTextParser("path").parse(text, dpi=72, prop=font)
-    math_to_image(text, drawn, prop=font, dpi=72, format="svg")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever a matplotlibrc of one's own says
+        math_to_image(text, drawn, prop=font, dpi=72, format="svg")
     data = base64.b64encode(drawn.getvalue()).decode()
     place = f"height: {height / _SIZE:.3f}em; vertical-align: {-depth / _SIZE:.3f}em; max-width: none"
     return f'<img style="{place}" alt="{escape(formula)}" src="data:image/svg+xml;base64,{data}">'
