@@ -1,13 +1,17 @@
 """Whatever images and folders a user has: read right, or said in one line. Each kind with several of its members."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, features
 
+from tgazsr_utils.core.libraries import torchvision
 from tgazsr_utils.datasets.__main__ import main
 from tgazsr_utils.datasets.class_folders import PARTS
 from tgazsr_utils.datasets.decoding import read_as_published, read_rgb
+from tgazsr_utils.datasets.files import fit
 from tgazsr_utils.datasets.loading import load_dataset
 
 RAMP = np.tile(np.linspace(0, 65535, 96).astype(np.uint16), (64, 1))  # greys from black to white
@@ -50,6 +54,75 @@ def test_greys_of_unknown_range_are_refused_by_name(tmp_path, values, kind):
     put_classes(tmp_path / "s", ["b"])
     with pytest.raises(ValueError, match=f"x.tif cannot be read: its {kind} greys run from"):
         load_dataset("s", "train", tmp_path)
+
+
+def tiff(path, packed, bits, *more, order="<", photometric=1, samples=1, side=96):
+    """A file of one strip; ``more``: further tags, (number, value)."""
+    tags = [(256, 3, side), (257, 3, side), (259, 3, 1), (262, 3, photometric), (273, 4, 8), (277, 3, samples)]
+    tags += [(258, 3, bits), (278, 3, side), (279, 4, len(packed)), *((number, 3, value) for number, value in more)]
+    code = {3: "HH", 4: "I"}
+    value = lambda kind, value: struct.pack(order + code[kind], *([value, 0] if kind == 3 else [value]))
+    entries = b"".join(struct.pack(f"{order}HHI", tag, kind, 1) + value(kind, v) for tag, kind, v in sorted(tags))
+    start = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(packed))
+    path.write_bytes(start + packed + struct.pack(f"{order}H", len(tags)) + entries + bytes(4))
+
+
+def of_bits(values, bits):
+    """Integers as rows of bits, the highest first."""
+    return np.packbits((values[..., None] >> np.arange(bits)[::-1] & 1).reshape(len(values), -1), axis=1).tobytes()
+
+
+def ramp(most):
+    return np.tile(np.linspace(0, most, 96).round().astype(np.int64), (96, 1))
+
+
+DEPTHS = {  # -> what Pillow reads or refuses: bytes of a ramp, bits, further tags, and other fields
+    "1 bit": (of_bits(ramp(1), 1), 1, (), {}),
+    "2 bits, white is zero": (of_bits(3 - ramp(3), 2), 2, (), {"photometric": 0}),
+    "4 bits": (of_bits(ramp(15), 4), 4, (), {}),
+    "8 bits, white is zero": (of_bits(255 - ramp(255), 8), 8, (), {"photometric": 0}),
+    "10 bits": (of_bits(ramp(1023), 10), 10, (), {}),
+    "12 bits": (of_bits(ramp(4095), 12), 12, (), {}),
+    "12 bits, big endian": (of_bits(ramp(4095), 12), 12, (), {"order": ">"}),
+    "14 bits": (of_bits(ramp(16383), 14), 14, (), {}),
+    "16 bits": (ramp(65535).astype("<u2").tobytes(), 16, (), {}),
+    "16 bits, big endian": (ramp(65535).astype(">u2").tobytes(), 16, (), {"order": ">"}),
+    "16 bits, white is zero": ((65535 - ramp(65535)).astype("<u2").tobytes(), 16, (), {"photometric": 0}),
+    "12 of 16 bits, as stated": (ramp(4095).astype("<u2").tobytes(), 16, [(281, 4095)], {}),
+    "16 bits, signed": (ramp(32767).astype("<i2").tobytes(), 16, [(339, 2)], {}),
+    "8 bits, signed": (ramp(127).astype("<i1").tobytes(), 8, [(339, 2)], {}),
+    "32 bits": (ramp(2**32 - 1).astype("<u4").tobytes(), 32, (), {}),
+    "floats": ((ramp(95) / 95).astype("<f4").tobytes(), 32, [(339, 3)], {}),
+    "floats, white is zero": ((1 - ramp(95) / 95).astype("<f4").tobytes(), 32, [(339, 3)], {"photometric": 0}),
+    "half floats": ((ramp(95) / 95).astype("<f2").tobytes(), 16, [(339, 3)], {}),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_a_tiff_of_any_depth_is_read_right_or_refused(tmp_path, name):
+    packed, bits, tags, other = DEPTHS[name]
+    tiff(tmp_path / "x.tif", packed, bits, *tags, **other)
+    try:
+        pixels = np.asarray(read_rgb(tmp_path / "x.tif"))[..., 0].astype(int)
+    except (ValueError, OSError) as error:
+        assert (
+            name in ("10 bits", "14 bits", "16 bits, signed", "8 bits, signed", "32 bits", "half floats") or bits == 12
+        )
+        assert "\n" not in str(error)
+    else:
+        assert np.abs(pixels - ramp(255)).max() <= 255 / (2 ** min(bits, 8) - 1) / 2 + 1
+
+
+@pytest.mark.parametrize("length", [5999, 6000])
+@pytest.mark.parametrize("thin", [1, 2, 7])
+def test_a_thin_image_is_cropped_as_it_would_be_whole(thin, length):
+    values = np.random.default_rng(0).integers(0, 256, (length, thin, 3), dtype=np.uint8)
+    for image in (Image.fromarray(values), Image.fromarray(values.transpose(1, 0, 2).copy())):
+        resized = torchvision().transforms.functional.resize(image, 64)
+        expected = torchvision().transforms.functional.center_crop(resized, [56, 56])
+        found = fit(image, 56, "crop")
+        difference = np.abs(np.asarray(found, int) - np.asarray(expected, int))
+        assert found.size == (56, 56) and difference.mean() < 5  # of noise: half a pixel
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -121,6 +194,31 @@ def test_parts_by_their_usual_names_in_any_case(tmp_path, train, test):
     assert [len(load_dataset("s", part, tmp_path)) for part in ("train", "test")] == [8, 4]
 
 
+@pytest.mark.parametrize(
+    "train, test",
+    [
+        *[("training_set", "test_set"), ("Train_Set", "Val_Set"), ("trainset", "testset"), ("img-train", "img-val")],
+        *[
+            ("TrainImages", "TestImages"),
+            ("train2017", "val2017"),
+            ("data_train", "data_holdout"),
+            ("trainval", "test"),
+        ],
+        *[("train_images", "evaluation images"), ("Training Images", "Testing Images"), ("trainval", "eval.split")],
+    ],
+)
+def test_parts_by_the_words_in_their_names(tmp_path, train, test):
+    put_classes(tmp_path / "s" / train, count=4)
+    put_classes(tmp_path / "s" / test, count=2)
+    assert [len(load_dataset("s", part, tmp_path)) for part in ("train", "test")] == [8, 4]
+
+
+@pytest.mark.parametrize("classes", [("train", "bus", "tram"), ("training shoes", "test tubes"), ("valley", "devil")])
+def test_classes_that_only_sound_like_parts_are_classes(tmp_path, classes):
+    put_classes(tmp_path / "s", classes)
+    assert load_dataset("s", "train", tmp_path).class_names == tuple(sorted(classes))
+
+
 @pytest.mark.parametrize("where", ["", "images"])
 def test_a_part_without_labels_is_passed_over_and_named(tmp_path, where, capsys):
     put_classes(tmp_path / "s" / "train", count=4)
@@ -137,10 +235,28 @@ def test_a_part_without_labels_is_passed_over_and_named(tmp_path, where, capsys)
 def test_a_missing_part_is_named_with_the_names_that_are_read(tmp_path):
     put_classes(tmp_path / "s" / "val")
     put_classes(tmp_path / "s" / "test")
-    with pytest.raises(ValueError, match="test, val and no part to train on; names read are train, training"):
+    with pytest.raises(ValueError, match="test, val and no part to train on; words for one are train, training"):
         load_dataset("s", "train", tmp_path)
     assert len(load_dataset("s", "test", tmp_path)) == 6
     assert set(PARTS) == {"train", "test"}
+
+
+FORMS = {  # folders to train on, folders to test on -> classes
+    "another form": (["caf\u00e9", "eau"], ["cafe\u0301", "eau"], ("caf\u00e9", "eau")),
+    "another case": (["Cat", "dog"], ["cat", "DOG"], ("cat", "dog")),
+    "both": (["\u00c9t\u00e9", "hiver"], ["e\u0301te\u0301", "Hiver"], ("hiver", "\u00e9t\u00e9")),
+    "told apart by a part": (["US", "us"], ["US", "us"], ("us (US)", "us (us)")),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_class_may_be_spelt_in_another_form_in_each_part(tmp_path, name):
+    train, test, names = FORMS[name]
+    put_classes(tmp_path / "s" / "train", train)
+    put_classes(tmp_path / "s" / "test", test)
+    for part in ("train", "test"):
+        data = load_dataset("s", part, tmp_path)
+        assert data.class_names == names and data.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_classes_of_either_part_are_one_choice(tmp_path, capsys):
@@ -158,7 +274,18 @@ def test_classes_of_either_part_are_one_choice(tmp_path, capsys):
     "folders, names",
     [
         (("n02085620-Chihuahua", "n02085782-Japanese_spaniel"), ("chihuahua", "japanese spaniel")),
-        (("001.Black_footed_Albatross", "n02109961_Eskimo_dog"), ("black footed albatross", "eskimo dog")),
+        (("n02085620-Chihuahua", "n02109961_Eskimo_dog"), ("chihuahua", "eskimo dog")),
+        (("001.Black_footed_Albatross", "017.Cardinal"), ("black footed albatross", "cardinal")),  # as of 200
+        (("0_cat", "1_dog", "2_owl"), ("cat", "dog", "owl")),
+        (("1-cat", "2-dog", "10-owl"), ("1 cat", "10 owl", "2 dog")),  # what counts so far is not known
+        (("01 cat", "02 dog", "owl"), ("01 cat", "02 dog", "owl")),  # not of every class
+        (("10_rupees", "20_rupees", "100_rupees"), ("100 rupees", "10 rupees", "20 rupees")),
+        (("1_euro", "2_euro"), ("1 euro", "2 euro")),
+        (("2007 Ford", "2008 Fiat"), ("2007 ford", "2008 fiat")),
+        (("7up", "9lives"), ("7up", "9lives")),
+        (("0", "1", "2"), ("0", "1", "2")),
+        (("000_", "001_"), ("000", "001")),
+        (("001.n02085620-Chihuahua", "002.n02085782-pug"), ("chihuahua", "pug")),
         (("n02012849", "n03126707"), ("crane (n02012849)", "crane (n03126707)")),
         (("red_fox", "red-fox"), ("red fox (red-fox)", "red fox (red_fox)")),
     ],

@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,12 @@ from tgazsr_utils.datasets.decoding import image_suffixes, read_as_published, re
 
 Split = Literal["train", "test"]
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, inclusive
-# Names of parts, in any case; of several to test on the first one that has labels.
-PARTS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation", "dev")}
+# Words that name parts; of several to test on the first one that has labels.
+PARTS = {
+    "train": ("train", "training", "trainval"),
+    "test": ("test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation", "holdout", "heldout"),
+}
+_BESIDE = "(?:set|sets|data|dataset|images?|imgs?|photos?|pictures?|samples?|split|part|subset|folder|the)*"
 # What operating systems and archives leave behind, besides all that is hidden.
 LITTER = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 _MISSING = "missing"  # in the place of a size
@@ -54,7 +59,7 @@ def class_folders(
         whole = True
         if split not in parts:
             there, known = (", ".join(names) for names in ([part.name for part in inner], PARTS[split]))
-            raise ValueError(f"{folder} has {there} and no part to {split} on; names read are {known}")
+            raise ValueError(f"{folder} has {there} and no part to {split} on; words for one are {known}")
     beside = [path for part in (folder, *parts.values()) for path in _files(part)]
     if beside := [path for path in beside if _is_image(path) or not path.exists()]:
         told.append(f"{len(beside)} images or links to nothing lie in no class folder, such as {_some(beside, folder)}")
@@ -86,13 +91,30 @@ def class_folders(
 
 
 def _by_class(parts: Iterable[Path]) -> list[tuple[str, list[Path]]]:
-    """Each class, by name, with its folders in the parts."""
+    """Each class, by name, with its folders in the parts, whatever Unicode form and case its name has in each."""
+    named: dict[str, list[Path]] = {}
+    alike: dict[str, list[str]] = {}
+    for directory in (directory for part in parts for directory in folders(part)):
+        if (name := unicodedata.normalize("NFC", directory.name)) != "BACKGROUND_Google":  # of Caltech-101, no class
+            named.setdefault(name, []).append(directory)
+            alike.setdefault(_plain(name), []).append(name)
     found: dict[str, list[Path]] = {}
-    for part in parts:
-        for directory in folders(part):
-            if directory.name != "BACKGROUND_Google":  # of Caltech-101, no class
-                found.setdefault(directory.name, []).append(directory)
+    for names in map(list, map(dict.fromkeys, alike.values())):
+        places = [directory.parent for name in names for directory in named[name]]
+        one = len({*places}) == len(places)  # else a part tells them apart
+        for name in names:
+            found.setdefault(names[0] if one else name, []).extend(named[name])
     return sorted(found.items())
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _named_part(folder: Path, words: Sequence[str]) -> str | None:
+    """The word for a part that a folder's name has: "train" in Training_Set_2017."""
+    letters = re.sub(r"[\W\d_]", "", folder.name.lower())
+    return next((word for word in words if re.fullmatch(f"{_BESIDE}{word}{_BESIDE}", letters)), None)
 
 
 def _parts(inner: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
@@ -100,19 +122,22 @@ def _parts(inner: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
 
     There are if both are named, or if nothing else is there.
     """
-    named = {part: {p.name.lower(): p for p in inner if p.name.lower() in names} for part, names in PARTS.items()}
+    named = {
+        part: [p for word in words for p in inner if _named_part(p, words) == word] for part, words in PARTS.items()
+    }
     if not (named["train"] and named["test"]) and len(named["train"]) + len(named["test"]) < len(inner):
         return {}, []
-    parts = dict(zip(["train"], named["train"].values()))
-    classes = {folder.name for part in parts.values() for folder in folders(part)}
-    told = [f"folder {p.name} is no part" for p in inner if not any(p in of.values() for of in named.values())]
-    for name in PARTS["test"]:
-        if name in named["test"] and "test" not in parts:
-            there = {folder.name for folder in folders(named["test"][name])}
+    parts = dict(zip(["train"], named["train"]))
+    classes = {_plain(folder.name) for part in parts.values() for folder in folders(part)}
+    told = [f"folder {p.name} is no part" for p in inner if p not in named["train"] + named["test"]]
+    told += [f"folder {p.name} is not read, as {parts['train'].name} is" for p in named["train"][1:]]
+    for folder in named["test"]:
+        if "test" not in parts:
+            there = {_plain(folder.name) for folder in folders(folder)}
             if there & classes if classes else len(there) > 1:
-                parts["test"] = named["test"][name]
+                parts["test"] = folder
             else:
-                told.append(f"{named['test'][name].name} has no class folders of the names in the part to train on")
+                told.append(f"{folder.name} has no class folders of the names in the part to train on")
     return parts, told
 
 

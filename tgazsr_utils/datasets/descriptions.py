@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 
 from tgazsr_utils.paths import resolve
@@ -39,4 +40,4 @@ def _texts(path: str, name: str, texts: object) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[\W_]+", " ", name).strip().casefold()
+    return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFC", name)).strip().casefold()

@@ -289,5 +289,10 @@ def fit(image: Pixels, side: int, preprocess: Preprocess, mode: Literal["bilinea
     interpolation = transforms.InterpolationMode(mode)
     if preprocess == "resize":
         return transforms.functional.resize(image, [side, side], interpolation)
+    height, width = transforms.functional.get_dimensions(image)[1:]
+    most = 64 * min(height, width)  # all that is cropped away of a thinner one would take gigabytes
+    if max(height, width) > most:
+        middle = [length if length <= most else most + length % 2 for length in (height, width)]
+        image = transforms.functional.center_crop(image, middle)
     resized = transforms.functional.resize(image, round(side * 256 / 224), interpolation)
     return transforms.functional.center_crop(resized, [side, side])

@@ -25,7 +25,7 @@ from tgazsr_utils.datasets.class_folders import (
     images_below,
     readable,
 )
-from tgazsr_utils.datasets.published_sets import KNOWN, DatasetSpec, clean_name
+from tgazsr_utils.datasets.published_sets import KNOWN, DatasetSpec, clean_name, without_running_numbers
 from tgazsr_utils.datasets.torchvision_sets import read_lists
 from tgazsr_utils.paths import files_below, resolve
 
@@ -189,7 +189,9 @@ def _through_torchvision(key: str, spec: DatasetSpec, place: Path, split: Split)
 
 def class_names(source: Source, spec: DatasetSpec | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What to call each class, each name once, and how the set's own prompts name it."""
-    raw = [_raw_name(_wnid(name) if spec and spec.numbered else name) for name in source.classes]
+    raw = [
+        _raw_name(_wnid(name) if spec and spec.numbered else name) for name in without_running_numbers(source.classes)
+    ]
     names = list(map(spec.label if spec else clean_name, raw))
     distinct = [f"{own} ({of})" if names.count(own) > 1 else own for own, of in zip(names, source.classes)]
     return tuple(distinct), tuple(map(spec.class_name, raw)) if spec else tuple(names)

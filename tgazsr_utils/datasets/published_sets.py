@@ -4,7 +4,7 @@ The 16 are in published_sets.yaml; further ones, which no mean over the 16 is ov
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,9 +21,21 @@ Count = Annotated[int, Field(gt=0)]
 
 
 def clean_name(name: str, separators: str = "_-/") -> str:
-    """A class name as prompts have it: lower case, ``separators`` to spaces, no leading "017." or "n02085620-"."""
-    name = re.sub(r"^(\d{3}[._]|n\d{8}[-_. ])", "", name)
+    """A class name as prompts have it: lower case, ``separators`` to spaces, no leading "n02085620-"."""
+    name = re.sub(r"^n\d{8}[-_. ]", "", name)
     return re.sub(f"[{re.escape(separators)}]", " ", name).strip().lower()
+
+
+def without_running_numbers(names: Sequence[str]) -> list[str]:
+    """Class names without a number before each, such as "017.", if those only count: from 0 or 1, or with zeros."""
+    found = [re.fullmatch(r"(\d+)[-_. ]+(.*\w.*)", name) for name in names]
+    numbers, rest = ([one[i] if one else "" for one in found] for i in (1, 2))
+    if not all(found) or len({*rest}) < len(names):
+        return list(names)
+    counted = sorted(map(int, numbers))
+    padded = len({*map(len, numbers)}) == 1 and any(number.startswith("0") for number in numbers)
+    counts = len({*counted}) == len(names) and (padded or counted[0] < 2 and counted[-1] - counted[0] < len(names))
+    return rest if counts else list(names)
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
