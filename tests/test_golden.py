@@ -45,6 +45,31 @@ def pixels_off(a, b):
     return (a - b).abs().gt(1e-6).double().mean().item()
 
 
+@pytest.fixture
+def pixels_surely_off(monkeypatch):
+    """(attack, stored images) -> share of the pixels that differ although no step's gradient was near zero there.
+
+    A sign step makes a whole step of a gradient that is nothing but rounding, which depends on the CPU. "Near zero" is
+    a hundredth of the image's mean |gradient|; that leaves nine pixels of ten.
+    """
+    seen, grad = [], torch.autograd.grad
+
+    def record(*arguments, **options):
+        (gradient,) = grad(*arguments, **options)
+        seen.append(gradient.abs() / gradient.abs().flatten(1).mean(1)[:, None, None, None])
+        return (gradient,)
+
+    def compare(attack, stored):
+        with monkeypatch.context() as within:
+            within.setattr(torch.autograd, "grad", record)
+            made = attack()
+        clear = torch.stack(seen).amin(0) > 0.01
+        assert clear.double().mean() > 0.85
+        return pixels_off(made[clear], stored[clear])
+
+    return compare
+
+
 def generator():
     return torch.Generator().manual_seed(json.loads(ABOUT["seed"]))  # draws the stored noise
 
@@ -113,28 +138,30 @@ def test_tokens_logits_and_maps(name, text, request):
 @pytest.mark.parametrize(
     ("name", "attack", "step", "steps"), [("pgd2", pgd, EPS, 2), ("pgd10", pgd, STEP, 10), ("cw10", cw, STEP, 10)]
 )
-def test_attacks_to_the_pixel(f, text, name, attack, step, steps):
+def test_attacks_to_the_pixel(f, text, name, attack, step, steps, pixels_surely_off):
     stored = GOLD[f"{name}.images"]
     n = len(stored)
     drawn = EPS * (2 * torch.rand(X.shape, generator=generator()) - 1)
     torch.testing.assert_close(drawn, GOLD["noise"], rtol=0, atol=1e-8)
-    made = attack(f, X[:n], Y[:n], text, EPS, step, steps, generator=generator())
-    assert pixels_off(made, stored) < 0.005
+    run = lambda: attack(f, X[:n], Y[:n], text, EPS, step, steps, generator=generator())
+    assert pixels_surely_off(run, stored) < 3e-5  # 8 % if one is taken for the other
     with torch.no_grad():
         assert relative(f.logits(stored, text), GOLD[f"{name}.logits"]) < 1e-5
 
 
-def test_attack_of_pmg_aft_sees_bare_cosines(f, f0, text):
+def test_attack_of_pmg_aft_sees_bare_cosines(f, f0, text, pixels_surely_off):
     loss = find_objective("PMG-AFT").attack(Step(f, f0, X, Y, PROMPTS))
-    made = pgd(f, X, Y, text, EPS, EPS, 2, loss=loss, generator=generator())
-    assert pixels_off(made, GOLD["pmg.images"]) < 0.005  # 28.5 % with the temperature
+    run = lambda: pgd(f, X, Y, text, EPS, EPS, 2, loss=loss, generator=generator())
+    assert pixels_surely_off(run, GOLD["pmg.images"]) < 3e-5  # 26 % with the temperature
 
 
-@pytest.mark.parametrize(("name", "start"), [("fare", "uncut"), ("fare_cut", "cut")])
-def test_attack_of_fare_with_either_start(f, f0, text, name, start):
+@pytest.mark.parametrize(("name", "start", "other"), [("fare", "uncut", "fare_cut"), ("fare_cut", "cut", "fare")])
+def test_attack_of_fare_with_either_start(f, f0, text, name, start, other, pixels_surely_off):
     loss = find_objective("FARE").attack(Step(f, f0, X, Y, PROMPTS))
-    made = pgd(f, X, Y, text, EPS, STEP, 10, loss=loss, start=start, generator=generator())
-    assert pixels_off(made, GOLD[f"{name}.images"]) < 1e-4
+    run = lambda: pgd(f, X, Y, text, EPS, STEP, 10, loss=loss, start=start, generator=generator())
+    assert pixels_surely_off(run, GOLD[f"{name}.images"]) < 3e-5  # 2.4 % with nine steps
+    off, off_other = (pixels_off(run(), GOLD[f"{stored}.images"]) for stored in (name, other))
+    assert off < off_other / 2
     assert find_objective("FARE-RobustVLM").preset["train_start"] == "uncut"
 
 

@@ -105,9 +105,7 @@ def test_a_tiff_of_any_depth_is_read_right_or_refused(tmp_path, name):
     try:
         pixels = np.asarray(read_rgb(tmp_path / "x.tif"))[..., 0].astype(int)
     except (ValueError, OSError) as error:
-        assert (
-            name in ("10 bits", "14 bits", "16 bits, signed", "8 bits, signed", "32 bits", "half floats") or bits == 12
-        )
+        assert bits in (10, 12, 14, 32) or "signed" in name or name == "half floats"
         assert "\n" not in str(error)
     else:
         assert np.abs(pixels - ramp(255)).max() <= 255 / (2 ** min(bits, 8) - 1) / 2 + 1
