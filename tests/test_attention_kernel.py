@@ -139,9 +139,11 @@ def test_training_through_the_kernel_is_training_without(mini, tmp_path, method)
     )
     with_kernel, without = run("triton"), run("torch")
     names = ["loss", "CE", "L_AR"]
-    np.testing.assert_allclose(with_kernel.history[names], without.history[names], rtol=1e-4)
-    for a, b in zip(with_kernel.clip.visual.parameters(), without.clip.visual.parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(with_kernel.history[names], without.history[names], rtol=5e-3)
+    one, other, before = (
+        torch.cat([p.flatten() for p in model.visual.parameters()]) for model in (with_kernel.clip, without.clip, clip)
+    )
+    assert (one - other).norm() < 1e-2 * (one - before).norm()
 
 
 def test_an_empty_batch_and_strided_tokens(generator):

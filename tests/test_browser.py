@@ -24,7 +24,7 @@ sync_api = pytest.importorskip(
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 
-WAIT = 120_000  # milliseconds that a step may take on a busy machine
+WAIT = 600_000  # milliseconds that a step may take on a busy machine
 ERRORS = '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"], .tga .error'
 
 
@@ -77,7 +77,7 @@ def address(theme, tmp_path):
     with open(tmp_path / "jupyterlab.log", "w", encoding="utf-8") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 600
         while not answers(f"http://127.0.0.1:{port}/api") and time.monotonic() < until:
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/lab/tree/explorer.ipynb?token={token}"

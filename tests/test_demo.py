@@ -130,7 +130,7 @@ def page(path):
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True).new_page()
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(600_000)
         page.problems = []
         page.on("pageerror", lambda error: page.problems.append(str(error)))
         page.on("console", lambda message: page.problems.append(message.text) if message.type != "log" else None)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import Step
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.core.training import attacked, trainable
@@ -42,7 +43,7 @@ def explorer(mini, shapes, train_set, tmp_path, monkeypatch):
     return ex.Explorer(models, shapes, train_set, training, attack, tmp_path)
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=600):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
@@ -151,14 +152,13 @@ def test_the_nearest_point_is_a_measured_one(tmp_path):
     assert svg.count(">± ") == 3 * 8 and f">± {own.robust_ci.iloc[0]:.1f}<" in svg  # an interval in each cell
 
 
-def test_a_slider_moves_all_that_depends_on_it_quickly(explorer, monkeypatch):
+def test_a_slider_moves_all_that_depends_on_it(explorer, monkeypatch):
     before = explorer.mixer.result.value, explorer.surface.result.value
-    terms, times = explorer.mixer.terms, []
+    terms, encoded, encode = explorer.mixer.terms, [], Clip.encode_image
+    monkeypatch.setattr(Clip, "encode_image", lambda *a: encoded.append(len(a[1])) or encode(*a))
     for value in np.linspace(0.01, 0.4, 20):
-        started = time.perf_counter()
         explorer.Alpha.value = value
-        times.append(time.perf_counter() - started)
-    assert sorted(times)[10] < 0.1 and explorer.mixer.terms is terms  # mixed, not computed anew
+    assert not encoded and explorer.mixer.terms is terms  # mixed, not computed anew
     assert explorer.mixer.result.value != before[0] and explorer.surface.result.value != before[1]
     assert "nearest measured, outlined: (0.32, 0.05)" in explorer.surface.status.value
     explorer.mixer.reset()
@@ -168,9 +168,9 @@ def test_a_slider_moves_all_that_depends_on_it_quickly(explorer, monkeypatch):
     shown, dimmed = explorer.attack.result.value, []
     attack = lambda *a: dimmed.append("tga-working" in explorer.attack.result._dom_classes) or attack_image(*a)
     monkeypatch.setattr(attack_viewer, "attack_image", attack)
-    started = time.process_time()  # of two models, on a machine that others use too
+    encoded.clear()
     explorer.attack.eps.value = 8.0
-    assert time.process_time() - started < 1.0 and explorer.attack.result.value != shown
+    assert set(encoded) == {1} and explorer.attack.result.value != shown  # one image
     assert list(explorer.attack.attacked) == ["original", "tuned"] and dimmed == [True, True]
     explorer.attack.play.value = 2
     assert explorer.attack.eps.value == 2.0

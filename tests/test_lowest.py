@@ -66,7 +66,7 @@ def test_the_lowest_versions_do(tmp_path):
         (site / "torch.pth").write_text(sysconfig.get_path("purelib"))  # behind what is in the new environment
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["PYTHONPATH"] = str(ROOT)  # without which worker this is: it would share a smoke run
-    options = ["-n", "0", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", "-k", "not quickly"]
+    options = ["-n", "0", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short"]
     command = [python, "-m", "pytest", *options, *(f"tests/{name}" for name in TESTS)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]

@@ -1,5 +1,3 @@
-import time
-
 import pytest
 import torch
 from conftest import size
@@ -157,24 +155,6 @@ def test_a_caption_fits_exactly_the_images_that_have_what_it_names():
     many = mw.sample_attributes(200, generator())
     captions, demanded = mw.sample_captions(many, generator())
     assert mw.caption_fits(demanded, many).diagonal().all() and len(captions) == 200
-
-
-def test_rendering_is_fast_on_one_core():
-    """Images of a batch share the work (an image alone takes five times as long), 1,300 to 4,000 a second."""
-
-    def seconds(n):
-        attributes = mw.sample_attributes(n, generator(n))
-        start = time.process_time()
-        mw.render(attributes, generator(n))
-        return (time.process_time() - start) / n
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        alone, shared = (min(seconds(n) for _ in range(4)) for n in (1, 512))
-    finally:
-        torch.set_num_threads(threads)
-    assert alone >= 3 * shared and shared <= 1 / 500, f"{1 / alone:.0f} images/s alone, {1 / shared:.0f} of a batch"
 
 
 def accuracy(clip, key, n, attack=None):

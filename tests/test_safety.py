@@ -186,7 +186,7 @@ def test_jupyter_listens_on_loopback_and_wants_its_token(tmp_path):
         server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         status = None
-        for _ in range(120):
+        for _ in range(1200):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/api/contents").close()
                 status = 200
