@@ -170,7 +170,7 @@ def test_a_slider_moves_all_that_depends_on_it(explorer, monkeypatch):
     monkeypatch.setattr(attack_viewer, "attack_image", attack)
     encoded.clear()
     explorer.attack.eps.value = 8.0
-    assert set(encoded) == {1} and explorer.attack.result.value != shown  # one image
+    assert 0 < max(encoded) <= 2 and explorer.attack.result.value != shown  # of one image, before and after
     assert list(explorer.attack.attacked) == ["original", "tuned"] and dimmed == [True, True]
     explorer.attack.play.value = 2
     assert explorer.attack.eps.value == 2.0
