@@ -347,7 +347,7 @@ def test_what_a_result_depends_on_is_found(asking, monkeypatch):
     before = fingerprints.code_version(asking)
     for path, source in dict(fingerprints.SOURCES).items():
         with monkeypatch.context() as patch:
-            patch.setitem(fingerprints.SOURCES, path, source + "# another line\n")
+            patch.setitem(fingerprints.SOURCES, path, source + "another = 1\n")
             changed = fingerprints.code_version(asking) != before
         if path.startswith(("core/", "datasets/")) or path == asking.split(".", 1)[1].replace(".", "/") + ".py":
             assert changed, path
@@ -357,6 +357,14 @@ def test_what_a_result_depends_on_is_found(asking, monkeypatch):
         patch.setitem(fingerprints.SOURCES, "core/new/deep.py", "x = 1\n")
         assert fingerprints.code_version(asking) != before
     assert fingerprints.code_version(asking) == before
+
+
+def test_what_is_only_said_in_the_code_changes_no_result():
+    source = "def double(x):\n    return 2 * x  # twice\n"
+    said = '"""A module."""\n\n# Of numbers.\ndef double(x):\n    """Twice "it".\n\n    #"""\n\n    return 2 * x\n'
+    same, text = fingerprints._what_runs("a.py", source), 'x = """# no comment"""\ndef f(): "one"\n'
+    assert same == fingerprints._what_runs("a.py", said) == ["def double(x):", "    return 2 * x"]
+    assert fingerprints._what_runs("b.py", text) == ['x = """# no comment"""', "def f():"]
 
 
 def test_public_names_are_there_and_quick():

@@ -390,7 +390,10 @@ def test_a_failing_notebook_stops_the_run_and_leaves_its_copy(photo_root, tmp_pa
 def test_the_fingerprint_follows_every_input(tmp_path, monkeypatch):
     parameters = parameters_of("01_attention_shift", load_profile("mini"), "runs/x", {})
     first = fingerprint("01_attention_shift", parameters, "")
-    assert fingerprint("01_attention_shift", parameters | {"output": "elsewhere"}, "") != first
+    own = {"pretrained": "data/mini_clip.safetensors"}
+    assert fingerprint("01_attention_shift", parameters | own, "") == fingerprint(
+        "01_attention_shift", parameters | {"pretrained": str(ROOT / own["pretrained"]), "output": "elsewhere"}, ""
+    )  # a checkout that is copied elsewhere
     assert fingerprint("01_attention_shift", parameters | {"seed": 1}, "") != first
     assert fingerprint("01_attention_shift", parameters, "other") != first
     words = parameters | {"prompt": str(tmp_path), "dataset": 300 * "a"}  # which name no files

@@ -311,7 +311,17 @@ def fingerprint(notebook: str, parameters: Mapping[str, Any], before: str) -> st
     paths = [Path(SHIPPED.get(value) or resolve(value)) for value in filter(None, named)]
     contents = [path for path in paths if path.is_file()]
     listings = [files_below(path) for path in paths if path.is_dir()]
-    return digest(cells_digest(notebook), parameters, *contents, listings, code_version(), before)
+    portable = {name: _portable(value) for name, value in parameters.items() if name != "output"}
+    return digest(cells_digest(notebook), portable, *contents, listings, code_version(), before)
+
+
+def _portable(value: Any) -> Any:
+    """A parameter with paths in the workbook's folder relative to it: a copy of it elsewhere finds its runs done."""
+    if isinstance(value, Mapping):
+        return {name: _portable(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_portable(one) for one in value]
+    return value.replace(f"{ROOT}{os.sep}", "") if isinstance(value, str) else value
 
 
 def _place_of(weights: str, parameters: Mapping[str, Any]) -> str:

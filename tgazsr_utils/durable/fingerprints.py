@@ -1,6 +1,8 @@
 """Names of what a result depends on: the model, the images, and the code that made it."""
 
 import ast
+import io
+import tokenize
 from functools import lru_cache
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -17,6 +19,7 @@ SOURCES = {
     path.relative_to(_PACKAGE).as_posix(): path.read_text(encoding="utf-8")
     for path in sorted([*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.yaml")])
 }
+_WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _EVERYWHERE = ("core/", "datasets/")  # whole rooms that every number comes from
 
 
@@ -54,7 +57,8 @@ def data_key(data: ImageSet) -> str:
 def code_version(asking: str | None = None) -> str:
     """Names the source that the results of a module (its ``__name__``) depend on; None: all of the package.
 
-    These are the rooms ``core`` and ``datasets``, the module, and what it imports from its own room, directly or not.
+    These are the rooms ``core`` and ``datasets``, the module, and what it imports from its own room, directly or not;
+    of each what is run, without docstrings and comments.
     """
     return _version(asking, tuple(SOURCES.items()))
 
@@ -63,7 +67,7 @@ def code_version(asking: str | None = None) -> str:
 def _version(asking: str | None, sources: tuple[tuple[str, str], ...]) -> str:
     texts = dict(sources)
     if asking is None:
-        return digest(sources)
+        return digest({path: _what_runs(path, text) for path, text in sources})
     found = {path for path in texts if path.startswith(_EVERYWHERE)}
     room = asking.split(".")[1:-1]
     waiting = ["/".join(asking.split(".")[1:]) + ".py"]
@@ -72,7 +76,24 @@ def _version(asking: str | None, sources: tuple[tuple[str, str], ...]) -> str:
         found.add(path)
         near = [other for other in _imports(texts[path]) if other in texts and other.split("/")[:-1] == room]
         waiting += [other for other in near if other not in found]
-    return digest({path: texts[path] for path in sorted(found)})
+    return digest({path: _what_runs(path, texts[path]) for path in sorted(found)})
+
+
+@lru_cache(maxsize=256)
+def _what_runs(path: str, text: str) -> list[str]:
+    """The lines of a module without docstrings, comments and blank lines; of another file, all lines."""
+    lines = text.splitlines()
+    if not path.endswith(".py"):
+        return lines
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, _WITH_DOCSTRING) and ast.get_docstring(node, clean=False) is not None:
+            first, last = node.body[0].lineno - 1, node.body[0].end_lineno
+            lines[first:last] = [lines[first][: node.body[0].col_offset], *(last - first - 1) * [""]]
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return [line.rstrip() for line in lines if line.strip()]
 
 
 def _imports(source: str) -> list[str]:
