@@ -23,7 +23,7 @@ from tgazsr_utils.measuring.ablations import best_rates
 from tgazsr_utils.measuring.published import published
 from tgazsr_utils.measuring.records import Record
 from tgazsr_utils.measuring.tables import leaderboard, readable
-from tgazsr_utils.parameters import NOTEBOOKS
+from tgazsr_utils.parameters import NOTEBOOKS, validate
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.profiles import PROFILES, check_names, default_parameters, load_profile, parameters_of
 
@@ -173,7 +173,7 @@ def test_the_notebooks_learning_rates_are_those_that_the_kept_sweep_chose():
     rates = pd.read_csv(REFERENCE / "tables" / "ablation_learning_rate.csv").set_index(["method", "lr"])
     defaults = default_parameters("04_evaluate_16_datasets")
     chosen = {method: change for method, change in best_rates(rates).items() if change["lr"] != defaults["lr"]}
-    assert chosen == defaults["overrides"]
+    assert chosen == validate(NOTEBOOKS["04_evaluate_16_datasets"], defaults | {"output": None}).overrides
 
 
 def test_the_readmes_photo_table_is_that_of_the_kept_tables():

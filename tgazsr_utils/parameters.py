@@ -29,7 +29,7 @@ from tgazsr_utils.core.settings import (
 from tgazsr_utils.durable.plugins import PluginSettings
 from tgazsr_utils.durable.processes import that_suit
 from tgazsr_utils.measuring.ablations import ABLATIONS
-from tgazsr_utils.paths import resolve
+from tgazsr_utils.paths import DATA, resolve
 from tgazsr_utils.strict_yaml import YAML_ERRORS, load_yaml
 
 Item = TypeVar("Item")
@@ -72,6 +72,14 @@ class SettingsError(ValueError):
     def __init__(self, text: str):
         line = " ".join(text.split())  # one line, whatever a name or value is
         super().__init__(line if len(line) <= 1900 else f"{line[:900]} ... {line[-900:]}")
+
+
+def _or_chosen_rates(value: Any) -> Any:
+    """``overrides``, or the learning rates that were chosen for the mini-world."""
+    if value is not None:
+        return value
+    rates = load_yaml((DATA / "learning_rates.yaml").read_text(encoding="utf-8"))
+    return {method: {"lr": rate} for method, rate in rates.items()}
 
 
 class WorkbookSettings(Settings):
@@ -189,7 +197,8 @@ class TrainNotebook(ModelSettings, FinetuneSettings, AttackSettings):
     test_images: Count | None  # of each test set; None: all
     methods: Distinct[str]  # that are trained
     descriptions: str | None = None  # JSON file, class -> texts, for SAFT; None: the mini-world's own
-    overrides: dict[str, dict[str, Any]] = {}  # method -> parameters of fine-tuning that differ for it
+    # method -> parameters of fine-tuning that differ for it; None: the mini-world's learning rates
+    overrides: Annotated[dict[str, dict[str, Any]], BeforeValidator(_or_chosen_rates)] = {}
     processes: Count | Literal["auto"] = 1  # that train and measure together, each on its device; "auto": as suits
     check_images: Natural = 16  # about so many check the attack once a model (measuring.trust); 0: none
 

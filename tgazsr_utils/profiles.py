@@ -247,7 +247,7 @@ def check_choices(notebook: str, values: Mapping[str, Any]) -> None:
                 image_size_of(arch)
                 locate_weights(arch, weights)
         own = registered_in(notebook)
-        for method in [*values.get("methods", []), *values.get("overrides", {})]:
+        for method in [*values.get("methods", []), *(values.get("overrides") or {})]:
             if method not in own:
                 find_objective(method)
         for name in values.get("defences", []):

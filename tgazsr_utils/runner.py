@@ -47,7 +47,7 @@ from tgazsr_utils.manifests import (
 )
 from tgazsr_utils.measuring.challenge import challenge, submit
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, named_weights
-from tgazsr_utils.paths import ROOT, files_below, resolve
+from tgazsr_utils.paths import DATA, ROOT, files_below, resolve
 from tgazsr_utils.profiles import PROFILES, Profile, cells_digest, default_parameters, parameters_of, shown
 from tgazsr_utils.progress import HEADLESS
 from tgazsr_utils.surroundings import own_kernel, print_anything
@@ -309,7 +309,7 @@ def fingerprint(notebook: str, parameters: Mapping[str, Any], before: str) -> st
     weights = [_place_of(path, parameters) for *_, path in named_weights(parameters) if path]
     named = [parameters.get("data_root"), parameters.get("descriptions"), *weights, *parameters.get("plugins", [])]
     paths = [Path(SHIPPED.get(value) or resolve(value)) for value in filter(None, named)]
-    contents = [path for path in paths if path.is_file()]
+    contents = [DATA / "learning_rates.yaml", *(path for path in paths if path.is_file())]
     listings = [files_below(path) for path in paths if path.is_dir()]
     portable = {name: _portable(value) for name, value in parameters.items() if name != "output"}
     return digest(cells_digest(notebook), portable, *contents, listings, code_version(), before)
