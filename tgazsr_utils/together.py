@@ -6,10 +6,14 @@ Tables and figures are written, executed copies are not.
 
 import contextlib
 import io
+import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from tgazsr_utils import profiles
 from tgazsr_utils.durable import processes
+from tgazsr_utils.durable.files import write_json
 from tgazsr_utils.parameters import SettingsError
 
 Parameters = Mapping[str, Mapping[str, Any]]  # of notebooks, by their names
@@ -62,11 +67,29 @@ def ahead(notebooks: Parameters) -> dict[str, float]:
     None are given if that failed, which is said: notebooks then start processes of their own, and show what is wrong.
     """
     number = max(map(asked, notebooks.values()))
+    with tempfile.TemporaryDirectory(prefix="tgazsr-") as folder:
+        given, outcome = Path(folder) / "notebooks.json", Path(folder) / "outcome.json"
+        given.write_text(json.dumps(notebooks), encoding="utf-8")
+        command = [sys.executable, "-m", "tgazsr_utils.together", str(number), folder]
+        # In a session of its own: under nohup, a terminal that is closed stops neither this process nor those.
+        processes.wait_for(subprocess.Popen(command, start_new_session=True))
+        if not outcome.exists():  # killed
+            outcome.write_text(json.dumps("it was killed"), encoding="utf-8")
+        found = json.loads(outcome.read_text(encoding="utf-8"))
+    if isinstance(found, dict):
+        return found
+    print(f"{found}; the notebooks go on from there", file=sys.stderr, flush=True)
+    return {}
+
+
+def _launch(number: str, folder: str) -> None:
+    """Starts the processes, and leaves in ``folder`` the seconds of each notebook or what went wrong."""
+    notebooks = json.loads((Path(folder) / "notebooks.json").read_text(encoding="utf-8"))
     try:
-        return processes.launch_anew(number, _take_part_on_one_thread, notebooks)
-    except Exception as error:  # of theirs, or of the launcher's
-        print(f"{' '.join(str(error).split())}; the notebooks go on from there", file=sys.stderr, flush=True)
-        return {}
+        found: Any = processes.launch_anew(int(number), _take_part_on_one_thread, notebooks)
+    except (Exception, KeyboardInterrupt) as error:  # of theirs, or of the launcher's
+        found = " ".join(str(error).split())
+    write_json(Path(folder) / "outcome.json", found)
 
 
 def _take_part_on_one_thread(notebooks: Parameters) -> dict[str, float]:
@@ -93,3 +116,7 @@ def take_part(notebooks: Parameters) -> dict[str, float]:
                     shell.run_cell(given, silent=True).raise_error()
             seconds[name] = time.monotonic() - started
     return seconds
+
+
+if __name__ == "__main__":
+    _launch(*sys.argv[1:])

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -226,11 +227,25 @@ def launch_anew(number: int, function: Callable[..., Any], *arguments: Any) -> A
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     where = {"rdzv_backend": "static", "rdzv_endpoint": f"127.0.0.1:{_free_port()}", "rdzv_configs": {"rank": 0}}
-    heeded = ",".join(one.name for one in _SIGNALS if signal.getsignal(one) != signal.SIG_IGN)  # as nohup has it
     with _failures(number), tempfile.TemporaryDirectory() as logs:
-        of_run = {"run_id": "run", "max_restarts": 0, "signals_to_handle": heeded, "start_method": "spawn"}
+        of_run = {"run_id": "run", "max_restarts": 0, "start_method": "spawn"}
         config = LaunchConfig(1, 1, number, logs_specs=DefaultLogsSpecs(log_dir=logs), **of_run, **where)
         return elastic_launch(config, function)(*arguments)[0]
+
+
+def wait_for(process: subprocess.Popen) -> None:
+    """Waits for a process in a session of its own, which is sent what this one is sent in the meantime."""
+    seen: list[int] = []
+    heeded = [one for one in _SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
+    pass_on = lambda number, _: (seen.append(number), process.send_signal(number))
+    handlers = {one: signal.signal(one, pass_on) for one in heeded}
+    try:
+        process.wait()
+    finally:
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+    for one in seen[:1]:
+        signal.raise_signal(one)
 
 
 def _free_port() -> str:
