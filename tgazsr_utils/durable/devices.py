@@ -76,11 +76,9 @@ def _build(device: str) -> str:
     if not torch.version.cuda:
         return f" (PyTorch {torch.__version__} is built without CUDA; {_OTHER_BUILD})"
     needed = DRIVERS.get(int(torch.version.cuda.split(".")[0]))
-    known = torch._C._cuda_getDriverVersion()  # such as 12020; 0 without a driver
-    driver = f"this driver knows CUDA {known // 1000}.{known % 1000 // 10}" if known else "there is no driver"
     wanted = f"a driver from {needed} on" if needed else "a newer driver"
     made = f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda} and needs {wanted}"
-    return f" ({made}; {driver}; {_OTHER_BUILD})"
+    return f" ({made}; {_OTHER_BUILD})"
 
 
 _OTHER_BUILD = "TORCH_INDEX=URL ./run_all.sh, after .venv was removed, takes another build; -p device cpu does without"

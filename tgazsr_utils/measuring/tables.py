@@ -122,7 +122,7 @@ def leaderboard(records: Sequence[Record], under: pd.DataFrame | None = None) ->
     both = (table.clean + robust).replace(0, 1)
     table.insert(table.columns.get_loc("average_ci") + 1, "harmonic", 2 * table.clean * robust / both)
     table["sets"] = _sets_used(frame.dataset.unique()) + (f" (without {', '.join(apart)})" if apart else "")
-    table["images"] = frame.groupby("method").apply(_images_used, include_groups=False)
+    table["images"] = pd.Series({method: _images_used(part) for method, part in frame.groupby("method")})
     table["world"] = frame.world.iloc[0]
     return table.sort_index().sort_values("average", ascending=False, kind="stable")
 
