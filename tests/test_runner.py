@@ -476,8 +476,8 @@ def test_an_html_copy_that_fails_does_not_fail_a_finished_notebook(tmp_path, mon
     def fails(executed, target, links):
         raise RuntimeError("no template\nis there")
 
-    monkeypatch.setattr(runner.pages, "export", fails)
-    monkeypatch.setattr(runner.papermill, "execute_notebook", lambda *_, **__: None)
+    monkeypatch.setattr("tgazsr_utils.display.pages.export", fails)
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: None)
     runner.execute("01_attention_shift", {}, tmp_path)
     assert "no HTML copy of 01_attention_shift could be made: no template is there" in capfd.readouterr().err
 

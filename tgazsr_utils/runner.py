@@ -18,17 +18,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import papermill
 import yaml
 from filelock import FileLock, Timeout
-from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from tgazsr_utils import profiles, together
 from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.datasets.__main__ import fetch_missing
-from tgazsr_utils.display import pages
 from tgazsr_utils.display.report import answer_path
 from tgazsr_utils.durable.files import write_atomic, write_json
 from tgazsr_utils.durable.fingerprints import code_version
@@ -173,6 +170,8 @@ class Batch:
 
     def _execute(self, name: str, entry: dict[str, Any], save: Callable[[], Any]) -> bool:
         """Runs a notebook and keeps in ``entry`` what became of it; did it fail?"""
+        from papermill.exceptions import PapermillExecutionError  # slow to import
+
         answer_path(self.folder, name).unlink(missing_ok=True)
         started, earlier = time.time() - self.ahead.get(name, 0), _outputs(self.folder)
         entry["started"] = datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds")
@@ -333,6 +332,10 @@ def _place_of(weights: str, parameters: Mapping[str, Any]) -> str:
 
 def execute(notebook: str, parameters: Mapping[str, Any], folder: Path, books: Sequence[str] = ()) -> None:
     """Runs one notebook with papermill into ``folder``, its output echoed live; as HTML it leads to those beside it."""
+    import papermill  # slow to import
+
+    from tgazsr_utils.display import pages  # slow to import
+
     executed = folder / "notebooks" / f"{notebook}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
     html, links = folder / "html" / f"{notebook}.html", {"report": "../index.html"}

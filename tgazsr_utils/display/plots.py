@@ -8,14 +8,13 @@ from itertools import cycle
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import scipy
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from scipy.stats import rankdata
-from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from tgazsr_utils.datasets.published_sets import in_means
@@ -119,13 +118,15 @@ def auc_interval(flipped: np.ndarray, score: np.ndarray, draws: int = 1000) -> t
 def _areas(flipped: np.ndarray, score: np.ndarray) -> np.ndarray:
     """ROC AUC of each row ``[R,N]``, from the sum of the ranks of what flipped (Mann and Whitney 1947)."""
     ones = flipped.sum(1)
-    ranks = (rankdata(score, axis=1) * flipped).sum(1)
+    ranks = (scipy.stats.rankdata(score, axis=1) * flipped).sum(1)
     return (ranks - ones * (ones + 1) / 2) / (ones * (flipped.shape[1] - ones))
 
 
 @drawn
 def flip_roc(frame: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """ROC of "attention moved by more than t" as a sign that the prediction flipped, among images right when clean."""
+    from sklearn.metrics import roc_curve  # slow to import
+
     figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     labels = []
     for name, part in frame[frame.clean_correct].groupby("model", sort=False):

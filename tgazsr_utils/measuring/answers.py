@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student_t
+import scipy
 
 from tgazsr_utils.measuring.holding import ALL, BASELINE
 from tgazsr_utils.measuring.loss_mixture import in_words
@@ -266,7 +266,7 @@ def _accuracies(records: Sequence[Record]) -> Mapping[tuple[str, str], float]:
 
 def _mean(values: np.ndarray) -> Interval:
     mean, n = float(np.mean(values)), len(values)
-    half = float(student_t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else float("inf")
+    half = float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else float("inf")
     return mean, mean - half, mean + half
 
 

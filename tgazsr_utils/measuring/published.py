@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
 
 import pandas as pd
-from scipy.stats import spearmanr
+import scipy
 
 from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.datasets.published_sets import DATASETS
@@ -199,7 +199,8 @@ def agreement(table: pd.DataFrame) -> str:
             lines.append(f"{pair}: no order to compare ({len(a)} methods in common)")
             continue
         best = ", ".join(f"{' = '.join(side.index[side == side.min()])} ({side.name})" for side in (a, b))
-        lines.append(f"{pair}: rank correlation {spearmanr(a, b).statistic:+.2f} over {len(a)} methods; best: {best}")
+        rho = scipy.stats.spearmanr(a, b).statistic
+        lines.append(f"{pair}: rank correlation {rho:+.2f} over {len(a)} methods; best: {best}")
     return "\n".join(lines)
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
-from scipy.stats import t as student_t
+import scipy
 
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.datasets.miniworld import TASKS
@@ -45,7 +44,7 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
     """One row a record: the columns a table or figure needs, accuracy and its 95 % Wilson interval in percent."""
     rows = []
     for r in records:
-        low, high = binomtest(r.correct, r.n).proportion_ci(method="wilson")
+        low, high = scipy.stats.binomtest(r.correct, r.n).proportion_ci(method="wilson")
         kind = "clean" if r.attack == "none" else "robust"
         row = r.model_dump(include=_COLUMNS)
         rows.append(row | {"kind": kind, "accuracy": r.accuracy, "low": 100 * low, "high": 100 * high})
@@ -76,7 +75,7 @@ def summary(records: Sequence[Record]) -> dict[str, float | str]:
     records = counted(records)
     means = per_seed(records)
     if len(means) > 1:
-        halves = student_t.ppf(0.975, len(means) - 1) * means.std(skipna=False) / np.sqrt(len(means))
+        halves = scipy.stats.t.ppf(0.975, len(means) - 1) * means.std(skipna=False) / np.sqrt(len(means))
         interval = f"{len(means)} seeds"
     else:
         robust = {r.data: bits(r) for r in records if r.attack != "none"}

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 import torch.nn.functional as F
-from scipy.stats import binomtest
-from scipy.stats import t as student_t
 from torch import Tensor
 
 from tgazsr_utils.core.attacks import ATTACKS, pgd, run_attack, summed_cross_entropy
@@ -131,7 +130,7 @@ def problems(right: pd.DataFrame, loss: pd.DataFrame, zero: int, large: Sequence
             yield f"{more} reaches a lower loss than {fewer} ({loss[more].mean():.2f} against {loss[fewer].mean():.2f})"
     for weak, strong in [*pairwise(by_steps), ("Square", last)]:
         only_weak, only_strong = int((right[strong] & ~right[weak]).sum()), int((right[weak] & ~right[strong]).sum())
-        if only_weak and binomtest(only_weak, only_weak + only_strong, alternative="greater").pvalue < P:
+        if only_weak and scipy.stats.binomtest(only_weak, only_weak + only_strong, alternative="greater").pvalue < P:
             fewer = f"{strong} {only_strong} that {weak} does not"
             yield f"{weak} fools {only_weak} of {n} images that {strong} does not, and {fewer}"
     left = [int(right[name].sum()) for name in LARGE]
@@ -142,13 +141,13 @@ def problems(right: pd.DataFrame, loss: pd.DataFrame, zero: int, large: Sequence
 
 def _surely(count: int, n: int) -> float:
     """The share that ``count`` of ``n`` is at least, beyond chance (Wilson)."""
-    return binomtest(count, n).proportion_ci(CONFIDENCE, "wilson").low
+    return scipy.stats.binomtest(count, n).proportion_ci(CONFIDENCE, "wilson").low
 
 
 def _chance_of_falling(rise: pd.Series) -> float:
     """That the mean is so far below zero, if in truth it is not (one-sided t test); NaN for one value, or all zero."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return float(student_t.cdf(rise.mean() / (rise.std() / np.sqrt(len(rise))), len(rise) - 1))
+        return float(scipy.stats.t.cdf(rise.mean() / (rise.std() / np.sqrt(len(rise))), len(rise) - 1))
 
 
 @torch.no_grad()  # but for the gradients of the pixels
