@@ -1,8 +1,8 @@
 """The very kernels, on the CPU by Triton's interpreter (on the device where there is one), against float64."""
 
-import numpy as np
 import pytest
 import torch
+from conftest import check_same_training
 
 from tgazsr_utils.core.attention import complementary_attention, text_guided_attention
 from tgazsr_utils.core.models import ImageTokens
@@ -138,12 +138,7 @@ def test_training_through_the_kernel_is_training_without(mini, tmp_path, method)
         clip, data, method, settings.model_copy(update={"attention_backend": backend}), tmp_path
     )
     with_kernel, without = run("triton"), run("torch")
-    names = ["loss", "CE", "L_AR"]
-    np.testing.assert_allclose(with_kernel.history[names], without.history[names], rtol=5e-3)
-    one, other, before = (
-        torch.cat([p.flatten() for p in model.visual.parameters()]) for model in (with_kernel.clip, without.clip, clip)
-    )
-    assert (one - other).norm() < 1e-2 * (one - before).norm()
+    check_same_training(with_kernel, without, clip)
 
 
 def test_an_empty_batch_and_strided_tokens(generator):

@@ -169,7 +169,7 @@ def test_an_image_is_defended_and_attacked_alike_in_every_batch(name, mini, shap
         found.append((attacked, classes))
     # The numbers drawn are the same; sums of another order turn few signs of gradients that are nearly zero.
     assert ((found[0][0] - found[1][0]).abs() > 1e-6).float().mean() < 0.05
-    assert (found[0][1] == found[1][1]).float().mean() > 0.9
+    assert (found[0][1] != found[1][1]).sum() <= 1
 
 
 def test_other_draws_answer_than_those_the_attack_has_seen(mini, shapes):
@@ -208,8 +208,9 @@ def test_one_step_of_an_aware_attack_follows_the_mean_gradient_behind_the_defenc
     (gradient,) = torch.autograd.grad(loss, start)
     expected = into(start.detach() + gradient.sign() / 255, x, 3.5 / 255)
     found = pgd(*arguments, 1, generator=noise, guard=guard())
-    assert ((found - expected).abs() > 1e-6).float().mean() < 1e-3
-    assert ((found - pgd(*arguments, 1, generator=noise)).abs() > 1e-6).float().mean() > 0.05
+    clear = gradient.abs() > 0.03 * gradient.abs().mean((1, 2, 3), keepdim=True)  # rounding decides the sign of others
+    assert clear.float().mean() > 0.9 and ((found - expected)[clear].abs() > 1e-6).float().mean() < 1e-3
+    assert ((found - pgd(*arguments, 1, generator=noise))[clear].abs() > 1e-6).float().mean() > 0.05
 
 
 def test_under_worst_what_the_defended_model_gets_wrong_is_left_as_it_is(mini, shapes):

@@ -11,7 +11,7 @@ from functools import partial
 import psutil
 import pytest
 import torch
-from conftest import only_long, train_settings
+from conftest import check_same_training, disagreements, only_long, train_settings
 
 from tgazsr_utils import open_workbook, together
 from tgazsr_utils.core.attacks import ATTACKS
@@ -66,13 +66,7 @@ def test_two_processes_train_as_one_does(mini, train_set, tmp_path, method):
     settings = SETTINGS.model_copy(update={"lr": 1e-2}) if method == "PMG-AFT" else SETTINGS
     one, two = (finetune(mini, train_set, method, settings, tmp_path / str(n), number_of_processes=n) for n in (1, 2))
     assert one.weights.name == two.weights.name
-    # Sums differ in their order, and a sign step makes whole steps of that; a wrong start changes losses by 2 %.
-    for column in one.history.columns.drop(["seconds", "robust_batch_accuracy"]):
-        torch.testing.assert_close(*(torch.tensor(r.history[column]) for r in (one, two)), rtol=5e-3, atol=1e-4)
-    before, first, second = (
-        torch.cat([p.flatten() for p in clip.visual.parameters()]) for clip in (mini, one.clip, two.clip)
-    )
-    assert (first - second).norm() < 1e-2 * (first - before).norm()
+    check_same_training(one, two, mini)
     assert not list((tmp_path / "2" / "unfinished").glob("*")) and not list((tmp_path / "2").glob("*.ckpt"))
 
 
@@ -84,7 +78,8 @@ def test_two_processes_measure_what_one_does(mini, tmp_path, protocol):
     one, two = (
         Bench(store, n).measure(mini, sets, attack, protocol, method="CLIP") for n, store in enumerate(stores, start=1)
     )
-    assert [(r.key, r.hits, r.n) for r in one] == [(r.key, r.hits, r.n) for r in two]
+    assert [(r.key, r.n) for r in one] == [(r.key, r.n) for r in two]
+    assert all(disagreements(*pair) <= 1 for pair in zip(one, two))
     assert {r.attack for r in two} == {"none", "pgd-3"} and two[1].correct < two[0].correct
     assert not list((tmp_path / "2" / "unfinished").glob("*"))
 
@@ -99,17 +94,14 @@ def test_two_processes_measure_apgd_as_one_does_whatever_fits(mini, tmp_path, mo
     for count, fits in ((1, 64), (1, 4), (2, 64)):
         monkeypatch.setattr(evaluation, "batch_that_fits", lambda clip, fits=fits: fits)
         store = RecordStore(tmp_path / f"{count} {fits}")
-        found.append(Bench(store, count).measure(mini, [data], attack, method="CLIP")[1].hits)
-    assert found[0] == found[1] == found[2]
+        found.append(Bench(store, count).measure(mini, [data], attack, method="CLIP")[1])
+    assert all(disagreements(found[0], other) <= 1 for other in found[1:])
 
 
 def test_a_large_set_is_measured_in_slices_by_whoever_is_free(mini, tmp_path, monkeypatch):
     """As one process measures it at once; a slice that another process has left is not measured again."""
     data, attack = load_dataset("letters", "test", n=40), AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=2)
-    whole = [
-        (r.key, r.hits, r.pixels)
-        for r in Bench(RecordStore(tmp_path / "whole")).measure(mini, [data], attack, method="CLIP")
-    ]
+    whole = Bench(RecordStore(tmp_path / "whole")).measure(mini, [data], attack, method="CLIP")
     monkeypatch.setattr(evaluation, "SLICE", 16)
     for count in (1, 2):
         store = RecordStore(tmp_path / str(count))
@@ -120,10 +112,10 @@ def test_a_large_set_is_measured_in_slices_by_whoever_is_free(mini, tmp_path, mo
         noted = lambda *a, asked=asked, batches=ImageSet.batches: asked.append([len(c) for c in a[1]]) or batches(*a)
         with monkeypatch.context() as patch:
             patch.setattr(ImageSet, "batches", noted)
-            found = [
-                (r.key, r.hits, r.pixels) for r in Bench(store, count).measure(mini, [data], attack, method="CLIP")
-            ]
-        assert found == whole and not list((store.folder / "unfinished").iterdir())
+            found = Bench(store, count).measure(mini, [data], attack, method="CLIP")
+        assert [(r.key, r.pixels) for r in found] == [(r.key, r.pixels) for r in whole]
+        assert all(disagreements(*pair) <= 1 for pair in zip(found, whole))
+        assert not list((store.folder / "unfinished").iterdir())
         assert asked == ([[16], [16], [8]] if count == 1 else [])  # of two processes, none is this one
 
 
@@ -345,7 +337,7 @@ def test_a_sweep_asks_for_models_in_the_same_order_in_all_processes(tmp_path):
     sweep = Sweep(book.original, book.train, tests, tests, book.run.stored_models, book.bench(tests))
     variants = [variant(book.settings, {"model": method}, method, own=True) for method in ("TeCoA", "TGA-ZSR")]
     late = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the processes wait for each other"))
-    signal.alarm(240)
+    signal.alarm(600)
     try:
         book.ahead(lambda: sweep.run("methods", variants), sweep.trainings({"methods": variants}))
     finally:

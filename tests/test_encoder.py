@@ -37,7 +37,7 @@ def test_tokens_and_gradients_are_the_same(pair):
         (pooled.square().sum() + patches[:, ::3].sin().sum()).backward()
         found.append([pooled, patches, pixels.grad, *(p.grad for p in visual.parameters())])
     for theirs, ours in zip(*found):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
     assert products(pair[0]) == [nn.Conv2d, nn.MultiheadAttention, nn.MultiheadAttention]
     assert products(pair[1]) == [PatchProduct, OneProduct, OneProduct]
 

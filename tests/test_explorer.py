@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import tensors_alive
 from PIL import Image
 
 from tgazsr_utils.core.models import Clip
@@ -64,9 +65,9 @@ def test_the_mixture_is_that_of_the_weighted_loss_itself(explorer, mini, train_s
     terms = TGA.terms(step, settings)
     loss, values = sum(term.weight * term.value for term in terms), {term.name: term.value.item() for term in terms}
     slope = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
-    assert table.weighted["sum"] == pytest.approx(loss.item(), rel=1e-5)
-    assert table.value[list(TERMS)].tolist() == pytest.approx([values[name] for name in TERMS], rel=1e-5)
-    assert table.gradient["sum"] == pytest.approx(slope.norm().item(), rel=1e-4)
+    assert table.weighted["sum"] == pytest.approx(loss.item(), rel=1e-4)
+    assert table.value[list(TERMS)].tolist() == pytest.approx([values[name] for name in TERMS], rel=1e-4)
+    assert table.gradient["sum"] == pytest.approx(slope.norm().item(), rel=1e-3)
     assert table.weight.tolist()[:3] == [1, Alpha, Beta] and table.cosine["sum"] == 1
     between = cosines(gradients).to_numpy()
     assert (abs(between) <= 1.0001).all() and between.diagonal() == pytest.approx([1, 1, 1])
@@ -181,6 +182,15 @@ def test_a_slider_moves_all_that_depends_on_it(explorer, monkeypatch):
     explorer.attack.flip.value = True
     assert "tga-flip" in explorer.attack.result._dom_classes
     assert "tga-working" not in explorer.attack.result._dom_classes  # no longer
+
+
+def test_moves_of_sliders_keep_nothing(explorer):
+    alive = []
+    for _ in range(3):
+        for alpha, eps in ((0.1, 1.0), (0.2, 2.0), (0.3, 4.0)):
+            explorer.Alpha.value, explorer.attack.eps.value = alpha, eps
+        alive.append(tensors_alive())
+    assert alive[0] == alive[1] == alive[2]
 
 
 def upload(panel, content):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import size
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tgazsr_utils.core.evaluation import predict
 from tgazsr_utils.core.models import tokenize
@@ -155,6 +156,25 @@ def test_a_caption_fits_exactly_the_images_that_have_what_it_names():
     many = mw.sample_attributes(200, generator())
     captions, demanded = mw.sample_captions(many, generator())
     assert mw.caption_fits(demanded, many).diagonal().all() and len(captions) == 200
+
+
+def test_images_of_a_batch_are_rendered_together():
+    """No loop goes over images: 512 take few more operators than one does."""
+
+    class Counted(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **kwargs or {})
+
+    def operators(n):
+        attributes = mw.sample_attributes(n, generator(n))
+        with Counted() as counted:
+            mw.render(attributes, generator(n))
+        return counted.count
+
+    assert operators(512) < 8 * operators(1)
 
 
 def accuracy(clip, key, n, attack=None):

@@ -49,8 +49,8 @@ def test_tokens_equal_the_towers_parts_computed_one_by_one(mini, shapes):
     x = visual._embeds((pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1))
     x = F.layer_norm(visual.transformer(x), (128,), visual.ln_post.weight, visual.ln_post.bias) @ visual.proj
     tokens = mini.encode_image(pixels)
-    torch.testing.assert_close(tokens.pooled, x[:, 0])
-    torch.testing.assert_close(tokens.patches, x[:, 1:])
+    torch.testing.assert_close(tokens.pooled, x[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tokens.patches, x[:, 1:], rtol=1e-4, atol=1e-4)
 
 
 def test_logits_equal_plain_open_clip(mini, shapes):
@@ -109,7 +109,7 @@ def test_weights_of_plain_open_clip_give_the_same_logits(mini, shapes, tmp_path)
     with torch.no_grad():
         ours = mini.logits(pixels, text)
         features = plain.encode_image((pixels - mini.mean) / mini.std, normalize=True)
-        torch.testing.assert_close(plain.logit_scale.exp() * features @ text.T, ours)
+        torch.testing.assert_close(plain.logit_scale.exp() * features @ text.T, ours, rtol=1e-4, atol=1e-4)
     torch.save(plain.state_dict(), tmp_path / "plain.pt")
     back = load_clip("mini-clip", tmp_path / "plain.pt", "cpu")
     torch.testing.assert_close(back.logits(pixels, text), ours, rtol=0, atol=0)
@@ -126,7 +126,8 @@ def test_weights_of_plain_open_clip_give_the_same_logits(mini, shapes, tmp_path)
     plain = open_clip.create_model(f"local-dir:{tmp_path / 'hub'}").eval()
     with torch.no_grad():
         features = plain.encode_image((pixels - 0.5) / 0.5, normalize=True)
-        torch.testing.assert_close(plain.logit_scale.exp() * features @ text.T, hub.logits(pixels, text))
+        logits = plain.logit_scale.exp() * features @ text.T
+        torch.testing.assert_close(logits, hub.logits(pixels, text), rtol=1e-4, atol=1e-4)
     again = load_clip("mini-clip", save_clip(hub, tmp_path / "again.safetensors"), "cpu")
     assert again.mean.flatten().tolist() == [0.5] * 3  # kept with the weights
     config["model_cfg"]["quick_gelu"] = not config["model_cfg"].get("quick_gelu", False)
