@@ -217,8 +217,9 @@ def test_torchrun_fills_the_folder_that_a_notebook_then_only_reads(tmp_path, mon
 
 
 @pytest.mark.long
-def test_the_processes_of_a_run_are_started_once_for_all_its_notebooks(tmp_path, capfd):
-    """What they leave is what one process does, and the notebooks then only read it."""
+def test_the_processes_of_a_run_are_started_once_for_all_its_notebooks(tmp_path, capfd, monkeypatch):
+    """What they leave is what one process of one thread does, and the notebooks then only read it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def outcome(count):
         folder, store = tmp_path / str(count) / "run", tmp_path / str(count) / "store"
