@@ -405,7 +405,7 @@ def _apart(function: Callable[..., Any], *given: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *MEASUREMENTS], help="which measurements (default: all)")
     parser.add_argument("--arch", default="ViT-B-32-quickgelu", help="an open_clip ViT")
     parser.add_argument("--device", default="auto")
@@ -420,7 +420,8 @@ def main() -> None:
         if name == "released" and "step" in found:
             found["speed_up"] = found["released"]["seconds"] / found["step"]["seconds"]
             print(f"\nspeed-up of a step: {found['speed_up']:.2f}")
-        print(f"\n{name}: {MEASUREMENTS[name].__doc__.splitlines()[0]}")
+        meaning = (MEASUREMENTS[name].__doc__ or "").split("\n")[0]
+        print(f"\n{name}: {meaning}")
         print(pd.Series(found[name]).to_string(float_format="{:.3f}".format), flush=True)
         write_json(options.output / "benchmarks.json", found)
 

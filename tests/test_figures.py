@@ -1,6 +1,9 @@
 """Figures: one look a method, nothing misread, and what a reader who cannot see them is told."""
 
+import os
 import re
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
@@ -16,6 +19,7 @@ from tgazsr_utils.core.objectives import OBJECTIVES
 from tgazsr_utils.display import plots, strips, style, sweeps
 from tgazsr_utils.durable.weights import SHIPPED, read_metadata, training_in_words
 from tgazsr_utils.measuring.published import published
+from tgazsr_utils.paths import ROOT
 
 ATTACK = AttackSettings(test_eps=4.0, test_stepsize=2.0, test_numsteps=2)
 BUILT_IN = {name for name, found in OBJECTIVES.items() if found.terms.__module__.startswith("tgazsr_utils.core")}
@@ -112,6 +116,41 @@ def test_captions_say_which_model_is_the_tuned_one(tmp_path):
     assert strips.tuned_in_words("some/where.pt", tmp_path / "some" / "where.pt") == "tuned: where.pt"
     assert strips.tuned_in_words("openai", "openai") == "tuned: openai"
     assert training_in_words(SHIPPED["mini"]) == training_in_words(None) == ""
+
+
+SURROUNDINGS = {
+    "latex": {"rc": b"text.usetex: True\nbackend: tkagg\nfont.size: 40"},
+    "no rc": {"rc": b"no colon\nbackend: nosuch\nfigure.dpi: many"},
+    "latin-1": {"rc": "# Größe".encode("latin-1")},
+    "a folder": {"MATPLOTLIBRC": "/"},
+    "a display": {"MPLBACKEND": "TkAgg"},
+    "no backend": {"MPLBACKEND": "nosuch"},
+}
+DRAW = """
+import sys; from pathlib import Path
+import torch; from tgazsr_utils.display import plots, style
+style.save(plots.captioned_images(torch.zeros(1, 3, 8, 8), ["a"], "What?"), Path(sys.argv[1]), "a")
+"""
+
+
+@pytest.fixture(scope="session")
+def usual_figure(tmp_path_factory):
+    return _drawn_in({}, tmp_path_factory.mktemp("usual"))
+
+
+def _drawn_in(surroundings, folder):
+    variables = {"MATPLOTLIBRC": str(folder / "rc"), **surroundings}
+    (folder / "rc").write_bytes(variables.pop("rc", b""))
+    others = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    command = [sys.executable, "-c", DRAW, folder]
+    done = subprocess.run(command, env=others | variables, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout, done.stderr, (folder / "figures" / "a.svg").read_bytes()
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_figures_are_the_same_in_any_surroundings(name, usual_figure, tmp_path):
+    assert _drawn_in(SURROUNDINGS[name], tmp_path) == usual_figure
+    assert usual_figure[:2] == ("", "")
 
 
 def test_a_figure_that_fails_says_so_in_its_place(tmp_path, capsys, monkeypatch):

@@ -73,8 +73,11 @@ def _defences() -> Entries:
 
 
 def _first_line(function: Callable) -> str:
-    text = inspect.getdoc(getattr(function, "func", function)) or "not described"  # a partial's function
-    return text.split("\n\n")[0]
+    function = getattr(function, "func", function)  # a partial's
+    text = inspect.getdoc(function)
+    if text is None and inspect.isfunction(function) and function.__name__ != "<lambda>":  # python -OO drops it
+        text = ast.get_docstring(ast.parse(textwrap.dedent(inspect.getsource(function))).body[0])
+    return (text or "not described").split("\n\n")[0]
 
 
 def _parameters() -> Entries:

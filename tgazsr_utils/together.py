@@ -24,6 +24,7 @@ from tgazsr_utils import profiles
 from tgazsr_utils.durable import processes
 from tgazsr_utils.durable.files import write_json
 from tgazsr_utils.parameters import SettingsError
+from tgazsr_utils.surroundings import print_anything
 
 Parameters = Mapping[str, Mapping[str, Any]]  # of notebooks, by their names
 
@@ -93,6 +94,7 @@ def _launch(number: str, folder: str) -> None:
 
 
 def _take_part_on_one_thread(notebooks: Parameters) -> dict[str, float]:
+    print_anything()
     processes.use_one_thread()  # as torchrun has it
     try:
         return take_part({name: {**values, "processes": 1} for name, values in notebooks.items()})

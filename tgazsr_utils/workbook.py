@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 from IPython.display import Markdown, display
-from matplotlib.figure import Figure
 
 from tgazsr_utils.core.defences import find_defence
 from tgazsr_utils.core.frontier import interpolated
@@ -244,9 +243,9 @@ class Workbook:
         with contextlib.redirect_stdout(sys.stdout if processes.is_main() else io.StringIO()):
             work()
 
-    def save(self, what: Figure | pd.DataFrame | Sequence[Record], name: str) -> Any:
+    def save(self, what: style.Figure | pd.DataFrame | Sequence[Record], name: str) -> Any:
         """Keeps a figure, a table or records in the run's folder, for people; gives back what a notebook shows."""
-        if isinstance(what, Figure):
+        if isinstance(what, style.Figure):
             return style.save(what, self.run.folder, name)
         if isinstance(what, pd.DataFrame):
             save_table(what, self.run.folder, name)

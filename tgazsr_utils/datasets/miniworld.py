@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tgazsr_utils.core.seeds import digest
+
 SIDE = 56
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring", "heart", "crescent", "bar")
@@ -391,8 +393,9 @@ def _drawn(name: str, n: int, split: str, seed: int) -> tuple[Tensor, Tensor, to
     """Labels and attributes, and what is to draw the rest."""
     task = TASKS[name]
     stream = {"train": 1, "test": 2}[split]
-    own_seed = ((seed * 2 + stream) * 64 + list(TASKS).index(name)) * 1_000_003 + n
-    generator = torch.Generator().manual_seed(own_seed % 2**63)
+    own = ((seed * 2 + stream) * 64 + list(TASKS).index(name)) * 1_000_003 + n
+    # PyTorch ignores all but the last 32 bits of a seed.
+    generator = torch.Generator().manual_seed(own if own < 2**32 else int(digest(own), 16))
     order = torch.randperm(len(task.classes), generator=generator)
     labels = order[torch.arange(n) % len(order)]
     attributes = sample_attributes(n, generator)

@@ -25,7 +25,7 @@ from tgazsr_utils.measuring.recorded_sweep import KINDS
 DPI = 300
 # Without formulas: a class name may hold dollars.
 _RC = {"figure.dpi": 100, "svg.hashsalt": "tgazsr", "text.parse_math": False, "legend.title_fontsize": 10}
-matplotlib.rcdefaults()  # whatever a matplotlibrc of one's own says, such as text.usetex
+matplotlib.rcdefaults()  # also where it was imported before, or the working folder has a matplotlibrc
 sns.set_theme(style="whitegrid", palette="colorblind", rc=_RC)
 
 
