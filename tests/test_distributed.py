@@ -246,11 +246,11 @@ def interrupted(*_):
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_is_stopped_stops_its_processes(sent, tmp_path):
     """And under nohup, where SIGHUP is ignored, it ends when they do."""
-    waits = "import os, signal, subprocess, sys; from tgazsr_utils.durable.processes import wait_for; "
+    waits = "import os, signal, sys; from tgazsr_utils.durable.processes import run_in_own_session; "
     waits += "signal.signal(signal.SIGINT, signal.default_int_handler); "  # as of a shell's foreground
     waits += "signal.signal(signal.SIGHUP, signal.SIG_IGN); " if sent == signal.SIGHUP else ""
     child = "import os, time; print(os.getpid(), os.getsid(0), flush=True); time.sleep(3600)"
-    waits += f"wait_for(subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True))"
+    waits += f"run_in_own_session([sys.executable, '-c', {child!r}])"
     parent = subprocess.Popen(
         [sys.executable, "-c", waits], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )

@@ -349,6 +349,7 @@ def execute(notebook: str, parameters: Mapping[str, Any], folder: Path, books: S
         kernel = {"kernel_name": "python3", "language": "python", "cwd": ROOT, "config": manager}
         # An interrupted one fills the log with its troubles; colours of a traceback are control characters.
         kernel["extra_arguments"] = ["--IPKernelApp.log_level=50", "--InteractiveShell.colors=nocolor"]
+        kernel["start_timeout"] = 600  # seconds; a machine may be slow and busy
         kernel["extra_arguments"] += [f"--ipython-dir={sockets}"]  # no start-up files of the user's
         source = profiles.file_of(notebook)
         try:

@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -73,7 +72,7 @@ def ahead(notebooks: Parameters) -> dict[str, float]:
         given.write_text(json.dumps(notebooks), encoding="utf-8")
         command = [sys.executable, "-m", "tgazsr_utils.together", str(number), folder]
         # In a session of its own: under nohup, a terminal that is closed stops neither this process nor those.
-        processes.wait_for(subprocess.Popen(command, start_new_session=True))
+        processes.run_in_own_session(command)
         if not outcome.exists():  # killed
             outcome.write_text(json.dumps("it was killed"), encoding="utf-8")
         found = json.loads(outcome.read_text(encoding="utf-8"))

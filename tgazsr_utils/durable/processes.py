@@ -233,14 +233,18 @@ def launch_anew(number: int, function: Callable[..., Any], *arguments: Any) -> A
         return elastic_launch(config, function)(*arguments)[0]
 
 
-def wait_for(process: subprocess.Popen) -> None:
-    """Waits for a process in a session of its own, which is sent what this one is sent in the meantime."""
+def run_in_own_session(command: Sequence[str]) -> None:
+    """Runs a command to its end. It is sent the signals that this process gets, but for those that this one ignores."""
     seen: list[int] = []
+    started: list[subprocess.Popen] = []
     heeded = [one for one in _SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
-    pass_on = lambda number, _: (seen.append(number), process.send_signal(number))
+    pass_on = lambda number, _: (seen.append(number), [process.send_signal(number) for process in started])
     handlers = {one: signal.signal(one, pass_on) for one in heeded}
     try:
-        process.wait()
+        started.append(subprocess.Popen(command, start_new_session=True))
+        for one in seen:  # before it was there
+            started[0].send_signal(one)
+        started[0].wait()
     finally:
         for one, handler in handlers.items():
             signal.signal(one, handler)
