@@ -350,7 +350,6 @@ def execute(notebook: str, parameters: Mapping[str, Any], folder: Path, books: S
         # An interrupted one fills the log with its troubles; colours of a traceback are control characters.
         kernel["extra_arguments"] = ["--IPKernelApp.log_level=50", "--InteractiveShell.colors=nocolor"]
         kernel["start_timeout"] = 600  # seconds; a machine may be slow and busy
-        kernel["extra_arguments"] += [f"--ipython-dir={sockets}"]  # no start-up files of the user's
         source = profiles.file_of(notebook)
         try:
             papermill.execute_notebook(_verbatim(source), _verbatim(executed), dict(parameters), **kernel, **output)
