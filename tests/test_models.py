@@ -5,9 +5,11 @@ import copy
 import datetime
 import enum
 import hashlib
+import io
 import json
 import re
 import socket
+import tarfile
 import types
 import uuid
 from pathlib import Path, PureWindowsPath
@@ -339,7 +341,15 @@ def test_what_lies_beside_weights_is_data(mini, tmp_path, name, form):
     assert fingerprint(load_clip("mini-clip", path, "cpu")) == fingerprint(mini)
 
 
+def tar_of(name):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    return file.getvalue()
+
+
 FOREIGN = {
+    "tar": (tar_of("storages"), "an archive of files; unpack it first"),
     "page": (b"\n<!DOCTYPE html><html><title>Quota exceeded</title></html>", "a web page"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 605\n", "git lfs pull"),
     "gzip": (b"\x1f\x8b\x08" + bytes(40), "packed by gzip"),

@@ -416,7 +416,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", nargs="?", const="all", choices=["all", *SECTIONS], help="say what there is")
     allowed = "a profile, notebook numbers, -p NAME VALUE, --fresh, --dry-run, --export-parameters, --list, --by WHO"
     parser.error = lambda message: parser.exit(2, f"error: {message}; there are {allowed}; --help says more\n")
-    print_anything()
     options = parser.parse_intermixed_args(arguments)
     profile, numbers = options.profile, options.numbers
     if profile.isdigit():
@@ -441,4 +440,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_anything()
     sys.exit(main())

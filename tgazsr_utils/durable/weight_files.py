@@ -3,6 +3,7 @@
 import functools
 import pickle
 import sys
+import tarfile
 import types
 import warnings
 import zipfile
@@ -18,6 +19,7 @@ from torch import Tensor
 from tgazsr_utils.durable.files import DamagedFile, load_tensors
 
 TORCHSCRIPT = "a TorchScript archive, which is code; save its state_dict() as safetensors where you trust it"
+_ARCHIVE = "an archive of files; unpack it first"
 _RUNS_CODE = "reading this file would run code that it brings along, which is refused"
 _BEGINNINGS = {  # of files that are no weights
     b"<": "a web page, as some servers send in place of a download",
@@ -149,10 +151,12 @@ def _foreign(path: Path) -> str | None:
             names = archive.namelist()
         if any(name.endswith("/constants.pkl") for name in names):
             return TORCHSCRIPT
-        return None if any(name.endswith("data.pkl") for name in names) else "an archive of files; unpack it first"
+        return None if any(name.endswith("data.pkl") for name in names) else _ARCHIVE
     with open(path, "rb") as file:
         beginning = file.read(64).lstrip()
-    return next((kind for start, kind in _BEGINNINGS.items() if beginning.startswith(start)), None)
+    if kind := next((kind for start, kind in _BEGINNINGS.items() if beginning.startswith(start)), None):
+        return kind
+    return _ARCHIVE if tarfile.is_tarfile(path) else None  # which PyTorch would unpack, as it wrote files before 2017
 
 
 def find_weights_in(content: Any) -> list[Found]:

@@ -51,13 +51,8 @@ _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SCHEMAS, _CONFIG = ("hf-hub:", "local-dir:"), "open_clip_config.json"
 _PATIENCE = 10  # seconds for a server to say something
 _OF_OPENAI = {"input_resolution", "context_length", "vocab_size"}  # beside the weights in OpenAI's archives
-_NOT_OF_TRAINING = {
-    "arch",
-    "model_cfg",
-    "mean",
-    "std",
-    "history",
-}  # metadata that tell nothing of how weights were made
+# Metadata that tell nothing of how weights were made.
+_NOT_OF_TRAINING = {"arch", "model_cfg", "mean", "std", "history"}
 
 
 def load_clip(
@@ -383,7 +378,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def training_in_words(weights: str | Path | None) -> str:
     """What a file of weights says of how they were tuned; nothing, if it does not, or if they are no such file."""
-    file = SHIPPED.get(str(weights)) or resolve(str(weights))
+    if weights is None:
+        return ""
+    file = SHIPPED.get(str(weights)) or resolve(weights)
     about = read_metadata(file) if file.is_file() else {}
     words, settings, steps = [str(about.get("method", ""))], about.get("settings", {}), len(about.get("history", []))
     if steps and settings.get("epochs"):
