@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tgazsr_utils.durable.files import write_json
 from tgazsr_utils.machine import WAITING
+from tgazsr_utils.runtime.files import write_json
 
 POLICIES, SITUATIONS = ("PASSIVE", "ACTIVE"), ("idle", "busy")
 MOST_IDLE, MOST_BUSY = 1.05, 2.5  # PASSIVE idle to ACTIVE idle; PASSIVE busy to PASSIVE idle
@@ -27,7 +27,7 @@ import tgazsr_utils
 import torch
 from tgazsr_utils.core.attacks import pgd
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable.weights import load_clip
+from tgazsr_utils.runtime.weights import load_clip
 torch.set_num_threads(2)
 clip, data = load_clip("mini-clip", "mini", "cpu"), load_dataset("shapes", "test", n=64)
 images, text = data.images / 255, clip.encode_text(data.prompts)

@@ -22,8 +22,8 @@ from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.seeds import Noise, digest
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable.files import write_json
-from tgazsr_utils.durable.weights import load_clip
+from tgazsr_utils.runtime.files import write_json
+from tgazsr_utils.runtime.weights import load_clip
 
 STEPS = 100
 MODELS = {"mini-CLIP": ("mini-clip", "mini"), "mini-CLIP, TGA-ZSR": ("mini-clip", "mini-tga-zsr")}

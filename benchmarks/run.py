@@ -42,16 +42,16 @@ from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.core.training import attacked, trainable
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.display.explorer import Explorer, Models
-from tgazsr_utils.durable.devices import pick_device
-from tgazsr_utils.durable.files import write_json
-from tgazsr_utils.durable.finetuning import READ_EVERY, finetune
-from tgazsr_utils.durable.fingerprints import code_version
-from tgazsr_utils.durable.runs import Run
-from tgazsr_utils.durable.weights import SHIPPED, load_clip
 from tgazsr_utils.measuring.measure import evaluate
 from tgazsr_utils.parameters import ExplorerNotebook, validate
 from tgazsr_utils.paths import resolve
 from tgazsr_utils.profiles import default_parameters
+from tgazsr_utils.runtime.devices import pick_device
+from tgazsr_utils.runtime.files import write_json
+from tgazsr_utils.runtime.finetuning import READ_EVERY, finetune
+from tgazsr_utils.runtime.fingerprints import code_version
+from tgazsr_utils.runtime.runs import Run
+from tgazsr_utils.runtime.weights import SHIPPED, load_clip
 
 TGA = find_objective("TGA-ZSR")
 SETTINGS = TGA.with_preset(

@@ -13,9 +13,9 @@ import psutil
 
 with atheris.instrument_imports(include=["tgazsr_utils", "json", "yaml"], enable_loader_override=False):
     from tgazsr_utils import profiles, runner
-    from tgazsr_utils.durable.files import load_tensors
     from tgazsr_utils.measuring.records import RecordStore
     from tgazsr_utils.parameters import SettingsError
+    from tgazsr_utils.runtime.files import load_tensors
 
 FOLDER = Path(tempfile.mkdtemp())
 profiles.PROFILES = FOLDER

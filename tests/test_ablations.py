@@ -5,15 +5,15 @@ from conftest import size
 
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable.finetuning import finetune
-from tgazsr_utils.durable.runs import Run
-from tgazsr_utils.durable.weights import find_weights
 from tgazsr_utils.measuring import ablations
 from tgazsr_utils.measuring.ablations import ABLATIONS, Sweep, base_training, by_seed, plan, question, table
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.parameters import AblationNotebook, SettingsError, validate
 from tgazsr_utils.profiles import default_parameters, load_profile, parameters_of
+from tgazsr_utils.runtime.finetuning import finetune
+from tgazsr_utils.runtime.runs import Run
+from tgazsr_utils.runtime.weights import find_weights
 
 
 def settings(**changes):

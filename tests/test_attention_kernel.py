@@ -7,10 +7,10 @@ from conftest import check_same_training
 from tgazsr_utils.core.attention import complementary_attention, text_guided_attention
 from tgazsr_utils.core.models import ImageTokens
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable.finetuning import finetune
-from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.parameters import TrainNotebook, validate
 from tgazsr_utils.profiles import default_parameters
+from tgazsr_utils.runtime.finetuning import finetune
+from tgazsr_utils.runtime.weights import load_clip
 
 attention = pytest.importorskip("tgazsr_utils.core.attention_kernel").attention  # which needs Triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.paths import ROOT
+from tgazsr_utils.runtime.weights import load_clip
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

@@ -17,14 +17,14 @@ from test_fuzz import anything, damaged
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.datasets.published_sets import DATASETS
-from tgazsr_utils.durable.runs import Run
-from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring import challenge as joint
 from tgazsr_utils.measuring import submissions, tables, trust
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.measuring.submissions import MINI, Submission, check, read, write
 from tgazsr_utils.runner import main
+from tgazsr_utils.runtime.runs import Run
+from tgazsr_utils.runtime.weights import load_clip
 
 TASKS = ("shapes", "colours")
 

@@ -13,10 +13,10 @@ from conftest import run_all
 from tgazsr_utils import commands, listing, profiles, runner
 from tgazsr_utils.core.attacks import ATTACKS
 from tgazsr_utils.core.objectives import OBJECTIVES
-from tgazsr_utils.durable import plugins
 from tgazsr_utils.parameters import NOTEBOOKS
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.profiles import PROFILES, default_parameters, settings_of
+from tgazsr_utils.runtime import plugins
 
 
 def package(*arguments, cwd=ROOT, **environment):

@@ -14,12 +14,12 @@ from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.core.training import optimizer_of, steps
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable.devices import cuda_elsewhere, device_name, pick_device
-from tgazsr_utils.durable.finetuning import finetune
-from tgazsr_utils.durable.fingerprints import fingerprint
-from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring import measure
 from tgazsr_utils.measuring.measure import Measurement, answer, batch_that_fits, evaluate
+from tgazsr_utils.runtime.devices import cuda_elsewhere, device_name, pick_device
+from tgazsr_utils.runtime.finetuning import finetune
+from tgazsr_utils.runtime.fingerprints import fingerprint
+from tgazsr_utils.runtime.weights import load_clip
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

@@ -18,12 +18,6 @@ from safetensors.torch import save_file
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.files import decoded
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable import weights
-from tgazsr_utils.durable.checkpoints import Checkpoints
-from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
-from tgazsr_utils.durable.finetuning import finetune
-from tgazsr_utils.durable.fingerprints import fingerprint
-from tgazsr_utils.durable.weights import SHIPPED, load_clip
 from tgazsr_utils.measuring import measure as evaluation
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.measure import Measurement, answer, evaluate, pixel_sums
@@ -34,6 +28,12 @@ from tgazsr_utils.parameters import SettingsError
 from tgazsr_utils.paths import DATA, ROOT
 from tgazsr_utils.profiles import load_profile
 from tgazsr_utils.runner import load_manifest
+from tgazsr_utils.runtime import weights
+from tgazsr_utils.runtime.checkpoints import Checkpoints
+from tgazsr_utils.runtime.files import DamagedFile, load_tensors, save_tensors
+from tgazsr_utils.runtime.finetuning import finetune
+from tgazsr_utils.runtime.fingerprints import fingerprint
+from tgazsr_utils.runtime.weights import SHIPPED, load_clip
 
 SETTINGS = train_settings(epochs=4)
 ATTACK = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=2)

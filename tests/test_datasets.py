@@ -19,7 +19,7 @@ from tgazsr_utils.datasets.files import KeptAtFileSize, fit, resident
 from tgazsr_utils.datasets.layouts import list_datasets
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.datasets.published_sets import clean_name
-from tgazsr_utils.durable.fingerprints import data_key, fingerprint
+from tgazsr_utils.runtime.fingerprints import data_key, fingerprint
 
 
 def test_class_folders_are_found_named_and_split(photo_root):

@@ -16,7 +16,6 @@ from tgazsr_utils.core.evaluation import predictor
 from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable import processes
 from tgazsr_utils.measuring import tables
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.measure import Measurement
@@ -24,6 +23,7 @@ from tgazsr_utils.measuring.records import Record, RecordStore
 from tgazsr_utils.parameters import EvaluateNotebook, SettingsError, validate
 from tgazsr_utils.profiles import check_choices, default_parameters
 from tgazsr_utils.runner import main
+from tgazsr_utils.runtime import processes
 
 ATTACK = AttackSettings(test_eps=3.5, test_stepsize=1, test_numsteps=2)
 NOTEBOOK = "04_evaluate_16_datasets"

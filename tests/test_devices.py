@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import own_environment
 
-from tgazsr_utils.durable import devices, weights
-from tgazsr_utils.durable.devices import Able, device_name, pick_device
-from tgazsr_utils.durable.weights import load_clip
+from tgazsr_utils.runtime import devices, weights
+from tgazsr_utils.runtime.devices import Able, device_name, pick_device
+from tgazsr_utils.runtime.weights import load_clip
 
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which can be used")
 
@@ -95,7 +95,7 @@ def test_a_gpu_that_only_pretends_to_have_bf16_gets_fp32(counted, monkeypatch, c
 
 ASKED_TWICE_THEN_FOR_IT = """
 from tgazsr_utils import load_clip
-from tgazsr_utils.durable import devices
+from tgazsr_utils.runtime import devices
 print(devices.compiles("cpu"), devices.compiles("cpu"))
 try:
     load_clip("mini-clip", "mini", "cpu", compiled=True)

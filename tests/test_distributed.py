@@ -19,10 +19,6 @@ from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.objectives import Objective, Term
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable import processes
-from tgazsr_utils.durable.finetuning import finetune
-from tgazsr_utils.durable.fingerprints import fingerprint
-from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring import measure as evaluation
 from tgazsr_utils.measuring.ablations import Sweep, plan, variant
 from tgazsr_utils.measuring.bench import Bench
@@ -30,6 +26,10 @@ from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.parameters import SettingsError, TrainNotebook, validate
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.runner import main
+from tgazsr_utils.runtime import processes
+from tgazsr_utils.runtime.finetuning import finetune
+from tgazsr_utils.runtime.fingerprints import fingerprint
+from tgazsr_utils.runtime.weights import load_clip
 
 SETTINGS = train_settings(Beta=0.0, epochs=2)
 
@@ -246,7 +246,7 @@ def interrupted(*_):
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_is_stopped_stops_its_processes(sent, tmp_path):
     """And under nohup, where SIGHUP is ignored, it ends when they do."""
-    waits = "import os, signal, sys; from tgazsr_utils.durable.processes import run_in_own_session; "
+    waits = "import os, signal, sys; from tgazsr_utils.runtime.processes import run_in_own_session; "
     waits += "signal.signal(signal.SIGINT, signal.default_int_handler); "  # as of a shell's foreground
     waits += "signal.signal(signal.SIGHUP, signal.SIG_IGN); " if sent == signal.SIGHUP else ""
     child = "import os, time; print(os.getpid(), os.getsid(0), flush=True); time.sleep(3600)"

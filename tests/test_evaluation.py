@@ -16,8 +16,6 @@ from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.display import plots
-from tgazsr_utils.durable.fingerprints import fingerprint
-from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring import bench
 from tgazsr_utils.measuring import measure as evaluation
 from tgazsr_utils.measuring import tables as results
@@ -27,6 +25,8 @@ from tgazsr_utils.measuring.measure import Measurement, answer, evaluate
 from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.measuring.scoring import score
 from tgazsr_utils.measuring.tables import leaderboard, paired_difference
+from tgazsr_utils.runtime.fingerprints import fingerprint
+from tgazsr_utils.runtime.weights import load_clip
 
 ATTACK = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)
 

@@ -17,8 +17,6 @@ from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.display import attack_viewer, controls, panels
 from tgazsr_utils.display import explorer as ex
 from tgazsr_utils.display.attack_viewer import NO_OTHER
-from tgazsr_utils.durable.runs import Run
-from tgazsr_utils.durable.weights import SHIPPED, load_clip
 from tgazsr_utils.measuring import measure, tried
 from tgazsr_utils.measuring.attacked_image import Question, attack_image, never_read
 from tgazsr_utils.measuring.loss_mixture import TERMS, TGA, TermGradients, cosines, in_words, mixture, term_gradients
@@ -27,6 +25,8 @@ from tgazsr_utils.measuring.recorded_sweep import nearest_measured, recorded_swe
 from tgazsr_utils.parameters import ExplorerNotebook, validate
 from tgazsr_utils.profiles import default_parameters
 from tgazsr_utils.progress import HEADLESS
+from tgazsr_utils.runtime.runs import Run
+from tgazsr_utils.runtime.weights import SHIPPED, load_clip
 
 
 @pytest.fixture(scope="module")

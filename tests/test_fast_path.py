@@ -18,10 +18,10 @@ from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import OBJECTIVES
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable.finetuning import finetune
-from tgazsr_utils.durable.fingerprints import fingerprint
-from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring.measure import evaluate
+from tgazsr_utils.runtime.finetuning import finetune
+from tgazsr_utils.runtime.fingerprints import fingerprint
+from tgazsr_utils.runtime.weights import load_clip
 
 SETTINGS = train_settings(Beta=0.0, lr=1e-4, train_numsteps=2)
 ATTACK = AttackSettings(test_eps=3, test_stepsize=1, test_numsteps=3)

@@ -17,9 +17,9 @@ from PIL import Image
 from tgazsr_utils import AttackSettings, attention_under_attack, load_dataset
 from tgazsr_utils.core.objectives import OBJECTIVES
 from tgazsr_utils.display import plots, strips, style, sweeps
-from tgazsr_utils.durable.weights import SHIPPED, read_metadata, training_in_words
 from tgazsr_utils.measuring.published import published
 from tgazsr_utils.paths import ROOT
+from tgazsr_utils.runtime.weights import SHIPPED, read_metadata, training_in_words
 
 ATTACK = AttackSettings(test_eps=4.0, test_stepsize=2.0, test_numsteps=2)
 BUILT_IN = {name for name, found in OBJECTIVES.items() if found.terms.__module__.startswith("tgazsr_utils.core")}

@@ -16,10 +16,10 @@ from tgazsr_utils.core.objectives import OBJECTIVES, PRESET, Step, find_objectiv
 from tgazsr_utils.core.training import attacked, warmed_up
 from tgazsr_utils.datasets.descriptions import read_descriptions
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable.finetuning import finetune, tuned_path
-from tgazsr_utils.durable.fingerprints import fingerprint
 from tgazsr_utils.parameters import EvaluateNotebook, validate
 from tgazsr_utils.profiles import check_prompts, default_parameters
+from tgazsr_utils.runtime.finetuning import finetune, tuned_path
+from tgazsr_utils.runtime.fingerprints import fingerprint
 from tgazsr_utils.workbook import open_workbook
 
 NEW = "Sim-CLIP", "UCAT", "AGFT", "SAFT", "AdvFLYP"

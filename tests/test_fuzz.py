@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from tgazsr_utils import profiles
 from tgazsr_utils.core.seeds import digest
-from tgazsr_utils.durable.checkpoints import Checkpoints
-from tgazsr_utils.durable.files import save_tensors
-from tgazsr_utils.durable.original_cache import OriginalCache
-from tgazsr_utils.durable.weights import SHIPPED, load_clip, read_metadata
 from tgazsr_utils.measuring import measure as evaluation
 from tgazsr_utils.measuring.records import Record, RecordStore
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, validate
+from tgazsr_utils.runtime.checkpoints import Checkpoints
+from tgazsr_utils.runtime.files import save_tensors
+from tgazsr_utils.runtime.original_cache import OriginalCache
+from tgazsr_utils.runtime.weights import SHIPPED, load_clip, read_metadata
 
 TOTAL = []  # with --long
 

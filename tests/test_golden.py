@@ -22,8 +22,8 @@ from tgazsr_utils.core.training import optimizer_of, trainable, warmup_cosine
 from tgazsr_utils.datasets.layouts import _raw_name
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.datasets.published_sets import DATASETS
-from tgazsr_utils.durable.fingerprints import fingerprint
-from tgazsr_utils.durable.weights import load_clip
+from tgazsr_utils.runtime.fingerprints import fingerprint
+from tgazsr_utils.runtime.weights import load_clip
 
 FOLDER = Path(__file__).parent / "golden"
 with safe_open(FOLDER / "released.safetensors", "pt") as _file:

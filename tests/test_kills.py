@@ -18,8 +18,6 @@ from safetensors.torch import load_file
 
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable.finetuning import finetune
-from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring import measure as evaluation
 from tgazsr_utils.measuring import trust as sanity
 from tgazsr_utils.measuring.ablations import Sweep, plan
@@ -29,6 +27,8 @@ from tgazsr_utils.parameters import AblationNotebook, validate
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.profiles import default_parameters
 from tgazsr_utils.runner import main
+from tgazsr_utils.runtime.finetuning import finetune
+from tgazsr_utils.runtime.weights import load_clip
 
 SETTINGS = train_settings(epochs=4)
 fork = multiprocessing.get_context("fork")  # a child has all that is imported

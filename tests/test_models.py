@@ -25,9 +25,9 @@ from torch import nn
 
 from tgazsr_utils import open_workbook
 from tgazsr_utils.core.models import Clip
-from tgazsr_utils.durable import weights
-from tgazsr_utils.durable.fingerprints import fingerprint
-from tgazsr_utils.durable.weights import load_clip, read_metadata, save_clip
+from tgazsr_utils.runtime import weights
+from tgazsr_utils.runtime.fingerprints import fingerprint
+from tgazsr_utils.runtime.weights import load_clip, read_metadata, save_clip
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_logits_equal_plain_open_clip(mini, shapes):
 
 
 def _shipped():
-    from tgazsr_utils.durable.weights import SHIPPED
+    from tgazsr_utils.runtime.weights import SHIPPED
 
     return SHIPPED["mini"]
 

@@ -10,11 +10,11 @@ from tgazsr_utils import AttackSettings, evaluate, find_objective, leaderboard, 
 from tgazsr_utils.core.attacks import ATTACKS
 from tgazsr_utils.core.objectives import OBJECTIVES
 from tgazsr_utils.core.settings import ADDED_ATTACKS
-from tgazsr_utils.durable import plugins
-from tgazsr_utils.durable.finetuning import tuned_path
 from tgazsr_utils.measuring.measure import Measurement
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, validate
 from tgazsr_utils.profiles import default_parameters
+from tgazsr_utils.runtime import plugins
+from tgazsr_utils.runtime.finetuning import tuned_path
 
 METHOD = '''from tgazsr_utils import Term, objective
 

@@ -18,7 +18,6 @@ from PIL import Image
 
 import tgazsr_utils
 from tgazsr_utils.core.defences import DEFENCES
-from tgazsr_utils.durable import fingerprints
 from tgazsr_utils.measuring.ablations import best_rates
 from tgazsr_utils.measuring.published import published
 from tgazsr_utils.measuring.records import Record
@@ -26,6 +25,7 @@ from tgazsr_utils.measuring.tables import leaderboard, readable
 from tgazsr_utils.parameters import NOTEBOOKS, validate
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.profiles import PROFILES, check_names, default_parameters, load_profile, parameters_of
+from tgazsr_utils.runtime import fingerprints
 
 try:
     import tomllib
@@ -251,9 +251,9 @@ LEAVES = {"paths", "progress", "machine"}  # small modules that any room but cor
 ROOMS = {
     "core": {"core"},
     "datasets": {"core", "datasets"},
-    "durable": {"core", "datasets", "durable"},
-    "measuring": {"core", "datasets", "durable", "measuring"},
-    "display": {"core", "datasets", "durable", "measuring", "display"},
+    "runtime": {"core", "datasets", "runtime"},
+    "measuring": {"core", "datasets", "runtime", "measuring"},
+    "display": {"core", "datasets", "runtime", "measuring", "display"},
 }
 
 
@@ -336,7 +336,7 @@ def test_the_whole_package_is_thin():
 ASKING = [
     "tgazsr_utils.measuring.measure",
     "tgazsr_utils.measuring.trust",
-    "tgazsr_utils.durable.finetuning",
+    "tgazsr_utils.runtime.finetuning",
     "tgazsr_utils.pretraining",
 ]
 

@@ -29,9 +29,9 @@ from tgazsr_utils.datasets.files import decoded
 from tgazsr_utils.datasets.layouts import list_datasets
 from tgazsr_utils.datasets.loading import choose_datasets, load_dataset
 from tgazsr_utils.datasets.published_sets import DATASETS, FURTHER, KNOWN, read_specs
-from tgazsr_utils.durable.fingerprints import data_key, fingerprint
-from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring.measure import evaluate
+from tgazsr_utils.runtime.fingerprints import data_key, fingerprint
+from tgazsr_utils.runtime.weights import load_clip
 
 # key -> images and classes as published, preprocessing, labels of the miniature, its prompts
 EXPECTED = {

@@ -19,11 +19,11 @@ from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.libraries import open_clip
 from tgazsr_utils.datasets.__main__ import copy_samples
 from tgazsr_utils.display import style
-from tgazsr_utils.durable.fingerprints import fingerprint as fingerprint_of
 from tgazsr_utils.parameters import SettingsError
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.profiles import default_parameters, given_value, load_profile, parameters_of
 from tgazsr_utils.runner import fingerprint, main
+from tgazsr_utils.runtime.fingerprints import fingerprint as fingerprint_of
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ from filelock import FileLock
 from tgazsr_utils import profiles, runner, workbook
 from tgazsr_utils.core.settings import FinetuneSettings
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable.finetuning import finetune
-from tgazsr_utils.durable.runs import Run
-from tgazsr_utils.durable.weights import find_weights, load_clip
 from tgazsr_utils.parameters import SettingsError, TrainNotebook, validate
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.profiles import cells_digest, default_parameters, folder_name, load_profile
+from tgazsr_utils.runtime.finetuning import finetune
+from tgazsr_utils.runtime.runs import Run
+from tgazsr_utils.runtime.weights import find_weights, load_clip
 
 
 def weights(folder, name):

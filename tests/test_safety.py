@@ -32,10 +32,10 @@ from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.datasets import __main__ as datasets_command
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.display.panels import attacked_html
-from tgazsr_utils.durable.files import save_tensors
 from tgazsr_utils.measuring.attacked_image import attack_image
 from tgazsr_utils.paths import ROOT
 from tgazsr_utils.runner import main
+from tgazsr_utils.runtime.files import save_tensors
 
 SOURCES = [
     *sorted((ROOT / "tgazsr_utils").rglob("*.py")),

@@ -13,12 +13,12 @@ from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
 from tgazsr_utils.display import plots, style, sweeps
 from tgazsr_utils.display.panels import sweep_svg
-from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring import tables as results
 from tgazsr_utils.measuring import trust as sanity
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.measuring.tables import differences, leaderboard, readable
+from tgazsr_utils.runtime.weights import load_clip
 
 ATTACK = AttackSettings(test_eps=3.5, test_stepsize=1, test_numsteps=3)
 

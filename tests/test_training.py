@@ -18,14 +18,14 @@ from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.training import NotFinite, attacked, in_openai_order, optimizer_of, steps, warmup_cosine
 from tgazsr_utils.datasets.files import Files
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable import finetuning
-from tgazsr_utils.durable.files import load_tensors
-from tgazsr_utils.durable.finetuning import finetune
-from tgazsr_utils.durable.fingerprints import code_version, fingerprint
-from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring.measure import evaluate
 from tgazsr_utils.parameters import PretrainNotebook
 from tgazsr_utils.pretraining import contrastive_loss, miniworld_pairs, photo_pairs, pretrain
+from tgazsr_utils.runtime import finetuning
+from tgazsr_utils.runtime.files import load_tensors
+from tgazsr_utils.runtime.finetuning import finetune
+from tgazsr_utils.runtime.fingerprints import code_version, fingerprint
+from tgazsr_utils.runtime.weights import load_clip
 
 SETTINGS = train_settings(epochs=2)
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from tgazsr_utils.core.settings import AttackSettings
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable.finetuning import finetune
-from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import RecordStore
 from tgazsr_utils.runner import environment_of, main
+from tgazsr_utils.runtime.finetuning import finetune
+from tgazsr_utils.runtime.weights import load_clip
 
 SETTINGS = train_settings(epochs=3)
 

@@ -15,10 +15,10 @@ from tgazsr_utils.core.attacks import ATTACKS
 from tgazsr_utils.core.defences import DEFENCES
 from tgazsr_utils.core.objectives import OBJECTIVES, PRESET
 from tgazsr_utils.core.settings import Settings
-from tgazsr_utils.durable.plugins import PluginSettings
 from tgazsr_utils.measuring.autoattack import VERSIONS
 from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, validate
 from tgazsr_utils.profiles import PROFILES, cells, code_cells, load_profile, notebooks_there, settings_of
+from tgazsr_utils.runtime.plugins import PluginSettings
 from tgazsr_utils.start_page import title_and_question
 
 WIDTH = 100

@@ -19,9 +19,6 @@ import torch
 from tgazsr_utils.core.objectives import PRESET
 from tgazsr_utils.display.report import answer_of
 from tgazsr_utils.display.report import write as write_report
-from tgazsr_utils.durable.devices import device_name
-from tgazsr_utils.durable.fingerprints import code_version
-from tgazsr_utils.durable.runs import Run
 from tgazsr_utils.listing import WIDTH, paragraph, question_of, title_of
 from tgazsr_utils.machine import cpu_name
 from tgazsr_utils.measuring.answers import headed
@@ -30,6 +27,9 @@ from tgazsr_utils.measuring.tables import compare, readable
 from tgazsr_utils.parameters import SettingsError
 from tgazsr_utils.paths import ROOT, resolve
 from tgazsr_utils.profiles import default_parameters, shown
+from tgazsr_utils.runtime.devices import device_name
+from tgazsr_utils.runtime.fingerprints import code_version
+from tgazsr_utils.runtime.runs import Run
 
 
 def load_manifest(path: Path) -> dict[str, Any]:

@@ -26,10 +26,10 @@ from tgazsr_utils.core.settings import (
     Settings,
     exact_name,
 )
-from tgazsr_utils.durable.plugins import PluginSettings
-from tgazsr_utils.durable.processes import that_suit
 from tgazsr_utils.measuring.ablations import ABLATIONS
 from tgazsr_utils.paths import DATA, resolve
+from tgazsr_utils.runtime.plugins import PluginSettings
+from tgazsr_utils.runtime.processes import that_suit
 from tgazsr_utils.strict_yaml import YAML_ERRORS, load_yaml
 
 Item = TypeVar("Item")

@@ -17,12 +17,12 @@ from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.training import warmup_cosine
 from tgazsr_utils.datasets import miniworld
 from tgazsr_utils.datasets.files import decoded
-from tgazsr_utils.durable.checkpoints import Checkpoints
-from tgazsr_utils.durable.fingerprints import code_version, data_key
-from tgazsr_utils.durable.processes import deferred_interrupt
-from tgazsr_utils.durable.weights import load_clip, model_config
 from tgazsr_utils.parameters import PretrainNotebook
 from tgazsr_utils.progress import progress
+from tgazsr_utils.runtime.checkpoints import Checkpoints
+from tgazsr_utils.runtime.fingerprints import code_version, data_key
+from tgazsr_utils.runtime.processes import deferred_interrupt
+from tgazsr_utils.runtime.weights import load_clip, model_config
 
 CAPTIONS_PER_IMAGE = 2
 _RELEVANT = {"arch", "seed", "steps", "batch_size", "lr", "warmup_steps", "weight_decay"}

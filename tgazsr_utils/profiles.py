@@ -21,7 +21,6 @@ from tgazsr_utils.datasets.layouts import existing_root, list_datasets
 from tgazsr_utils.datasets.loading import class_texts
 from tgazsr_utils.datasets.miniworld import TASKS
 from tgazsr_utils.datasets.published_sets import DATASETS, DEFAULT_PROMPT, FURTHER, KNOWN
-from tgazsr_utils.durable.weights import image_size_of, locate_weights, same_tokens
 from tgazsr_utils.effects import without_effect
 from tgazsr_utils.parameters import (
     NOTEBOOKS,
@@ -35,6 +34,7 @@ from tgazsr_utils.parameters import (
 )
 from tgazsr_utils.paths import NOTEBOOKS as FOLDER
 from tgazsr_utils.paths import ROOT, resolve
+from tgazsr_utils.runtime.weights import image_size_of, locate_weights, same_tokens
 from tgazsr_utils.strict_yaml import YAML_ERRORS, load_yaml
 
 PROFILES = FOLDER / "profiles"

@@ -27,10 +27,6 @@ from tgazsr_utils.core.images import PLUMBING
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.datasets.__main__ import fetch_missing
 from tgazsr_utils.display.report import answer_path
-from tgazsr_utils.durable.files import write_atomic, write_json
-from tgazsr_utils.durable.fingerprints import code_version
-from tgazsr_utils.durable.runs import Run
-from tgazsr_utils.durable.weights import SHIPPED, find_weights, load_clip
 from tgazsr_utils.listing import SECTIONS, show_list
 from tgazsr_utils.manifests import (
     compare_runs,
@@ -47,6 +43,10 @@ from tgazsr_utils.parameters import NOTEBOOKS, SettingsError, named_weights
 from tgazsr_utils.paths import DATA, ROOT, files_below, resolve
 from tgazsr_utils.profiles import PROFILES, Profile, cells_digest, default_parameters, parameters_of, shown
 from tgazsr_utils.progress import HEADLESS
+from tgazsr_utils.runtime.files import write_atomic, write_json
+from tgazsr_utils.runtime.fingerprints import code_version
+from tgazsr_utils.runtime.runs import Run
+from tgazsr_utils.runtime.weights import SHIPPED, find_weights, load_clip
 from tgazsr_utils.surroundings import own_kernel, print_anything
 
 

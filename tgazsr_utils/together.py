@@ -20,9 +20,9 @@ from IPython.core.displaypub import CapturingDisplayPublisher
 from IPython.core.interactiveshell import InteractiveShell
 
 from tgazsr_utils import profiles
-from tgazsr_utils.durable import processes
-from tgazsr_utils.durable.files import write_json
 from tgazsr_utils.parameters import SettingsError
+from tgazsr_utils.runtime import processes
+from tgazsr_utils.runtime.files import write_json
 from tgazsr_utils.surroundings import print_anything
 
 Parameters = Mapping[str, Mapping[str, Any]]  # of notebooks, by their names

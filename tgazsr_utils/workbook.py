@@ -23,11 +23,6 @@ from tgazsr_utils.datasets.descriptions import read_descriptions
 from tgazsr_utils.datasets.loading import choose_datasets, load_dataset
 from tgazsr_utils.display import style
 from tgazsr_utils.display.report import answer_path
-from tgazsr_utils.durable import processes
-from tgazsr_utils.durable.files import write_atomic
-from tgazsr_utils.durable.finetuning import TrainResult, finetune
-from tgazsr_utils.durable.runs import Run
-from tgazsr_utils.durable.weights import described_architecture, find_weights, load_clip
 from tgazsr_utils.effects import units, without_effect
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import AttackCheck, Record, RecordStore
@@ -43,6 +38,11 @@ from tgazsr_utils.parameters import (
 )
 from tgazsr_utils.paths import ROOT, resolve
 from tgazsr_utils.profiles import check_prompts, default_parameters, folder_name, names_set_in, shown, with_labels
+from tgazsr_utils.runtime import processes
+from tgazsr_utils.runtime.files import write_atomic
+from tgazsr_utils.runtime.finetuning import TrainResult, finetune
+from tgazsr_utils.runtime.runs import Run
+from tgazsr_utils.runtime.weights import described_architecture, find_weights, load_clip
 
 
 def open_workbook(notebook: str, namespace: Mapping[str, Any]) -> "Workbook":

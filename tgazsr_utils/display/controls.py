@@ -11,8 +11,8 @@ from IPython.display import HTML, display
 
 from tgazsr_utils.core.objectives import PRESET
 from tgazsr_utils.display import panels
-from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.progress import HEADLESS
+from tgazsr_utils.runtime.files import write_atomic
 
 BELOW_SLIDER = "2px 2px 8px 92px"  # margin that puts a widget under the track of a slider
 

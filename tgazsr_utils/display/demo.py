@@ -28,9 +28,9 @@ from torch import Tensor
 from tgazsr_utils.core.attacks import pgd
 from tgazsr_utils.core.models import Clip, encode
 from tgazsr_utils.datasets.loading import load_dataset
-from tgazsr_utils.durable.files import write_atomic
-from tgazsr_utils.durable.weights import load_clip
 from tgazsr_utils.paths import resolve
+from tgazsr_utils.runtime.files import write_atomic
+from tgazsr_utils.runtime.weights import load_clip
 
 MODELS = {"original": "mini", "tuned": "mini-tga-zsr"}
 EPSILONS = (0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)  # 1/255

@@ -17,13 +17,13 @@ from tgazsr_utils.display import panels
 from tgazsr_utils.display.attack_viewer import AttackViewer
 from tgazsr_utils.display.controls import BELOW_SLIDER, Panel, control, on_change, published_mark, side_by_side
 from tgazsr_utils.display.shared import PUBLISHED, Models, Shared
-from tgazsr_utils.durable.checkpoints import Checkpoints
-from tgazsr_utils.durable.files import DamagedFile, load_tensors
-from tgazsr_utils.durable.finetuning import finetune, tuned_path
 from tgazsr_utils.measuring.loss_mixture import TERMS, TGA, TermGradients, term_gradients
 from tgazsr_utils.measuring.recorded_sweep import KINDS, nearest_measured, recorded_sweep
 from tgazsr_utils.measuring.tables import number_of
 from tgazsr_utils.measuring.tried import Outcome, verdict
+from tgazsr_utils.runtime.checkpoints import Checkpoints
+from tgazsr_utils.runtime.files import DamagedFile, load_tensors
+from tgazsr_utils.runtime.finetuning import finetune, tuned_path
 
 __all__ = ["Explorer", "Models"]
 

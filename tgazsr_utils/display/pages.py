@@ -15,7 +15,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.mathtext import MathTextParser, math_to_image
 from nbconvert import HTMLExporter
 
-from tgazsr_utils.durable.files import write_atomic
+from tgazsr_utils.runtime.files import write_atomic
 
 # nbconvert's own page without require.js, MathJax, mermaid and the widgets' renderer, which come from other hosts.
 _TEMPLATE = """{% extends 'lab/index.html.j2' %}

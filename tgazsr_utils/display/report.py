@@ -11,11 +11,11 @@ import yaml
 from jinja2 import Environment
 from PIL import Image
 
-from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.measuring.answers import BASELINE, SUBJECT, UNTUNED, headed
 from tgazsr_utils.measuring.published import published
 from tgazsr_utils.measuring.tables import readable
 from tgazsr_utils.paths import ROOT
+from tgazsr_utils.runtime.files import write_atomic
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 # A page of the explorer as ``panels.document`` writes it.

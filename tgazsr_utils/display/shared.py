@@ -10,11 +10,11 @@ from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import PRESET
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
 from tgazsr_utils.display.controls import control, weight_slider
-from tgazsr_utils.durable.fingerprints import fingerprint
-from tgazsr_utils.durable.runs import Run
-from tgazsr_utils.durable.weights import load_alike, read_metadata
 from tgazsr_utils.measuring.loss_mixture import TGA
 from tgazsr_utils.measuring.tried import Outcome, Tried
+from tgazsr_utils.runtime.fingerprints import fingerprint
+from tgazsr_utils.runtime.runs import Run
+from tgazsr_utils.runtime.weights import load_alike, read_metadata
 
 PUBLISHED = PRESET["Alpha"], PRESET["Beta"]
 

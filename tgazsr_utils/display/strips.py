@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from tgazsr_utils.display.pictures import coloured, pixels
 from tgazsr_utils.display.style import drawn, headed, looks
-from tgazsr_utils.durable.weights import SHIPPED, training_in_words
 from tgazsr_utils.measuring.attention_shift import AttentionUnderAttack
+from tgazsr_utils.runtime.weights import SHIPPED, training_in_words
 
 _GAP = 0.16  # between one model's pictures and the next's, in pictures
 

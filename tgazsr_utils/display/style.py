@@ -19,8 +19,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.measuring.recorded_sweep import KINDS
+from tgazsr_utils.runtime.files import write_atomic
 
 DPI = 300
 # Without formulas: a class name may hold dollars.

@@ -18,10 +18,10 @@ from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import find_objective
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings, Protocol
-from tgazsr_utils.durable.finetuning import finetune, tuned_path
 from tgazsr_utils.measuring.bench import Bench
 from tgazsr_utils.measuring.records import Record
 from tgazsr_utils.measuring.tables import difference, per_seed, summary
+from tgazsr_utils.runtime.finetuning import finetune, tuned_path
 
 UNTUNED = "CLIP"
 AblationSettings = Any  # ``parameters.AblationNotebook``, which is in a room that this one does not import

@@ -13,8 +13,8 @@ from tgazsr_utils.core.attacks import ATTACKS, Attack, Generator, ball, check_ar
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.seeds import Noise
 from tgazsr_utils.core.settings import Norm, Protocol
-from tgazsr_utils.durable import processes
 from tgazsr_utils.progress import progress
+from tgazsr_utils.runtime import processes
 
 BATCH = 64  # images at once, always of the same rows
 NORMS = {"linf": "Linf", "l2": "L2"}  # their names there

@@ -9,12 +9,12 @@ from tgazsr_utils.core.defences import find_defence
 from tgazsr_utils.core.images import PLUMBING, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.settings import AttackSettings, Protocol
-from tgazsr_utils.durable import processes
-from tgazsr_utils.durable.files import load_tensors
 from tgazsr_utils.measuring.measure import NOT_YET, Answers, Measurement, answer, record_of
 from tgazsr_utils.measuring.records import AttackCheck, Record, RecordStore
 from tgazsr_utils.measuring.trust import PASSES, check_attack, check_key, sets_to_check
 from tgazsr_utils.progress import progress
+from tgazsr_utils.runtime import processes
+from tgazsr_utils.runtime.files import load_tensors
 
 AWARE_PASSES = 10  # passes of a step through a defence, about, where one step on the model alone is one
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pandas as pd
 from pydantic import ValidationError
 
-from tgazsr_utils.durable.runs import Run
 from tgazsr_utils.measuring.published import ATTACKS
 from tgazsr_utils.measuring.records import Record, RecordStore
 from tgazsr_utils.measuring.submissions import SETS, Submission, attack_of, check, read, write
 from tgazsr_utils.measuring.tables import compare, leaderboard, readable
 from tgazsr_utils.paths import DATA, ROOT, resolve
+from tgazsr_utils.runtime.runs import Run
 
 KEPT = DATA / "challenge"
 RECORDS = "records/04_evaluate_16_datasets.jsonl"  # of a run

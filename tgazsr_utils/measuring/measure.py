@@ -22,12 +22,12 @@ from tgazsr_utils.core.images import Batch, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.seeds import digest, seeded
 from tgazsr_utils.core.settings import AttackSettings, Protocol
-from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
-from tgazsr_utils.durable.fingerprints import code_version, data_key, fingerprint
-from tgazsr_utils.durable.plugins import source_of
 from tgazsr_utils.machine import allowed_memory
 from tgazsr_utils.measuring import autoattack  # noqa: F401  (adds itself to ATTACKS)
 from tgazsr_utils.measuring.records import Record
+from tgazsr_utils.runtime.files import DamagedFile, load_tensors, save_tensors
+from tgazsr_utils.runtime.fingerprints import code_version, data_key, fingerprint
+from tgazsr_utils.runtime.plugins import source_of
 
 LARGEST_BATCH = {"cuda": 1024, "cpu": 128}  # images attacked at once
 PART = {"cuda": 0.7, "cpu": 0.25}  # of all memory, for their activations

@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import Protocol, Settings
-from tgazsr_utils.durable.files import DamagedFile, write_json
+from tgazsr_utils.runtime.files import DamagedFile, write_json
 
 
 class Record(Settings):

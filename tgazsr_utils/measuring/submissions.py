@@ -17,11 +17,11 @@ from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import AttackSettings, Settings
 from tgazsr_utils.datasets.miniworld import TASKS
 from tgazsr_utils.datasets.published_sets import DATASETS
-from tgazsr_utils.durable.files import write_atomic
 from tgazsr_utils.measuring.published import unlike_published
 from tgazsr_utils.measuring.records import AttackCheck, Record
 from tgazsr_utils.measuring.tables import leaderboard, per_seed
 from tgazsr_utils.measuring.trust import LARGE, STEPS
+from tgazsr_utils.runtime.files import write_atomic
 
 SETS = {"photographs": tuple(DATASETS), "mini-world": tuple(TASKS)}  # a file has all of one challenge
 MINI = AttackSettings(test_eps=3.5, test_stepsize=1, test_numsteps=10)  # of the mini-world; photographs: as published

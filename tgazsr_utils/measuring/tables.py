@@ -13,9 +13,9 @@ import scipy
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.datasets.miniworld import TASKS
 from tgazsr_utils.datasets.published_sets import DATASETS, in_means
-from tgazsr_utils.durable.files import write_atomic
-from tgazsr_utils.durable.weights import image_size_of
 from tgazsr_utils.measuring.records import Record
+from tgazsr_utils.runtime.files import write_atomic
+from tgazsr_utils.runtime.weights import image_size_of
 
 PUBLISHED_SETS = 16
 _COLUMNS = {

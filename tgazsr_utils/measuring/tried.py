@@ -7,13 +7,13 @@ from typing import Any
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.settings import AttackSettings, FinetuneSettings
-from tgazsr_utils.durable.files import write_atomic
-from tgazsr_utils.durable.fingerprints import code_version, fingerprint
-from tgazsr_utils.durable.runs import Run
 from tgazsr_utils.measuring import measure
 from tgazsr_utils.measuring.loss_mixture import TGA
 from tgazsr_utils.measuring.records import Record, RecordStore
 from tgazsr_utils.measuring.tables import paired_difference, to_frame
+from tgazsr_utils.runtime.files import write_atomic
+from tgazsr_utils.runtime.fingerprints import code_version, fingerprint
+from tgazsr_utils.runtime.runs import Run
 
 IMAGES = 100
 AT_ONCE = 20  # images between two calls of ``watch``

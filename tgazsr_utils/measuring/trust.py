@@ -25,12 +25,12 @@ from tgazsr_utils.core.images import Batch, ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.seeds import Noise, digest
 from tgazsr_utils.core.settings import AttackSettings
-from tgazsr_utils.durable.fingerprints import code_version, data_key, fingerprint
-from tgazsr_utils.durable.plugins import source_of
 from tgazsr_utils.measuring.autoattack import square
 from tgazsr_utils.measuring.measure import batch_that_fits
 from tgazsr_utils.measuring.records import AttackCheck, Outcome
 from tgazsr_utils.progress import progress
+from tgazsr_utils.runtime.fingerprints import code_version, data_key, fingerprint
+from tgazsr_utils.runtime.plugins import source_of
 
 CONFIDENCE, P = 0.999, 0.005  # a finding is beyond chance: each model is looked at in many ways; sound ones are to pass
 FROM_A_SET = 8  # images, before another set is taken

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tgazsr_utils.durable import processes
-from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
+from tgazsr_utils.runtime import processes
+from tgazsr_utils.runtime.files import DamagedFile, load_tensors, save_tensors
 
 KEPT = 2
 

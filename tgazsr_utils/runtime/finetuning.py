@@ -18,13 +18,13 @@ from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import FinetuneSettings
 from tgazsr_utils.core.training import NotFinite, Update, batches, optimizer_of, steps, steps_in_all, warmed_up
 from tgazsr_utils.datasets.files import resident
-from tgazsr_utils.durable import processes
-from tgazsr_utils.durable.checkpoints import Checkpoints
-from tgazsr_utils.durable.fingerprints import code_version, data_key, fingerprint
-from tgazsr_utils.durable.original_cache import OriginalCache
-from tgazsr_utils.durable.plugins import source_of
-from tgazsr_utils.durable.weights import load_alike, read_metadata, save_clip
 from tgazsr_utils.progress import progress
+from tgazsr_utils.runtime import processes
+from tgazsr_utils.runtime.checkpoints import Checkpoints
+from tgazsr_utils.runtime.fingerprints import code_version, data_key, fingerprint
+from tgazsr_utils.runtime.original_cache import OriginalCache
+from tgazsr_utils.runtime.plugins import source_of
+from tgazsr_utils.runtime.weights import load_alike, read_metadata, save_clip
 
 READ_EVERY = {"cuda": 16}  # steps whose numbers are read at once: to read waits for the device, which then has no work
 # Called with steps done, steps in all, what the history keeps of the last one.

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tgazsr_utils.durable.files import write_atomic
+from tgazsr_utils.runtime.files import write_atomic
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor
 from tgazsr_utils.core.images import ImageSet
 from tgazsr_utils.core.models import Clip
 from tgazsr_utils.core.objectives import Step
-from tgazsr_utils.durable import processes
-from tgazsr_utils.durable.files import DamagedFile, load_tensors, save_tensors
 from tgazsr_utils.progress import progress
+from tgazsr_utils.runtime import processes
+from tgazsr_utils.runtime.files import DamagedFile, load_tensors, save_tensors
 
 BATCH = 128  # a fixed partition, so that values do not depend on the order of training
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tgazsr_utils.durable.files import DamagedFile, load_tensors
+from tgazsr_utils.runtime.files import DamagedFile, load_tensors
 
 TORCHSCRIPT = "a TorchScript archive, which is code; save its state_dict() as safetensors where you trust it"
 _ARCHIVE = "an archive of files; unpack it first"

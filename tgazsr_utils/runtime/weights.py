@@ -22,7 +22,8 @@ from tgazsr_utils.core.libraries import open_clip
 from tgazsr_utils.core.models import Clip, Numerics, tokenize
 from tgazsr_utils.core.seeds import digest
 from tgazsr_utils.core.settings import Precision
-from tgazsr_utils.durable.devices import (
+from tgazsr_utils.paths import DATA, ROOT, resolve
+from tgazsr_utils.runtime.devices import (
     compiler_error,
     compiles,
     cuda_elsewhere,
@@ -30,8 +31,8 @@ from tgazsr_utils.durable.devices import (
     pick_device,
     set_up_compiler,
 )
-from tgazsr_utils.durable.files import DamagedFile, save_tensors
-from tgazsr_utils.durable.weight_files import (
+from tgazsr_utils.runtime.files import DamagedFile, save_tensors
+from tgazsr_utils.runtime.weight_files import (
     TORCHSCRIPT,
     Found,
     find_weights_in,
@@ -39,7 +40,6 @@ from tgazsr_utils.durable.weight_files import (
     read_weight_file,
     said_of,
 )
-from tgazsr_utils.paths import DATA, ROOT, resolve
 
 MINI_ARCH = "mini-clip"
 SHIPPED = {"mini": DATA / "mini_clip.safetensors", "mini-tga-zsr": DATA / "mini_tga_zsr.safetensors"}
